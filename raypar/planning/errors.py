@@ -1,0 +1,161 @@
+"""Every error that raypar raises on purpose.
+
+    RayparError
+    ├── ConfigError              the run as it is set up cannot work
+    │   ├── PlanError            a plan that contradicts itself or names something unknown
+    │   │   └── ScheduleError    a table of actions that does not end, or repeats or forgets one
+    │   ├── InfeasiblePlanError  more resources than the cluster has or can scale to
+    │   ├── DataError            a data set, a column or a batch that is missing, empty or of the wrong kind
+    │   ├── ModelError           a model, loss or optimizer that raypar cannot train
+    │   │   └── SplitError       a model that cannot be cut into the stages the plan asks for
+    │   └── UsageError           a call at the wrong place or time
+    ├── CheckpointError          a checkpoint that is missing, damaged or of another model
+    ├── NonFiniteError           the loss became NaN or infinite
+    └── RunError                 something failed while the run went on; says where
+        ├── UserCodeError        an exception in the user's train loop, model, loss or optimizer
+        ├── StageDiedError       a stage actor's process or machine is gone
+        ├── WorkerDiedError      a train worker's process or machine is gone
+        ├── PeerLostError        a stage actor lost the connection to another one
+        └── TimeoutExceededError a wait ran into the limit that `timeouts` sets for it
+
+Each message says what was found, what was needed and which setting to change. Each error survives
+pickling with its attributes, since most of them cross a process border before a person reads them.
+`retryable` says whether running again from the last checkpoint can help.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self
+
+
+class RayparError(Exception):
+    """The base of all errors of raypar."""
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, **attributes: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, dict(self.__dict__)))
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def _rebuild(cls: type[RayparError], message: str, state: dict[str, Any]) -> RayparError:
+    error = cls.__new__(cls, message)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(RayparError):
+    """The run as it is set up cannot work; trying again would fail the same way."""
+
+
+class PlanError(ConfigError):
+    """A plan that contradicts itself or names something unknown."""
+
+
+class ScheduleError(PlanError):
+    """A schedule whose table of actions cannot be run."""
+
+
+class InfeasiblePlanError(ConfigError):
+    """The plan needs more resources than the cluster has or can scale to."""
+
+
+class DataError(ConfigError):
+    """A data set, a column or a batch that is missing, empty or of the wrong kind."""
+
+
+class ModelError(ConfigError):
+    """A model, loss, optimizer or learning-rate schedule that raypar cannot train."""
+
+
+class SplitError(ModelError):
+    """A model that cannot be cut into the stages that the plan asks for."""
+
+
+class UsageError(ConfigError):
+    """A call of raypar at the wrong place or time."""
+
+
+class CheckpointError(RayparError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+
+class NonFiniteError(RayparError):
+    """The loss became NaN or infinite; the step was not committed.
+
+    Attributes: `step`, the step that failed (the first step is 1); `stage`, the first stage whose
+    output is not finite, None when it is the loss itself; `checkpoint`, the path of a checkpoint of the
+    last committed step, None where none could be written.
+    """
+
+    step: int
+    stage: int | None
+    checkpoint: str | None = None
+
+    def with_checkpoint(self, path: str) -> Self:
+        """The same error, naming the checkpoint that holds the last committed step."""
+        return type(self)(
+            f"{self.message} The last committed step ({self.step - 1}) is saved in {path}.",
+            step=self.step,
+            stage=self.stage,
+            checkpoint=path,
+        )
+
+
+class RunError(RayparError):
+    """Something failed while the run went on.
+
+    Attributes: `replica` and `stage` say where (None: not known, or not on a stage).
+    """
+
+    retryable = True
+    replica: int | None = None
+    stage: int | None = None
+
+
+class UserCodeError(RunError):
+    """An exception in the user's train loop, model, loss or optimizer; the cause is `__cause__`."""
+
+
+class StageDiedError(RunError):
+    """The process or machine of a stage actor is gone.
+
+    Attribute: `preempted`, True when the machine was reclaimed (a spot instance, say).
+    """
+
+    preempted: bool = False
+
+
+class WorkerDiedError(RunError):
+    """The process or machine of a train worker is gone. Attribute: `preempted`, as for a stage."""
+
+    preempted: bool = False
+
+
+class PeerLostError(RunError):
+    """A stage actor lost the connection to another one, which died or failed first."""
+
+
+class TimeoutExceededError(RunError):
+    """A wait ran into the limit that `timeouts` sets for it."""
+
+
+def near_names(wanted: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the near ones, or else the first ten known."""
+    names = list(known)
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(repr(name) for name in near) + "?"
+    more = f", … ({len(names)} in all)" if len(names) > 10 else ""
+    return "known: " + ", ".join(repr(name) for name in names[:10]) + more

@@ -1,0 +1,121 @@
+"""What a run looks like: how many replicas, how many stages, which stage on which actor."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+from raypar.planning.errors import ConfigError, PlanError, near_names
+
+SCHEDULE_NAMES = ("gpipe", "1f1b")
+
+
+def _check_fields(cls: type[Any], given: dict[str, Any], error: type[ConfigError]) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in given:
+        if name not in known:
+            raise error(f"{cls.__name__} has no field {name!r}: {near_names(name, known)}")
+
+
+def _whole_number(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise PlanError(f"Plan({name}={value!r}): {name} must be a whole number of at least {least}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a model is trained on many processes. Frozen, keyword only, checked when made.
+
+    data:         replicas of the model; each trains on its share of every global batch. Default 1.
+    pipeline:     stage actors a replica, one GPU each. 1 (the default) keeps the whole model in the
+                  train worker, as plain data parallel does.
+    microbatches: parts into which a replica's share of a batch is cut. With a pipeline, more of them
+                  mean a smaller bubble; without one they accumulate gradients. Default None: 1 without
+                  a pipeline, else 4 times `pipeline`.
+    schedule:     "gpipe" (all forward passes, then all backward ones; Huang et al. 2019) or "1f1b"
+                  (one forward, one backward: fewest activations kept; Narayanan et al. 2019), the default.
+    placement:    placement[i] is the actor that holds stage i, so there are len(placement) stages.
+                  (0, 1, 0) puts stages 0 and 2 on one GPU. Default None: stage i on actor i.
+
+    Raises PlanError for a field that is unknown, out of range, or contradicts another one.
+    """
+
+    data: int = 1
+    pipeline: int = 1
+    microbatches: int = None  # type: ignore[assignment]  # always a number once the plan is made
+    schedule: str = "1f1b"
+    placement: tuple[int, ...] | None = None
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        if args:
+            raise PlanError(f"Plan takes keywords only: Plan(data={args[0]!r}, …), found Plan({args[0]!r}, …).")
+        _check_fields(cls, fields, PlanError)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        _whole_number("data", self.data, 1)
+        _whole_number("pipeline", self.pipeline, 1)
+        if self.microbatches is None:
+            object.__setattr__(self, "microbatches", 1 if self.pipeline == 1 else 4 * self.pipeline)
+        _whole_number("microbatches", self.microbatches, 1)
+        if self.schedule not in SCHEDULE_NAMES:
+            raise PlanError(
+                f"Plan(schedule={self.schedule!r}): unknown schedule; {near_names(str(self.schedule), SCHEDULE_NAMES)}"
+            )
+        if self.placement is not None:
+            object.__setattr__(self, "placement", self._checked_placement(self.placement))
+
+    def _checked_placement(self, placement: Any) -> tuple[int, ...]:
+        try:
+            actors = tuple(placement)
+        except TypeError:
+            raise PlanError(
+                f"Plan(placement={placement!r}): placement must be a list of actor numbers, one a stage."
+            ) from None
+        for actor in actors:
+            if not isinstance(actor, int) or isinstance(actor, bool) or not 0 <= actor < self.pipeline:
+                raise PlanError(
+                    f"Plan(placement={list(actors)}): found actor {actor!r}, but pipeline={self.pipeline} has actors "
+                    f"0 to {self.pipeline - 1}; change `placement` or `pipeline`."
+                )
+        skipped = sorted(set(range(self.pipeline)) - set(actors))
+        if skipped:
+            raise PlanError(
+                f"Plan(placement={list(actors)}) gives no stage to actor {skipped[0]} of pipeline={self.pipeline}; "
+                "each actor needs at least one stage: change `placement` or `pipeline`."
+            )
+        return actors
+
+    @property
+    def actor_of_stage(self) -> tuple[int, ...]:
+        """The actor of each stage, also where `placement` is None."""
+        return self.placement if self.placement is not None else tuple(range(self.pipeline))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """How long raypar waits before it calls something stuck. All in seconds.
+
+    start: until the stage actors and train workers are placed and answer; on a cluster that scales by
+           itself this includes the start of new machines. Default 900.
+    peer:  for one message or reduction from another actor inside a step; longer than the slowest step,
+           since a peer may compute that long before it sends. Default 600.
+    stop:  for processes to end by themselves before they are killed. Default 10.
+    """
+
+    start: float = 900.0
+    peer: float = 600.0
+    stop: float = 10.0
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        if args:
+            raise ConfigError(f"Timeouts takes keywords only: Timeouts(start={args[0]!r}).")
+        _check_fields(cls, fields, ConfigError)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+                raise ConfigError(f"Timeouts({field.name}={value!r}): needed a number of seconds above 0.")
