@@ -1,0 +1,207 @@
+"""From a schedule to what each actor does: one pass adds sends and receives, one check proves the result.
+
+    schedule (compute only)          edges of the stage graph
+    actor 0:  0F0 0F1 0B0 0B1        0 ─▶ 1
+    actor 1:  1F0 1B0 1F1 1B1
+         │
+         ▼  programs(schedule, edges)
+    actor 0:  0F0 send(0F0▶1) post(1B0▶0) 0F1 send(0F1▶1) …
+    actor 1:  post(0F0▶1) post(0F1▶1) 1F0 1B0 send(1B0▶0) …
+
+Messages from one actor to another share one channel and are matched by order alone (NCCL has no tags),
+so the receives of a channel are posted in the order in which the other side sends, at least `AHEAD`
+actions before they are used: a message then arrives while the actor still computes something else.
+A send starts after its action and nothing waits for it but the release of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from raypar.planning.errors import ScheduleError
+from raypar.planning.schedule import Action, Schedule, start_times
+
+AHEAD = 1
+"""How many actions before its use a receive is posted: one, so that a message arrives during a computation."""
+
+Edge = tuple[int, int]
+"""(source, target): values of stage `source` are used by stage `target`, which comes later."""
+
+
+class Message(NamedTuple):
+    """What one action sends to another stage: activations after "F", gradients after "B"."""
+
+    sender: int
+    kind: str
+    microbatch: int
+    receiver: int
+
+    def __str__(self) -> str:
+        return f"{self.sender}{self.kind}{self.microbatch}▶{self.receiver}"
+
+
+class Post(NamedTuple):
+    """Post the receive of `message`, without waiting for it."""
+
+    message: Message
+
+
+class Compute(NamedTuple):
+    """Wait for `needs` (in the order of their posting), then run `action`."""
+
+    action: Action
+    needs: tuple[Message, ...]
+
+
+class Send(NamedTuple):
+    """Start to send `message`, without waiting for it."""
+
+    message: Message
+
+
+Instruction = Post | Compute | Send
+Program = tuple[Instruction, ...]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The most that each actor holds at any time: saved activations (of one stage and micro-batch each)
+    and receive buffers (of one message each)."""
+
+    activations: tuple[int, ...]
+    receive_buffers: tuple[int, ...]
+
+
+def programs(schedule: Schedule, edges: Iterable[Edge]) -> tuple[Program, ...]:
+    """Add sends and receives to a schedule, from the edges of the stage graph."""
+    edges = sorted(set(edges))
+    placement = schedule.placement
+    later = {s: [t for u, t in edges if u == s and placement[t] != placement[s]] for s in range(len(placement))}
+    earlier = {t: [s for s, v in edges if v == t and placement[s] != placement[t]] for t in range(len(placement))}
+
+    def sent(action: Action) -> list[Message]:
+        targets = later[action.stage] if action.kind == "F" else earlier[action.stage]
+        return [Message(action.stage, action.kind, action.microbatch, target) for target in targets]
+
+    def needed(action: Action) -> list[Message]:
+        sources = earlier[action.stage] if action.kind == "F" else later[action.stage]
+        return [Message(source, action.kind, action.microbatch, action.stage) for source in sources]
+
+    # the order of each channel is the order in which its sender computes
+    channels: dict[tuple[int, int], list[Message]] = defaultdict(list)
+    for actor, row in enumerate(schedule.rows):
+        for action in row:
+            for message in sent(action):
+                channels[actor, placement[message.receiver]].append(message)
+
+    result = []
+    for actor, row in enumerate(schedule.rows):
+        used_at = {message: index for index, action in enumerate(row) for message in needed(action)}
+        posts: dict[int, list[Message]] = defaultdict(list)
+        rank: dict[Message, int] = {}
+        for (_, receiver), messages in sorted(channels.items()):
+            if receiver != actor:
+                continue
+            unknown = [message for message in messages if message not in used_at]
+            if unknown:
+                raise ScheduleError(f"the schedule {schedule.name!r} sends {unknown[0]}, which actor {actor} never uses")
+            latest = len(row)
+            for message in reversed(messages):  # not later than what comes behind it in the channel
+                latest = min(latest, max(used_at[message] - AHEAD, 0))
+                posts[latest].append(message)
+            rank.update({message: index for index, message in enumerate(messages)})
+        program: list[Instruction] = []
+        for index, action in enumerate(row):
+            program += [Post(message) for message in sorted(posts[index], key=rank.__getitem__)]
+            program.append(Compute(action, tuple(sorted(needed(action), key=lambda message: rank.get(message, -1)))))
+            program += [Send(message) for message in sent(action)]
+        result.append(tuple(program))
+    return tuple(result)
+
+
+def check(schedule: Schedule, edges: Iterable[Edge]) -> Bounds:
+    """Prove that a schedule can be run, and count what it holds at most.
+
+    Proves that each action occurs exactly once and on the actor of its stage, and, by playing the programs
+    through with channels where a send ends only when its receive is posted and everything before it in
+    the channel has been delivered, that all programs end. Raises ScheduleError otherwise.
+    """
+    _check_table(schedule)
+    start_times(schedule, lambda action: 1.0)  # the order of compute alone has no circle
+    edges = set(edges)
+    bad = [edge for edge in edges if not 0 <= edge[0] < edge[1] < len(schedule.placement)]
+    if bad:
+        raise ScheduleError(f"the edge {bad[0]} does not lead from an earlier stage to a later one")
+    return _play(schedule, programs(schedule, edges))
+
+
+def _check_table(schedule: Schedule) -> None:
+    stages, name = len(schedule.placement), schedule.name
+    kinds = sorted({action.kind for row in schedule.rows for action in row})
+    counted = Counter(action for row in schedule.rows for action in row)
+    for actor, row in enumerate(schedule.rows):
+        for action in row:
+            if action.stage >= stages or schedule.placement[action.stage] != actor:
+                raise ScheduleError(f"the schedule {name!r} has {action} on actor {actor}, which does not hold that stage")
+            if action.microbatch >= schedule.microbatches:
+                raise ScheduleError(f"the schedule {name!r} has {action}, but only {schedule.microbatches} micro-batches")
+    for stage in range(stages):
+        for microbatch in range(schedule.microbatches):
+            for kind in kinds:
+                action = Action(stage, kind, microbatch)
+                if counted[action] != 1:
+                    raise ScheduleError(f"the schedule {name!r} has {action} {counted[action]} times, needed once")
+
+
+def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
+    actors = range(len(all_programs))
+    trains = any(action.kind == "B" for row in schedule.rows for action in row)
+    posted: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
+    sent: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
+    delivered: set[Message] = set()
+    position = [0] * len(all_programs)
+    live, most_live = [0] * len(all_programs), [0] * len(all_programs)
+    buffers, most_buffers = [0] * len(all_programs), [0] * len(all_programs)
+
+    def channel(message: Message) -> tuple[int, int]:
+        return schedule.placement[message.sender], schedule.placement[message.receiver]
+
+    def step(actor: int) -> bool:
+        instruction = all_programs[actor][position[actor]]
+        if isinstance(instruction, Compute):
+            if not delivered.issuperset(instruction.needs):
+                return False
+            buffers[actor] -= len(instruction.needs)
+            if trains:
+                live[actor] += 1 if instruction.action.kind == "F" else -1
+                most_live[actor] = max(most_live[actor], live[actor])
+        elif isinstance(instruction, Post):
+            posted[channel(instruction.message)].append(instruction.message)
+            buffers[actor] += 1
+            most_buffers[actor] = max(most_buffers[actor], buffers[actor])
+        else:
+            sent[channel(instruction.message)].append(instruction.message)
+        if not isinstance(instruction, Compute):
+            there, here = sent[channel(instruction.message)], posted[channel(instruction.message)]
+            while there and here:
+                if there[0] != here[0]:
+                    raise ScheduleError(f"the schedule {schedule.name!r} sends {there[0]} where {here[0]} is awaited")
+                delivered.add(there.popleft())
+                here.popleft()
+        position[actor] += 1
+        return True
+
+    moved = True
+    while moved:
+        moved = False
+        for actor in actors:
+            while position[actor] < len(all_programs[actor]) and step(actor):
+                moved = True
+    stuck = [actor for actor in actors if position[actor] < len(all_programs[actor])]
+    if stuck:
+        waits = ", ".join(f"actor {actor} at {all_programs[actor][position[actor]]}" for actor in stuck)
+        raise ScheduleError(f"the schedule {schedule.name!r} does not end: {waits}")
+    return Bounds(tuple(most_live), tuple(most_buffers))
