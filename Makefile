@@ -1,0 +1,69 @@
+# Everything from a fresh clone: `make demo` trains, `make test` tests. Each sets up .venv first, with the versions that
+# constraints.txt pins, and again only when that file or pyproject.toml changes.
+#
+#   make demo  DEMO_FLAGS="--data 1 --pipeline 3"      PYTHON=/usr/bin/python3.12 make test
+#   make test  PYTEST_FLAGS="tests/test_plan.py -x"    PIP_FLAGS="--index-url …" make demo      (another build of torch, say)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check clean
+
+PYTHON ?=
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+DEMO_FLAGS ?= --data 2 --pipeline 2
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+DIGITS := data/digits
+
+help:
+	@echo "make demo    train a CNN on handwritten digits, data- and pipeline-parallel, on a local Ray cluster"
+	@echo "make test    run the tests"
+	@echo "make check   ruff, strict mypy, the floors of the imports"
+	@echo "make clean   remove .venv, data/ and every cache"
+
+demo: $(INSTALLED)
+	@[ -e $(DIGITS)/train.parquet -a -e $(DIGITS)/test.parquet ] || $(RUN) jobs/prepare_digits.py --out $(DIGITS)
+	@$(RUN) jobs/train_digits.py $(DEMO_FLAGS)
+
+test: $(INSTALLED)
+	@$(RUN) -m pytest $(PYTEST_FLAGS)
+
+check: $(INSTALLED)
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy raypar jobs
+	$(RUN) -m pytest -q tests/test_floors.py
+
+# The stamp is written last, so that a set-up that was broken off is done again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@found= seen=
+	for python in $(or $(PYTHON),python3 python3.12 python3.11); do
+	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
+	  case $$version in
+	    3.11|3.12) found=$$python; break ;;
+	    *) seen="$$seen $$python ($$version)" ;;
+	  esac
+	done
+	if [ -z "$$found" ]; then
+	  echo "raypar needs Python 3.11 or 3.12; found:$${seen:- none}. Name one: make PYTHON=/path/to/python3.12 …" >&2
+	  exit 1
+	fi
+	echo "Setting up $(VENV) with $$found ($$version) and the versions in constraints.txt; this takes a minute or more …"
+	rm -rf $(VENV)
+	$$found -m venv $(VENV)
+	export PIP_DISABLE_PIP_VERSION_CHECK=1
+	$(RUN) -m pip install -qq $(PIP_FLAGS) --constraint constraints.txt setuptools
+	$(RUN) -m pip install -qq $(PIP_FLAGS) --constraint constraints.txt --no-build-isolation --editable '.[jobs,dev]'
+	touch $@
+	echo "$(VENV) is ready: $$($(RUN) -c 'import torch, ray; print("torch", torch.__version__ + ", ray", ray.__version__)')."
+
+clean:
+	rm -rf $(VENV) data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.ONESHELL:
