@@ -1,0 +1,46 @@
+"""Random numbers belong to the work, not to the process.
+
+Before each forward pass the generators are seeded from what the pass computes: the run's seed, the step,
+the micro-batch (counted over all replicas) and the stage. Repeating or recomputing a step, on whichever
+process, then draws the same numbers, dropout included.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One 63-bit seed from several whole numbers; splitmix64 (Steele, Lea and Flood 2014) after each."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def seed_pass(device: torch.device, seed: int, step: int, microbatch: int, stage: int) -> None:
+    """Seed what one forward pass may draw from: torch's generators of the CPU and of `device`."""
+    value = mixed_seed(seed, step, microbatch, stage)
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(value)
+
+
+def save_state() -> Any:
+    """The state of the global generators of torch (CPU), NumPy and Python, for `restore_state`."""
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def restore_state(state: Any) -> None:
+    torch.set_rng_state(state[0])
+    np.random.set_state(state[1])
+    random.setstate(state[2])

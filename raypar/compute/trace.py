@@ -1,0 +1,130 @@
+"""The top-level forward of a model as a graph, with the user's own modules as its leaves.
+
+torch.fx runs `forward` once with stand-ins for the inputs and records what is called. Modules are not looked
+into, so their control flow, hooks, dropout and train/eval mode stay theirs; only `nn.Sequential` and
+what `descend` names are opened. What happens between the modules (ReLU, pooling, view) becomes nodes
+of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from raypar.compute.tree import Tree
+from raypar.planning.errors import ModelError, SplitError
+
+
+def bind_inputs(model: nn.Module, inputs: Tree) -> dict[str, Any]:
+    """The arguments of `model.forward` by name: a tensor is its first argument, a tuple or list its
+    positional ones, a dict its keywords. Raises ModelError when they do not fit its signature."""
+    signature = inspect.signature(model.forward)
+    try:
+        if isinstance(inputs, dict):
+            bound = signature.bind(**inputs)
+        elif isinstance(inputs, tuple | list):
+            bound = signature.bind(*inputs)
+        else:
+            bound = signature.bind(inputs)
+    except TypeError as error:
+        raise ModelError(
+            f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}. A tensor becomes its first "
+            "argument, a tuple or list its positional arguments, a dict its keyword arguments."
+        ) from None
+    return dict(bound.arguments)
+
+
+def call(model: nn.Module, inputs: Tree) -> Any:
+    """Call a whole model on inputs by the same rule as `bind_inputs`."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, descend: Collection[str]) -> None:
+        super().__init__()
+        self.descend = descend
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) is not nn.Sequential and module_qualified_name not in self.descend
+
+
+def trace(model: nn.Module, given: Collection[str] | None = None, descend: Collection[str] = ()) -> fx.Graph:
+    """The graph of `model.forward`.
+
+    given:   names of the arguments that will be passed; None: those without a default. The others keep
+             their defaults, which become part of the graph.
+    descend: names of modules that are opened, besides every `nn.Sequential`.
+
+    Raises SplitError, naming the line that cannot be traced.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if given is None:
+        given = [name for name, p in parameters.items() if p.default is p.empty]
+    fixed = {name: p.default for name, p in parameters.items() if name not in given and p.default is not p.empty}
+    try:
+        graph = _Tracer(descend).trace(model, concrete_args=fixed or None)
+    except Exception as error:
+        raise SplitError(
+            f"{type(model).__name__} cannot be split into stages: torch.fx could not trace its forward at "
+            f"{_user_line(error)}: {type(error).__name__}: {error}. Needed: a forward without control flow on tensor "
+            "values; move such code into a module of its own (modules are not looked into), or set pipeline=1."
+        ) from error
+    _drop_checks_of_fixed_arguments(graph, fixed)
+    return graph
+
+
+def _drop_checks_of_fixed_arguments(graph: fx.Graph, fixed: dict[str, Any]) -> None:
+    """fx leaves a placeholder and an assertion for each argument that keeps its default; both go."""
+    for node in list(graph.nodes):
+        is_check = node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none")
+        if is_check and not node.users and "has been specialized" in str(node.args[1]):
+            subject = node.args[0]
+            graph.erase_node(node)
+            if isinstance(subject, fx.Node) and subject.op == "call_function" and not subject.users:
+                graph.erase_node(subject)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users and node.name.rpartition("_")[0] in fixed:
+            graph.erase_node(node)
+
+
+def _user_line(error: BaseException) -> str:
+    """Where in the user's code an error came from: the innermost frame outside torch and raypar."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in frame.filename and "/raypar/compute/" not in frame.filename
+        if not frame.filename.startswith("<")
+    ]
+    return f'{frames[-1].filename}:{frames[-1].lineno} "{frames[-1].line}"' if frames else "an unknown line"
+
+
+def module_calls(graph: fx.Graph) -> list[str]:
+    """The names of the modules that a graph calls, in order of their first call."""
+    return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"))
+
+
+def attribute(model: nn.Module, name: str) -> Any:
+    """`model.a.b.c` by its dotted name."""
+    found: Any = model
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def on_meta(build_model: Any) -> nn.Module | None:
+    """The model without any storage, for looking at its structure; None where it cannot be built so."""
+    try:
+        with torch.device("meta"):
+            model = build_model()
+    except Exception:  # a model may look at its values while it is built: then it must be built for real
+        return None
+    return model if isinstance(model, nn.Module) else None

@@ -1,0 +1,36 @@
+"""Nested tuples, lists and dicts of tensors, taken apart and put together.
+
+The one place that touches `torch.utils._pytree`: torch has no public name for it yet, and its registry is
+what knows the output classes of other libraries (transformers' `ModelOutput`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+Tree = Any
+"""A tensor, or a nested tuple, list, dict or registered class of tensors and plain values."""
+
+Structure = _pytree.TreeSpec
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Structure]:
+    """The leaves of a tree, and the structure that `unflatten` needs to put them together again."""
+    return _pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: list[Any], structure: Structure) -> Tree:
+    return _pytree.tree_unflatten(leaves, structure)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    return _pytree.tree_leaves(tree)
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], tree: Tree) -> Tree:
+    """The same tree with each tensor replaced; other leaves stay."""
+    return _pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
