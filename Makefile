@@ -7,6 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
+.ONESHELL:  # a recipe is one script: what it activates lasts to its end
 .DELETE_ON_ERROR:
 .PHONY: help demo test check clean
 
@@ -16,7 +17,6 @@ PYTEST_FLAGS ?=
 DEMO_FLAGS ?= --data 2 --pipeline 2
 
 VENV := .venv
-RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 DIGITS := data/digits
 
@@ -27,17 +27,21 @@ help:
 	@echo "make clean   remove .venv, data/ and every cache"
 
 demo: $(INSTALLED)
-	@[ -e $(DIGITS)/train.parquet -a -e $(DIGITS)/test.parquet ] || $(RUN) jobs/prepare_digits.py --out $(DIGITS)
-	@$(RUN) jobs/train_digits.py $(DEMO_FLAGS)
+	@source $(VENV)/bin/activate
+	python jobs/prepare_digits.py --out $(DIGITS)
+	python jobs/train_digits.py $(DEMO_FLAGS)
 
 test: $(INSTALLED)
-	@$(RUN) -m pytest $(PYTEST_FLAGS)
+	@source $(VENV)/bin/activate
+	python -m pytest $(PYTEST_FLAGS)
 
 check: $(INSTALLED)
-	$(RUN) -m ruff check
-	$(RUN) -m ruff format --check
-	$(RUN) -m mypy raypar jobs
-	$(RUN) -m pytest -q tests/test_floors.py
+	@source $(VENV)/bin/activate
+	set -x
+	ruff check
+	ruff format --check
+	mypy raypar jobs
+	python -m pytest -q tests/test_floors.py
 
 # The stamp is written last, so that a set-up that was broken off is done again.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -56,14 +60,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	echo "Setting up $(VENV) with $$found ($$version) and the versions in constraints.txt; this takes a minute or more …"
 	rm -rf $(VENV)
 	$$found -m venv $(VENV)
+	source $(VENV)/bin/activate
 	export PIP_DISABLE_PIP_VERSION_CHECK=1
-	$(RUN) -m pip install -qq $(PIP_FLAGS) --constraint constraints.txt setuptools
-	$(RUN) -m pip install -qq $(PIP_FLAGS) --constraint constraints.txt --no-build-isolation --editable '.[jobs,dev]'
+	python -m pip install -qq $(PIP_FLAGS) --constraint constraints.txt setuptools
+	python -m pip install -qq $(PIP_FLAGS) --constraint constraints.txt --no-build-isolation --editable '.[jobs,dev]'
 	touch $@
-	echo "$(VENV) is ready: $$($(RUN) -c 'import torch, ray; print("torch", torch.__version__ + ", ray", ray.__version__)')."
+	echo "$(VENV) is ready: $$(python -c 'import torch, ray; print("torch", torch.__version__ + ", ray", ray.__version__)')."
 
 clean:
 	rm -rf $(VENV) data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.ONESHELL:
