@@ -16,6 +16,9 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?= --data 2 --pipeline 2
 
+# A demo and a test report nothing to anyone: Ray's usage statistics are off unless you turn them on.
+export RAY_USAGE_STATS_ENABLED ?= 0
+
 VENV := .venv
 INSTALLED := $(VENV)/installed
 DIGITS := data/digits
