@@ -12,7 +12,6 @@ known. The sender checks each message against the header that it once sent.
 
 from __future__ import annotations
 
-import pickle
 from collections import deque
 from collections.abc import Generator, Hashable
 from dataclasses import dataclass
@@ -84,6 +83,13 @@ def check_can_cross(leaf: Any) -> None:
         )
 
 
+def layout_of_gradients(layout: Layout) -> Layout:
+    """What comes back for a message of activations: a list of tensors, one for each that requires a gradient."""
+    parts = [part for part in layout[1] if isinstance(part, TensorLike) and part.requires_grad]
+    plain = tuple(TensorLike(part.shape, part.dtype, False) for part in parts)
+    return tree.flatten(list(plain))[1], plain
+
+
 def _layout(leaves: list[Any], structure: Structure) -> Layout:
     for leaf in leaves:
         check_can_cross(leaf)
@@ -101,15 +107,16 @@ class Outbox:
         self.layouts: dict[Hashable, Layout] = {}
         self.under_way: dict[Message, list[tuple[Work, torch.Tensor]]] = {}
 
-    def send(self, message: Message, values: Tree, key: Hashable) -> None:
-        """Start to send activations, with a header the first time; keeps the tensors until `release`."""
+    def send(self, message: Message, values: Tree, key: Hashable) -> Layout | None:
+        """Start to send activations; the tensors are kept until `release`. The first message of a key goes
+        behind a header, and its layout is returned."""
         leaves, structure = tree.flatten(values)
         layout = _layout(leaves, structure)
-        works = []
+        works: list[tuple[Work, torch.Tensor]] = []
         known = self.layouts.get(key)
         if known is None:
             self.layouts[key] = layout
-            packed = torch.frombuffer(bytearray(pickle.dumps(layout)), dtype=torch.uint8)
+            packed = torch.frombuffer(bytearray(tree.pack(*layout)), dtype=torch.uint8)
             length = torch.tensor([packed.numel()], dtype=torch.int64)
             works += [(self.link.send_header(length), length), (self.link.send_header(packed), packed)]
         elif known != layout:
@@ -119,6 +126,7 @@ class Outbox:
                 "data cannot cross a stage border: choose `split` so that it stays inside a stage."
             )
         self._start(message, leaves, works)
+        return layout if known is None else None
 
     def send_tensors(self, message: Message, tensors: list[torch.Tensor]) -> None:
         """Start to send gradients, whose shapes the receiver knows."""
@@ -141,61 +149,57 @@ class Outbox:
 class _Posted:
     works: list[Work]
     leaves: list[Any]
-    structure: Structure
+    layout: Layout
 
 
 class Inbox:
-    """The receiving end of a channel."""
+    """The receiving end of a channel.
+
+    `layouts` holds what is known of each key: read from a header for activations, told by `learn` for
+    gradients, which are shaped like the activations that were sent.
+    """
 
     def __init__(self, link: Link, device: torch.device) -> None:
         self.link = link
         self.device = device
         self.layouts: dict[Hashable, Layout] = {}
-        self.waiting: deque[tuple[Message, Hashable | Layout, bool]] = deque()
+        self.waiting: deque[tuple[Message, Hashable]] = deque()
         self.posted: dict[Message, _Posted] = {}
 
     def post(self, message: Message, key: Hashable) -> None:
-        """Post the receive of activations: at once when a message of this key came before, else as soon as its
-        header is read. What comes later in the channel waits behind it."""
-        self.waiting.append((message, key, False))
+        """Post a receive: at once when the layout of its key is known, else as soon as it is. What comes
+        later in the channel waits behind it."""
+        self.waiting.append((message, key))
         self._advance()
 
-    def post_tensors(self, message: Message, like: list[torch.Tensor]) -> None:
-        """Post the receive of gradients, shaped like the tensors that were sent."""
-        shapes = tuple(TensorLike(tensor.shape, tensor.dtype, False) for tensor in like)
-        self.waiting.append((message, (tree.flatten(list(shapes))[1], shapes), True))
+    def learn(self, key: Hashable, layout: Layout) -> None:
+        """Tell the layout of a key that comes without a header."""
+        self.layouts[key] = layout
         self._advance()
 
     def _advance(self) -> None:
-        while self.waiting:
-            message, key, is_layout = self.waiting[0]
-            layout = key if is_layout else self.layouts.get(key)
-            if layout is None:
-                return
-            structure, parts = layout  # type: ignore[misc]
-            leaves = [part.empty(self.device) if isinstance(part, TensorLike) else part for part in parts]
+        while self.waiting and self.waiting[0][1] in self.layouts:
+            message, key = self.waiting.popleft()
+            layout = self.layouts[key]
+            leaves = [part.empty(self.device) if isinstance(part, TensorLike) else part for part in layout[1]]
             works = [self.link.receive(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            for leaf, part in zip(leaves, parts, strict=True):
-                if isinstance(part, TensorLike) and part.requires_grad:
-                    leaf.requires_grad_()
-            self.posted[message] = _Posted(works, leaves, structure)
-            self.waiting.popleft()
+            self.posted[message] = _Posted(works, leaves, layout)
 
     def take(self, message: Message) -> Waiting:
         """Wait for a message that was posted; the generator returns its values."""
         while message not in self.posted:
+            first, key = self.waiting[0]
+            assert first.kind == "F", f"{message} waits behind the gradient {first}, whose layout nobody told"
             length = torch.zeros(1, dtype=torch.int64)
             yield self.link.receive_header(length)
             packed = torch.empty(int(length.item()), dtype=torch.uint8)
             yield self.link.receive_header(packed)
-            self.layouts[self.waiting[0][1]] = pickle.loads(packed.numpy().tobytes())
-            self._advance()
+            self.learn(key, tree.unpack(packed.numpy().tobytes()))
         posted = self.posted.pop(message)
         for work in posted.works:
             yield work
-        return tree.unflatten(posted.leaves, posted.structure)
-
-    @property
-    def buffers(self) -> int:
-        """The receive buffers held now, one a posted message."""
-        return len(self.posted)
+        structure, parts = posted.layout
+        for leaf, part in zip(posted.leaves, parts, strict=True):
+            if isinstance(part, TensorLike) and part.requires_grad:
+                leaf.requires_grad_()
+        return tree.unflatten(posted.leaves, structure)

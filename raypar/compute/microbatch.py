@@ -137,3 +137,9 @@ def to_arrays(batch: Tree) -> Tree:
 
     found, structure = tree.flatten(batch)
     return tree.unflatten([convert(leaf) for leaf in found], structure)
+
+
+def is_finite(values: Any) -> bool:
+    """Whether all floating-point tensors in a tree are finite."""
+    found = [leaf for leaf in tree.leaves(values) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return all(bool(torch.isfinite(leaf).all()) for leaf in found)

@@ -111,7 +111,7 @@ def cut_graph(graph: fx.Graph, split: Sequence[str]) -> list[StageGraph]:
         users = sorted({stage_of[user] for user in node.users})
         for stage in users:
             if node.op == "placeholder":
-                parts[stage].inputs.append(node.name)
+                parts[stage].inputs.append(str(node.target))
             elif stage != stage_of[node]:
                 parts[stage].receives.setdefault(stage_of[node], []).append(node.name)
                 parts[stage_of[node]].sends.setdefault(stage, []).append(node.name)
@@ -119,9 +119,12 @@ def cut_graph(graph: fx.Graph, split: Sequence[str]) -> list[StageGraph]:
                     parts[stage_of[node]].makes.append(node.name)
 
     by_name = {node.name: node for node in graph.nodes}
+    inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
     for stage, part in enumerate(parts):
         crossing = [name for source in sorted(part.receives) for name in part.receives[source]]
-        for name in [*part.inputs, *crossing]:
+        for name in part.inputs:
+            env[stage][inputs[name]] = part.graph.placeholder(name)
+        for name in crossing:
             env[stage][by_name[name]] = part.graph.placeholder(name)
     for node in graph.nodes:
         if node.op not in ("placeholder", "output"):

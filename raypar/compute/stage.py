@@ -118,13 +118,13 @@ class Stage:
         return sends, (loss[0].detach(), loss[1]) if loss else None
 
     def evaluate(
-        self, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, with_loss: bool
+        self, mode: str, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, *, with_loss: bool
     ) -> tuple[dict[int, Values], Any]:
-        """One micro-batch forward without gradients. Returns what goes to each later stage, and in the
-        last stage the loss's (sum, weight), or the model's output when `with_loss` is False."""
+        """One micro-batch forward without gradients, by the code of `mode`. Returns what goes to each later
+        stage, and in the last stage the loss's (sum, weight), or the output when `with_loss` is False."""
         with torch.no_grad():
-            found = self.codes["eval"].run(inputs, received)
-            sends, _ = self._outgoing("eval", found)
+            found = self.codes[mode].run(inputs, received)
+            sends, _ = self._outgoing(mode, found)
             if not self.is_last:
                 return sends, None
             return sends, self._loss(found[-1], targets, rows) if with_loss else found[-1]

@@ -6,6 +6,7 @@ what knows the output classes of other libraries (transformers' `ModelOutput`).
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,18 @@ def flatten(tree: Tree) -> tuple[list[Any], Structure]:
 
 def unflatten(leaves: list[Any], structure: Structure) -> Tree:
     return _pytree.tree_unflatten(leaves, structure)
+
+
+def pack(structure: Structure, also: Any) -> bytes:
+    """A structure and something else, pickled. torch's own class warns when it is unpickled, so a tree of
+    that structure goes instead."""
+    return pickle.dumps((unflatten(list(range(structure.num_leaves)), structure), also))
+
+
+def unpack(packed: bytes) -> tuple[Structure, Any]:
+    """What `pack` was given."""
+    tree, also = pickle.loads(packed)
+    return flatten(tree)[1], also
 
 
 def leaves(tree: Tree) -> list[Any]:

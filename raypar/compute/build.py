@@ -1,0 +1,110 @@
+"""From a user's `build_model` to the part of the model that one actor holds."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raypar.compute.checkpoint import read_tensors
+from raypar.compute.gradients import BucketSum, DDPSum, GradientSum
+from raypar.compute.part import Cut, ModelSpec, Part
+from raypar.compute.split import StageGraph, check_split, cut_graph, edges_of, owners
+from raypar.compute.stage import Stage, StageCode, part_of_model, whole_model
+from raypar.compute.trace import trace
+from raypar.compute.transport import Transport
+from raypar.planning.errors import ModelError
+from raypar.planning.plan import Plan
+
+
+def build_whole(spec: ModelSpec) -> nn.Module:
+    """The whole model on the CPU, the same in every process: all generators are seeded first."""
+    torch.manual_seed(spec.seed)
+    np.random.seed(spec.seed % 2**32)
+    random.seed(spec.seed)
+    model = spec.build_model()
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"build_model() returned {type(model).__name__}, needed a torch.nn.Module")
+    return model
+
+
+@contextlib.contextmanager
+def one_process_a_node() -> Iterator[None]:
+    """Whole models are built by one process of a machine at a time, so that memory holds one at most."""
+    path = os.path.join(tempfile.gettempdir(), f"raypar-build-{os.getuid()}.lock")
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) -> Part:
+    """Build the model, keep what `actor` holds, move it to `device` and free the rest."""
+    model = build_whole(spec)
+    names = list(model.state_dict())
+    placement = plan.actor_of_stage
+    cuts = {} if len(placement) == 1 else cut_model(model, spec.cut, len(placement))
+    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    owner = owners(model, list(cuts.values())) if cuts else {name: 0 for name, _ in everything}
+    _drop_others(model, {name for name, stage in owner.items() if placement[stage] != actor})
+    if spec.weights is not None:
+        mine = set(model.state_dict())
+        found = read_tensors(spec.weights, [name for name in names if name in mine], known=names)
+        model.load_state_dict(found)
+    model.to(device)
+    stages = {}
+    for stage in [stage for stage, holder in enumerate(placement) if holder == actor]:
+        codes = {mode: part_of_model(model, parts[stage]) for mode, parts in cuts.items()}
+        codes = codes or {mode: whole_model(model) for mode in ("train", "eval")}
+        stages[stage] = Stage(stage, codes, stage == len(placement) - 1, spec.loss_fn)
+    edges = {mode: edges_of(cuts[mode]) if cuts else set() for mode in ("train", "eval")}
+    return Part(model, stages, owner, edges, names)
+
+
+def cut_model(model: nn.Module, cut: Cut, stages: int) -> dict[str, list[StageGraph]]:
+    """The model's graph cut into stages, by mode: forward may read `self.training`."""
+    cuts = {}
+    was = {module: module.training for module in model.modules()}
+    for mode in ("train", "eval"):
+        if mode == "eval":
+            model.eval()
+        graph = trace(model, cut.given, cut.opened)
+        cuts[mode] = cut_graph(graph, check_split(graph, cut.split, stages))
+    for module, training in was.items():
+        module.training = training
+    return cuts
+
+
+def _drop_others(model: nn.Module, others: set[str]) -> None:
+    """Remove the parameters and buffers of other actors, and every module that held nothing else."""
+    for prefix, module in list(model.named_modules()):
+        dot = f"{prefix}." if prefix else ""
+        for tensors in (module._parameters, module._buffers):
+            for name in [name for name in tensors if dot + name in others]:
+                del tensors[name]
+    kept = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    for prefix, module in list(model.named_modules()):
+        for name, child in list(module.named_children()):
+            full = f"{prefix}.{name}" if prefix else name
+            held_others = any(other.startswith(full + ".") for other in others)
+            if held_others and not any(own.startswith(full + ".") for own in kept):
+                del module._modules[name]
+
+
+def bucket_sums(part: Part, transport: Transport) -> dict[int, GradientSum]:
+    """Gradients summed in buckets over each stage's process group."""
+    return {stage: BucketSum(part.trainable(stage), transport.same_stage(stage)) for stage in part.stages}
+
+
+def ddp_sum(part: Part, group: dist.ProcessGroup) -> dict[int, GradientSum]:
+    """Gradients summed by DDP around the whole model, whose forward goes through it in training."""
+    ddp = DDPSum(part.module, group)
+    part.stages[0].codes["train"] = StageCode(lambda inputs, _: (ddp.call(inputs),))
+    return {0: ddp}

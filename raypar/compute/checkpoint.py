@@ -1,0 +1,257 @@
+"""Checkpoints of a whole run: weights, optimizer, scheduler, position in the data, history of metrics.
+
+    <storage_path>/<name>/checkpoint_00000123/
+        model.pt          the state dict of the whole model, under the names of build_model()
+        training.pt       optimizer state by parameter name, scheduler, buffers of the other replicas
+        checkpoint.json   step, plan, position, history; size and SHA-256 of the files above
+
+The manifest is written last, so a checkpoint that was cut off at any byte has none, or one that does not
+fit its files, and is passed over. This needs no rename, which object stores do not have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+
+from raypar.planning.errors import CheckpointError
+
+FORMAT = 1
+_NAME = re.compile(r"checkpoint_(\d{8})(?:_(\d+))?")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The folder of one run, on any pyarrow file system."""
+
+    path: str
+    filesystem: pafs.FileSystem
+
+    @classmethod
+    def open(cls, storage_path: str | os.PathLike[str], name: str, filesystem: Any = None) -> Storage:
+        """The folder `name` below `storage_path`, a local path or a URI (s3://…, gs://…, hdfs://…)."""
+        fs, path = resolve(storage_path, filesystem)
+        return cls(f"{path.rstrip('/')}/{name}", fs)
+
+
+def resolve(path: str | os.PathLike[str], filesystem: Any = None) -> tuple[pafs.FileSystem, str]:
+    """A path or URI as a file system and the path inside it."""
+    text = os.fspath(path)
+    if filesystem is not None:
+        return filesystem, text
+    if "://" in text:
+        fs, inside = pafs.FileSystem.from_uri(text)
+        return fs, inside
+    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+
+
+@dataclass
+class Snapshot:
+    """All that is needed to go on from a committed step.
+
+    step:      optimizer steps committed so far.
+    model:     the whole model's state dict, replica 0's buffers included, on the CPU.
+    training:  {"optimizer": by parameter name, "scheduler": a state dict or None, "buffers": of every
+               replica, where the model has any}.
+    position:  where in the data the run is (see raypar.compute.session.Position).
+    plan:      the fields of the plan that wrote it.
+    history:   the rows of metrics reported up to here.
+    """
+
+    step: int
+    model: dict[str, torch.Tensor]
+    training: dict[str, Any]
+    position: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Hashing(io.RawIOBase):
+    """A stream that counts and hashes what is written through it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.hash = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.stream.write(view)
+        self.hash.update(view)
+        self.size += len(view)
+        return len(view)
+
+
+def write(storage: Storage, snapshot: Snapshot) -> str:
+    """Write a checkpoint and return its path. Raises CheckpointError when the store refuses it."""
+    fs = storage.filesystem
+    path = _free_path(storage, snapshot.step)
+    files = {}
+    try:
+        fs.create_dir(path, recursive=True)
+        for name, content in (("model.pt", snapshot.model), ("training.pt", snapshot.training)):
+            with fs.open_output_stream(f"{path}/{name}") as stream:
+                writer = _Hashing(stream)
+                torch.save(content, writer)
+            files[name] = {"bytes": writer.size, "sha256": writer.hash.hexdigest()}
+        manifest = {
+            "format": FORMAT,
+            "step": snapshot.step,
+            "plan": snapshot.plan,
+            "position": snapshot.position,
+            "history": snapshot.history,
+            "files": files,
+        }
+        with fs.open_output_stream(f"{path}/checkpoint.json") as stream:
+            stream.write(json.dumps(manifest, indent=1).encode())
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {snapshot.step} could not be written to {path}: {error}. Needed: a writable "
+            "storage_path with room for it; older checkpoints are untouched."
+        ) from error
+    return path
+
+
+def _free_path(storage: Storage, step: int) -> str:
+    """A name that no checkpoint has yet: a step can be saved again, at another position in the data."""
+    taken = {os.path.basename(path) for path in list_checkpoints(storage)}
+    name, again = f"checkpoint_{step:08d}", 0
+    while name in taken:
+        again += 1
+        name = f"checkpoint_{step:08d}_{again}"
+    return f"{storage.path}/{name}"
+
+
+def list_checkpoints(storage: Storage) -> list[str]:
+    """The paths of all checkpoints of a run, whole or not, oldest first."""
+    selector = pafs.FileSelector(storage.path, allow_not_found=True)
+    found = []
+    for entry in storage.filesystem.get_file_info(selector):
+        match = _NAME.fullmatch(entry.base_name)
+        if match and entry.type == pafs.FileType.Directory:
+            found.append((int(match[1]), int(match[2] or 0), entry.path))
+    return [path for _, _, path in sorted(found)]
+
+
+def newest_checkpoint(storage: Storage) -> str | None:
+    """The path of the newest checkpoint whose manifest is there and fits the sizes of its files."""
+    for path in reversed(list_checkpoints(storage)):
+        try:
+            manifest = read_manifest(path, storage.filesystem)
+        except CheckpointError:
+            continue
+        paths = [f"{path}/{name}" for name in manifest["files"]]
+        infos = storage.filesystem.get_file_info(paths)
+        if all(info.size == entry["bytes"] for info, entry in zip(infos, manifest["files"].values(), strict=True)):
+            return path
+    return None
+
+
+def keep_newest(storage: Storage, count: int | None) -> None:
+    """Delete all but the newest `count` checkpoints (None: keep all)."""
+    if count is not None:
+        for path in list_checkpoints(storage)[: -max(count, 1)]:
+            storage.filesystem.delete_dir(path)
+
+
+def read_manifest(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises CheckpointError where it is missing, cut off, or too new."""
+    try:
+        with filesystem.open_input_stream(f"{path}/checkpoint.json") as stream:
+            manifest: dict[str, Any] = json.loads(stream.read())
+        number, files = manifest["format"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no whole checkpoint: its checkpoint.json cannot be read ({error})") from error
+    if number > FORMAT:
+        raise CheckpointError(
+            f"{path} was written by a newer raypar: found format {number}, this one reads up to {FORMAT}; update raypar"
+        )
+    assert isinstance(files, dict)
+    return manifest
+
+
+def _load(path: str, name: str, manifest: dict[str, Any], filesystem: pafs.FileSystem) -> Any:
+    try:
+        with filesystem.open_input_stream(f"{path}/{name}") as stream:
+            content = stream.read()
+    except OSError as error:
+        raise CheckpointError(f"{path}/{name} cannot be read: {error}") from error
+    if hashlib.sha256(content).hexdigest() != manifest["files"][name]["sha256"]:
+        raise CheckpointError(f"{path}/{name} is damaged: its SHA-256 differs from the one in checkpoint.json")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def read(path: str, filesystem: pafs.FileSystem) -> Snapshot:
+    """Read a whole checkpoint. Raises CheckpointError where a byte is missing or wrong."""
+    manifest = read_manifest(path, filesystem)
+    return Snapshot(
+        step=manifest["step"],
+        model=_load(path, "model.pt", manifest, filesystem),
+        training=_load(path, "training.pt", manifest, filesystem),
+        position=manifest["position"],
+        plan=manifest["plan"],
+        history=manifest["history"],
+    )
+
+
+def read_state_dict(path: Any) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint as a plain state dict on the CPU, without Ray.
+
+    path: the folder of a checkpoint, local or a URI, or a `ray.train.Checkpoint`.
+
+    Raises CheckpointError where it is missing or damaged.
+    """
+    if hasattr(path, "filesystem") and hasattr(path, "path"):
+        filesystem, inside = path.filesystem, path.path
+    else:
+        filesystem, inside = resolve(path)
+    state: dict[str, torch.Tensor] = _load(inside, "model.pt", read_manifest(inside, filesystem), filesystem)
+    return state
+
+
+def read_tensors(path: str, wanted: Sequence[str], known: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The tensors `wanted` of a .safetensors or .pt file, without reading the others.
+
+    Raises CheckpointError when the file's names are not those of the model (`known`).
+    """
+    if not os.path.exists(path):
+        raise CheckpointError(f"weights={path!r}: no such file on this machine; needed a .safetensors or .pt file")
+    if path.endswith(".safetensors"):
+        from safetensors import safe_open  # heavy to import, and only this path needs it
+
+        with safe_open(path, framework="pt") as file:
+            _check_names(path, known, file.keys())
+            return {name: file.get_tensor(name) for name in wanted}
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"weights={path!r} cannot be read as a .safetensors or .pt file: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"weights={path!r} holds a {type(found).__name__}, needed a state dict")
+    _check_names(path, known, list(found))
+    return {name: found[name] for name in wanted}
+
+
+def _check_names(path: str, known: Sequence[str], found: Sequence[str]) -> None:
+    missing = [name for name in known if name not in set(found)]
+    extra = [name for name in found if name not in set(known)]
+    if missing or extra:
+        raise CheckpointError(f"{path} does not fit the model: {name_lists(missing, extra)}")
+
+
+def name_lists(missing: Sequence[str], extra: Sequence[str]) -> str:
+    """ "3 missing (a, b, c) and 1 extra (d)", the first ten of each."""
+    parts = [f"{len(names)} {what} ({', '.join(names[:10])})" for names, what in ((missing, "missing"), (extra, "extra")) if names]
+    return " and ".join(parts)

@@ -1,0 +1,328 @@
+"""The engine: what one actor does in a step.
+
+    passes of its stages, as its program lists them ─▶ gradients summed over replicas ─▶ commit
+
+The commit is one sum over all actors of all replicas: loss, weight, squared norm of the gradients. When it ends,
+every stage of every replica has finished its backward passes, all actors know the same numbers, and each
+decides the same: step the optimizer, skip, or give the step up whole.
+
+An engine's calls are generators that yield what they wait for (see raypar.compute.transport).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raypar.compute import microbatch
+from raypar.compute.channel import Inbox, Outbox, Waiting, layout_of_gradients
+from raypar.compute.gradients import GradientSum
+from raypar.compute.learning import Learner
+from raypar.compute.part import Part
+from raypar.compute.randomness import seed_pass
+from raypar.compute.stage import Values
+from raypar.compute.timing import Clock
+from raypar.compute.transport import Transport
+from raypar.compute.tree import Tree
+from raypar.planning.errors import NonFiniteError, RayparError, UserCodeError
+from raypar.planning.plan import Plan
+from raypar.planning.program import Compute, Message, Post, Program, Release, Send, check, programs
+from raypar.planning.schedule import Schedule, forward_only, schedule_of
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a replica asks of its actors: one batch, and what is to be done with it.
+
+    step:    number of the optimizer step, from 1.
+    rows:    of this replica's share of the batch; may be 0.
+    key:     describes everything about the batch's shape but the rows.
+    inputs, targets: tensors or NumPy arrays; None for an actor that needs none of them.
+    """
+
+    step: int
+    rows: int
+    key: Hashable
+    inputs: Tree
+    targets: Tree
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The outcome of one optimizer step, the same on every actor but for `lr` (None without an optimizer)."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    samples: int
+    lr: float | None
+    skipped: bool
+
+
+@dataclass
+class _Pass:
+    """What one run through a program works with."""
+
+    mode: str
+    step: int
+    sizes: list[int]
+    key: int
+    inputs: list[Tree]
+    targets: list[Tree]
+    local: dict[Message, Any]
+    sums: list[tuple[torch.Tensor, torch.Tensor]]
+    outputs: list[Any]
+    finite: list[bool] | None = None
+
+
+class Engine:
+    """One actor of one replica: its stages, its channels, its optimizer."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        replica: int,
+        actor: int,
+        part: Part,
+        learner: Learner,
+        sums: dict[int, GradientSum],
+        transport: Transport,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.plan, self.replica, self.actor = plan, replica, actor
+        self.part, self.learner, self.sums = part, learner, sums
+        self.device, self.seed = device, seed
+        self.placement = plan.actor_of_stage
+        self.clock = Clock(device)
+        self.everyone = transport.everyone()
+        self._programs: dict[tuple[str, int], Program] = {}
+        self._keys: dict[Hashable, int] = {}
+        self._outboxes: dict[int, Outbox] = {}
+        self._inboxes: dict[int, Inbox] = {}
+        for source, target in pairs(plan, part):
+            if source == actor:
+                self._outboxes[target] = Outbox(transport.link_to(target))
+            if target == actor:
+                self._inboxes[source] = Inbox(transport.link_from(source), device)
+
+    # ------------------------------------------------------------ what a replica asks for
+
+    def train_step(self, order: Order) -> Waiting:
+        """One optimizer step; returns a StepResult. Raises NonFiniteError when the loss or the gradient is
+        not finite: then nothing has changed."""
+        started = time.perf_counter()
+        self.learner.begin()
+        run = self._start("train", order)
+        yield from self._play(run)
+        found = [_total([loss for loss, _ in run.sums]), _total([weight for _, weight in run.sums])]
+        samples = order.rows if self._is_last_actor else 0
+        squares = self.learner.squared_norm() if self.replica == 0 else 0.0
+        loss, weight, squared, samples = yield from self._sum_over_all([*found, squares, samples])
+        if not (math.isfinite(loss) and math.isfinite(squared)):
+            self.learner.give_up()
+            for stage in self.part.stages.values():
+                stage.forget()
+            yield from self._find_non_finite(order, loss)
+        with self._user_code("the optimizer's step"):
+            lr, norm = self.learner.commit(weight, squared)
+        self.clock.end_step(time.perf_counter() - started)
+        mean = loss / weight if weight else math.nan
+        return StepResult(order.step, mean, norm, int(samples), lr, skipped=not weight)
+
+    def eval_step(self, order: Order) -> Waiting:
+        """Forward passes alone; returns the loss's (sum, weight) over this replica, on every actor."""
+        run = self._start("eval", order)
+        yield from self._play(run)
+        return _total([loss for loss, _ in run.sums]), _total([weight for _, weight in run.sums])
+
+    def predict(self, order: Order) -> Waiting:
+        """Forward passes alone; returns the model's output on the actor of the last stage, None elsewhere."""
+        run = self._start("predict", order)
+        yield from self._play(run)
+        return microbatch.join(run.outputs) if run.outputs else None
+
+    # ------------------------------------------------------------ one run through a program
+
+    @property
+    def _is_last_actor(self) -> bool:
+        return self.placement[-1] == self.actor
+
+    def _start(self, mode: str, order: Order) -> _Pass:
+        self.learner.set_mode(mode == "train")
+        sizes = microbatch.sizes(order.rows, self.plan.microbatches)
+
+        def cut(batch: Tree) -> list[Tree]:
+            return microbatch.cut(microbatch.to_tensors(batch, self.device), sizes) if batch is not None else [None] * len(sizes)
+
+        key = self._keys.setdefault(order.key, len(self._keys))
+        return _Pass(mode, order.step, sizes, key, cut(order.inputs), cut(order.targets), {}, [], [])
+
+    def _program(self, mode: str, microbatches: int) -> Program:
+        """The instructions of this actor, proved to end; made once for each number of micro-batches."""
+        known = self._programs.get((mode, microbatches))
+        if known is None:
+            schedule = self._schedule(mode, microbatches)
+            edges = self.part.edges["eval" if mode in ("eval", "predict") else "train"]
+            check(schedule, edges)
+            known = self._programs[mode, microbatches] = programs(schedule, edges)[self.actor]
+        return known
+
+    def _schedule(self, mode: str, microbatches: int) -> Schedule:
+        if mode != "train":
+            return forward_only(self.placement, microbatches)
+        if len(self.placement) == 1:  # DDP wants each forward pass followed by its backward pass
+            return schedule_of(Plan(microbatches=max(microbatches, 1)), microbatches)
+        return schedule_of(self.plan, microbatches)
+
+    def _play(self, run: _Pass) -> Waiting:
+        """Run the program; in training, sum each stage's gradients after its last backward pass."""
+        ready: dict[Message, Any] = {}
+        for instruction in self._program(run.mode, len(run.sizes)):
+            if isinstance(instruction, Compute):
+                received = {}
+                for message in instruction.needs:
+                    received[message.sender] = yield from self._inboxes[self.placement[message.sender]].take(message)
+                action = instruction.action
+                if action.kind == "F":
+                    self._forward(run, action.stage, action.microbatch, received, ready)
+                else:
+                    self._backward(run, action.stage, action.microbatch, received, ready)
+            elif isinstance(instruction, Post):
+                message = instruction.message
+                self._inboxes[self.placement[message.sender]].post(message, self._key_of(run, message))
+            elif isinstance(instruction, Send):
+                self._send(run, instruction.message, ready.pop(instruction.message))
+            elif isinstance(instruction, Release):
+                yield from self._outboxes[self.placement[instruction.message.receiver]].release(instruction.message)
+        if run.mode == "train":
+            for stage in self.part.stages:
+                yield from self.sums[stage].start(len(run.sizes))
+
+    def _forward(
+        self, run: _Pass, index: int, number: int, received: dict[int, Values], ready: dict[Message, Any]
+    ) -> None:
+        stage = self.part.stages[index]
+        mode = "eval" if run.mode in ("eval", "predict") else "train"
+        for source in stage.codes[mode].receives:
+            if self.placement[source] == self.actor:
+                received[source] = run.local.pop(Message(source, "F", number, index))
+        rows, is_last = run.sizes[number], number == len(run.sizes) - 1
+        seed_pass(self.device, self.seed, run.step, self.replica * self.plan.microbatches + number, index)
+        with self._user_code("forward", index, number), self.clock.measure(index, "F"):
+            if run.mode == "train":
+                with self.sums[index].around(is_last):
+                    sends, loss = stage.forward(number, run.inputs[number], received, run.targets[number], rows)
+                found: Any = loss
+            else:
+                wants_loss = run.mode != "predict"
+                sends, found = stage.evaluate(
+                    mode, run.inputs[number], received, run.targets[number], rows, with_loss=wants_loss
+                )
+        if run.finite is not None:
+            run.finite[index] &= microbatch.is_finite([sends, found])
+        if stage.is_last:
+            (run.outputs if run.mode == "predict" else run.sums).append(found)
+        for target, values in sends.items():
+            message = Message(index, "F", number, target)
+            (run.local if self.placement[target] == self.actor else ready)[message] = values
+
+    def _backward(
+        self, run: _Pass, index: int, number: int, received: dict[int, Any], ready: dict[Message, Any]
+    ) -> None:
+        stage = self.part.stages[index]
+        for target in stage.codes["train"].sends:
+            if self.placement[target] == self.actor:
+                received[target] = run.local.pop(Message(target, "B", number, index))
+        is_last = number == len(run.sizes) - 1
+        with self._user_code("backward", index, number), self.clock.measure(index, "B"), self.sums[index].around(is_last):
+            gradients = stage.backward(number, received)
+        for source, tensors in gradients.items():
+            message = Message(index, "B", number, source)
+            (run.local if self.placement[source] == self.actor else ready)[message] = tensors
+
+    def _send(self, run: _Pass, message: Message, values: Any) -> None:
+        other = self.placement[message.receiver]
+        outbox = self._outboxes[other]
+        if message.kind == "B":
+            outbox.send_tensors(message, values)
+            return
+        key = self._key_of(run, message)
+        layout = outbox.send(message, values, key)
+        if layout is not None and run.mode == "train":
+            self._inboxes[other].learn(("gradient", key), layout_of_gradients(layout))
+
+    def _key_of(self, run: _Pass, message: Message) -> Hashable:
+        """What fixes the layout of a message; that of a gradient is the one of the activations it answers."""
+        if message.kind == "B":
+            answered = Message(message.receiver, "F", message.microbatch, message.sender)
+            return ("gradient", self._key_of(run, answered))
+        return (run.mode, run.key, run.sizes[message.microbatch], message.sender, message.receiver)
+
+    # ------------------------------------------------------------ the commit and what can go wrong
+
+    def _sum_over_all(self, numbers: list[float]) -> Waiting:
+        if self.everyone is None:
+            return numbers
+        vector = torch.tensor(numbers, dtype=torch.float64)
+        yield self.everyone.sum(vector)
+        return vector.tolist()
+
+    def _find_non_finite(self, order: Order, loss: float) -> Waiting:
+        """Play the forward passes of the failed step again, to name the first stage that is not finite."""
+        run = self._start("search", order)
+        run.finite = [True] * len(self.placement)
+        in_batch = not microbatch.is_finite(run.inputs)
+        yield from self._play(run)
+        self.learner.give_up()
+        bad = yield from self._sum_over_all([float(in_batch), *(float(not ok) for ok in run.finite)])
+        first = next((stage for stage, count in enumerate(bad[1:]) if count), None)
+        what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+        where = f"the first values that are not finite come out of stage {first}" if first is not None else "all stages' outputs are finite"
+        if bad[0]:
+            where = f"the batch itself holds values that are not finite, and so does stage {first}'s output"
+        raise NonFiniteError(
+            f"{what} at step {order.step}: {where}. The step was not committed. Look at that batch or stage, lower "
+            "the learning rate, or set max_grad_norm.",
+            step=order.step,
+            stage=first,
+        )
+
+    @contextmanager
+    def _user_code(self, what: str, stage: int | None = None, number: int | None = None) -> Iterator[None]:
+        """Give an exception of the user's model, loss or optimizer an address."""
+        try:
+            yield
+        except RayparError:
+            raise
+        except Exception as error:
+            place = f"replica {self.replica}, " + (f"stage {stage}, micro-batch {number}" if stage is not None else f"actor {self.actor}")
+            trace = "".join(traceback.format_exception(error))
+            raise UserCodeError(
+                f"{place}: {what} raised {type(error).__name__}: {error}\n{trace}", replica=self.replica, stage=stage
+            ) from error
+
+
+def pairs(plan: Plan, part: Part) -> set[tuple[int, int]]:
+    """The ordered pairs of actors that exchange messages: along each edge, and back with gradients."""
+    placement = plan.actor_of_stage
+    found = set()
+    for mode, edges in part.edges.items():
+        for source, target in edges:
+            if placement[source] != placement[target]:
+                found.add((placement[source], placement[target]))
+                if mode == "train":
+                    found.add((placement[target], placement[source]))
+    return found
+
+
+def _total(values: list[torch.Tensor]) -> float:
+    """The sum of scalars in their order, with one wait for the device."""
+    return math.fsum(torch.stack([v.reshape(()).double() for v in values]).tolist()) if values else 0.0

@@ -1,0 +1,64 @@
+"""What a model is made of, as an actor sees it: what the user gave, and the part that the actor holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from raypar.compute.split import Edge
+from raypar.compute.stage import LossFunction, Stage
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a model is cut, the same on all actors.
+
+    split:  names of the modules at which a new stage begins, in the order of their calls.
+    opened: names of modules that tracing looks into.
+    given:  names of the arguments of forward that batches pass; None: those without a default.
+    """
+
+    split: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
+    given: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What `parallelize` was given, as every actor needs it."""
+
+    build_model: Callable[[], nn.Module]
+    loss_fn: LossFunction
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    max_grad_norm: float | None = None
+    weights: str | None = None
+    seed: int = 0
+    cut: Cut = field(default_factory=Cut)
+
+
+@dataclass
+class Part:
+    """What one actor holds.
+
+    module: the user's model without the modules of other actors; names and types are the whole model's.
+    stages: the actor's stages.
+    owner:  the stage of each parameter and buffer of the whole model.
+    edges:  of the stage graph, by mode.
+    names:  of the whole model's state dict, in its order.
+    """
+
+    module: nn.Module
+    stages: dict[int, Stage]
+    owner: dict[str, int]
+    edges: dict[str, set[Edge]]
+    names: list[str]
+
+    def trainable(self, stage: int) -> list[nn.Parameter]:
+        """The parameters of one stage that are trained, in the order of the model."""
+        named = self.module.named_parameters()
+        return [p for name, p in named if p.requires_grad and self.owner[name] == stage]

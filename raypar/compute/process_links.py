@@ -1,0 +1,135 @@
+"""Links and collectives over torch.distributed, for engines in processes of their own.
+
+A process group for each ordered pair of actors that exchange anything: NCCL runs the operations of a group one
+after the other, so two directions on one group would wait for each other. Activations and gradients go over
+NCCL on GPUs and Gloo on CPUs; headers and the commit go over Gloo always.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raypar.compute.transport import Done
+from raypar.planning.plan import Plan, Timeouts
+
+
+class ProcessWork:
+    """A torch.distributed operation under way."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def ready(self) -> bool:
+        return bool(self.work.is_completed())
+
+    def wait(self) -> None:
+        self.work.wait()
+
+
+class ProcessLink:
+    """One direction between two processes."""
+
+    def __init__(self, data: dist.ProcessGroup, headers: dist.ProcessGroup, peer: int) -> None:
+        self.data = data
+        self.headers = headers
+        self.peer = peer
+
+    def send(self, tensor: torch.Tensor) -> ProcessWork:
+        return ProcessWork(dist.isend(tensor, group=self.data, group_dst=self.peer))
+
+    def receive(self, tensor: torch.Tensor) -> ProcessWork:
+        return ProcessWork(dist.irecv(tensor, group=self.data, group_src=self.peer))
+
+    def send_header(self, header: torch.Tensor) -> ProcessWork:
+        return ProcessWork(dist.isend(header, group=self.headers, group_dst=self.peer))
+
+    def receive_header(self, header: torch.Tensor) -> ProcessWork:
+        return ProcessWork(dist.irecv(header, group=self.headers, group_src=self.peer))
+
+
+class ProcessCollective:
+    """All members of a process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+
+    def sum(self, tensor: torch.Tensor) -> ProcessWork | Done:
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        return Done() if work is None else ProcessWork(work)
+
+
+class ProcessTransport:
+    """The connections of the stage actor `rank = replica * plan.pipeline + actor`.
+
+    The default process group, of all stage actors, must be there (`join_world`). Groups are made for `pairs`, the
+    ordered pairs of actors of a replica that exchange messages, and for each stage of this actor; each
+    group only by its members, in one order everywhere.
+    """
+
+    def __init__(self, plan: Plan, replica: int, actor: int, pairs: Iterable[tuple[int, int]], timeouts: Timeouts) -> None:
+        cuda = dist.is_nccl_available() and torch.cuda.is_available()
+        data = "nccl" if cuda else "gloo"
+        limit = datetime.timedelta(seconds=timeouts.peer)
+
+        def group(ranks: list[int], backend: str) -> dist.ProcessGroup:
+            made = dist.new_group(sorted(ranks), timeout=limit, backend=backend, use_local_synchronization=True)
+            assert isinstance(made, dist.ProcessGroup)
+            return made
+
+        first = replica * plan.pipeline
+        self._to: dict[int, ProcessLink] = {}
+        self._from: dict[int, ProcessLink] = {}
+        for source, target in sorted(set(pairs)):
+            if actor in (source, target):
+                ranks = [first + source, first + target]
+                tensors = group(ranks, data)
+                headers = group(ranks, "gloo") if cuda else tensors
+                peer = target if actor == source else source
+                links = self._to if actor == source else self._from
+                links[peer] = ProcessLink(tensors, headers, sorted(ranks).index(first + peer))
+        self._stages: dict[int, ProcessCollective] = {}
+        if plan.data > 1:
+            for stage, holder in enumerate(plan.actor_of_stage):
+                if holder == actor:
+                    ranks = [other * plan.pipeline + actor for other in range(plan.data)]
+                    self._stages[stage] = ProcessCollective(group(ranks, data))
+        self._everyone = ProcessCollective(dist.group.WORLD) if dist.get_world_size() > 1 else None
+
+    def link_to(self, actor: int) -> ProcessLink:
+        return self._to[actor]
+
+    def link_from(self, actor: int) -> ProcessLink:
+        return self._from[actor]
+
+    def same_stage(self, stage: int) -> ProcessCollective | None:
+        return self._stages.get(stage)
+
+    def everyone(self) -> ProcessCollective | None:
+        return self._everyone
+
+
+def open_store(host: str, world_size: int, timeouts: Timeouts) -> dist.TCPStore:
+    """The store at which a world meets, served by this process on a free port (`.port`)."""
+    limit = datetime.timedelta(seconds=timeouts.start)
+    return dist.TCPStore(host, 0, world_size, is_master=True, timeout=limit, wait_for_workers=False)
+
+
+def join_world(store: dist.TCPStore, rank: int, world_size: int, timeouts: Timeouts) -> None:
+    """Make the default process group of all stage actors, over Gloo."""
+    limit = datetime.timedelta(seconds=timeouts.peer)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+
+
+def leave_world() -> None:
+    """Destroy all groups. Neighbours that wait on one of them fail at once, once the last reference to it is
+    gone: so whoever calls this drops its transport first."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
