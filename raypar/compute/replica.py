@@ -1,0 +1,242 @@
+"""One replica of the model, as a train loop uses it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, overload
+
+import numpy as np
+import torch
+
+from raypar.compute import microbatch
+from raypar.compute.checkpoint import name_lists
+from raypar.compute.engine import Order, StepResult
+from raypar.compute.session import Position, Session, current
+from raypar.compute.timing import Timing
+from raypar.compute.tree import Tree
+from raypar.planning.errors import CheckpointError, DataError, NonFiniteError, UsageError
+
+IN_FLIGHT = 2
+"""Steps that may be under way at once: one that computes, one whose batch is already there."""
+
+
+@dataclass
+class ReplicaState:
+    """The state of one replica on the CPU: `model` under the names of build_model(), empty where it was not asked
+    for; the optimizer's by parameter name; `buffers` are this replica's own."""
+
+    model: dict[str, torch.Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: Any = None
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Actors(Protocol):
+    """What holds the stages of one replica: this process, all engines of local mode, or stage actors."""
+
+    def train(self, order: Order) -> Callable[[], StepResult]:
+        """Start a step; the function returned waits for its result."""
+
+    def evaluate(self, order: Order) -> tuple[float, float]:
+        """The loss's (sum, weight) over this replica's rows."""
+
+    def predict(self, order: Order) -> Tree: ...
+
+    def state(self, *, with_model: bool) -> ReplicaState: ...
+
+    def load_model(self, state: dict[str, torch.Tensor]) -> None: ...
+
+    def names(self) -> list[str]:
+        """The names of the whole model's state dict."""
+
+    def timings(self) -> list[Timing]:
+        """What each actor measured since the last call."""
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Where each actor is and what it holds."""
+
+
+class StepOutput:
+    """The outcome of `train_step`. `step` is known at once; everything else waits for the step to end.
+
+    loss:      the mean over the global batch, the same on every replica.
+    grad_norm: of the whole model's gradient, before clipping.
+    samples:   rows of the global batch.
+    lr:        the learning rate of the first parameter group in this step; None where nothing is trained.
+    skipped:   True where the step changed nothing, since the global batch had no row.
+    """
+
+    def __init__(self, step: int, wait: Callable[[], StepResult]) -> None:
+        self.step = step
+        self._wait = wait
+        self._result: StepResult | None = None
+
+    def result(self) -> StepResult:
+        """Wait for the step; raises the error that ended it."""
+        if self._result is None:
+            self._result = self._wait()
+        return self._result
+
+    @property
+    def loss(self) -> float:
+        return self.result().loss
+
+    @property
+    def grad_norm(self) -> float:
+        return self.result().grad_norm
+
+    @property
+    def samples(self) -> int:
+        return self.result().samples
+
+    @property
+    def lr(self) -> float | None:
+        return self.result().lr
+
+    @property
+    def skipped(self) -> bool:
+        return self.result().skipped
+
+
+@dataclass(frozen=True)
+class EvalOutput:
+    """The outcome of `eval_step`: the mean loss and the number of rows of the global batch."""
+
+    loss: float
+    samples: int
+
+
+class Replica:
+    """One replica of the model: made by `raypar.parallelize`, used by one train loop."""
+
+    def __init__(self, session: Session, actors: Actors) -> None:
+        self._session = session
+        self._actors = actors
+        self._in_flight: deque[tuple[StepOutput, Position]] = deque()
+        self._step = session.step
+        self._position = session.position.copy()
+        self._names = actors.names()
+
+    def train_step(self, inputs: Any, targets: Any) -> StepOutput:
+        """One optimizer step on this replica's share of a global batch; returns without waiting for it.
+
+        inputs:  a tensor, or a tuple, list or dict of them, rows first: the arguments of the model's forward.
+        targets: likewise, given to loss_fn. Both may have no row where others have some.
+
+        At most two steps are under way; an error of one is raised at the next call.
+        """
+        self._wait_until_in_flight(IN_FLIGHT - 1)
+        order = self._order(self._step + 1, inputs, targets)
+        self._step += 1
+        position = self._session.trained_on_batch()
+        output = StepOutput(order.step, lambda: self._settle(output, wait))
+        wait = self._actors.train(order)
+        self._in_flight.append((output, position))
+        return output
+
+    def eval_step(self, inputs: Any, targets: Any) -> EvalOutput:
+        """The loss of a batch in eval mode, without gradients. All replicas call it alike."""
+        self.wait()
+        order = self._order(self._step, inputs, targets)
+        loss, weight = self._actors.evaluate(order)
+        total = self._session.sum(torch.tensor([loss, weight, order.rows], dtype=torch.float64)).tolist()
+        return EvalOutput(total[0] / total[1] if total[1] else float("nan"), int(total[2]))
+
+    def predict(self, inputs: Any) -> Any:
+        """The model's output for this replica's rows in eval mode, on the CPU."""
+        self.wait()
+        return self._actors.predict(self._order(self._step, inputs, None))
+
+    @overload
+    def sum(self, value: float) -> float: ...
+    @overload
+    def sum(self, value: torch.Tensor) -> torch.Tensor: ...
+    def sum(self, value: float | torch.Tensor) -> float | torch.Tensor:
+        """A number or tensor (correct answers, tokens) added over all replicas. All call it alike."""
+        self.wait()
+        if isinstance(value, torch.Tensor):
+            return self._session.sum(value.detach().clone())
+        total = self._session.sum(torch.tensor(value, dtype=torch.float64)).item()
+        return int(total) if isinstance(value, int | np.integer) else total
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights and buffers of the whole model on the CPU, under the names of build_model()."""
+        self.wait()
+        return self._actors.state(with_model=True).model
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over weights and buffers of the whole model; every replica must be given the same.
+
+        Raises CheckpointError when names are missing or unknown, or a shape differs.
+        """
+        self.wait()
+        missing = [name for name in self._names if name not in state]
+        extra = [name for name in state if name not in set(self._names)]
+        if missing or extra:
+            raise CheckpointError(f"load_state_dict: the names do not fit the model: {name_lists(missing, extra)}")
+        self._actors.load_model(state)
+
+    def timings(self) -> list[Timing]:
+        """What each actor of this replica measured since the last call: seconds of its stages' passes, and of
+        whole steps. Their difference is the time in which it waited."""
+        self.wait()
+        return self._actors.timings()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One entry an actor: replica, actor, its stages with the modules of each, device, node, process."""
+        return self._actors.describe()
+
+    def wait(self) -> None:
+        """Wait for all steps under way; raises the error of the first that failed."""
+        self._wait_until_in_flight(0)
+
+    def _wait_until_in_flight(self, most: int) -> None:
+        while len(self._in_flight) > most:
+            self._in_flight[0][0].result()
+
+    def _settle(self, output: StepOutput, wait: Callable[[], StepResult]) -> StepResult:
+        """Wait for a step and all before it, in their order."""
+        while self._in_flight[0][0] is not output:
+            self._in_flight[0][0].result()
+        try:
+            result = wait()
+        except NonFiniteError as error:
+            path = self._session.save(self._actors, output.step - 1, self._position)
+            raise error.with_checkpoint(path) from None
+        _, self._position = self._in_flight.popleft()
+        self._session.step = output.step
+        self._session.committed(result.samples, result.loss, result.step)
+        return result
+
+    def _order(self, step: int, inputs: Any, targets: Any) -> Order:
+        rows = microbatch.rows_of(inputs)
+        if targets is not None and microbatch.rows_of(targets) != rows:
+            raise DataError(
+                f"found {rows} rows of inputs and {microbatch.rows_of(targets)} rows of targets, needed as many of both"
+            )
+        key = (microbatch.describe(inputs), microbatch.describe(targets))
+        return Order(step, rows, key, inputs, targets)
+
+
+def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:
+    """Report metrics, as ray.train.report does; with a replica, save a checkpoint of the run too.
+
+    metrics: numbers by name; those of the first replica are kept, with `step` and `epoch` beside them.
+    All replicas call it alike; it waits for the steps under way and for all replicas.
+
+    Raises CheckpointError when the checkpoint cannot be written; the run can go on without it.
+    """
+    session = current("report")
+    if not isinstance(metrics, dict):
+        raise UsageError(f"raypar.report({metrics!r}): needed a dict of metrics by name")
+    if replica is not None:
+        replica.wait()
+    row = {name: value.item() if isinstance(value, torch.Tensor | np.generic) else value for name, value in metrics.items()}
+    row = {"step": session.step, "epoch": session.position.epoch, **row}
+    session.history.append(row)
+    path = None
+    if replica is not None:
+        path = session.save(replica._actors, session.step, session.position_to_save())
+    session.publish(row, path)
