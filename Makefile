@@ -1,8 +1,8 @@
 # Everything from a fresh clone: `make demo` trains, `make test` tests. Each sets up .venv first, with the versions that
 # constraints.txt pins, and again only when that file or pyproject.toml changes.
 #
-#   make demo  DEMO_FLAGS="--data 1 --pipeline 3"      PYTHON=/usr/bin/python3.12 make test
-#   make test  PYTEST_FLAGS="tests/test_plan.py -x"    PIP_FLAGS="--index-url …" make demo      (another build of torch, say)
+#   make demo DEMO_FLAGS="--data 1 --pipeline 3"      make test PYTHON=/usr/bin/python3.12
+#   make test PYTEST_FLAGS="tests/test_floors.py -x"  make demo PIP_FLAGS="--index-url …"   (another build of torch)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -68,7 +68,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	python -m pip install -qq $(PIP_FLAGS) --constraint constraints.txt setuptools
 	python -m pip install -qq $(PIP_FLAGS) --constraint constraints.txt --no-build-isolation --editable '.[jobs,dev]'
 	touch $@
-	echo "$(VENV) is ready: $$(python -c 'import torch, ray; print("torch", torch.__version__ + ", ray", ray.__version__)')."
+	echo "$(VENV) is ready: $$(python -c 'import ray, torch; print(f"torch {torch.__version__}, ray {ray.__version__}")')."
 
 clean:
 	rm -rf $(VENV) data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
