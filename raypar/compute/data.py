@@ -88,14 +88,14 @@ def _as_array(name: str, column: str, chunks: pa.ChunkedArray) -> np.ndarray:
     if chunks.null_count:
         raise DataError(f"batches({name!r}): column {column!r} has {chunks.null_count} nulls; fill them or drop these rows")
     array = chunks.combine_chunks()
-    shape: list[int] = []
-    if isinstance(array.type, pa.FixedShapeTensorType):
-        shape, array = list(array.type.shape), array.storage
+    is_tensor = isinstance(chunks.type, pa.FixedShapeTensorType)
+    array = array.storage if is_tensor else array
+    sizes = []
+    while pa.types.is_fixed_size_list(array.type):
+        sizes.append(array.type.list_size)
+        array = array.flatten()
+    shape = list(chunks.type.shape) if is_tensor else sizes
     kind = array.type
-    while pa.types.is_fixed_size_list(kind):
-        if not shape or isinstance(chunks.type, pa.DataType) and not isinstance(chunks.type, pa.FixedShapeTensorType):
-            shape.append(kind.list_size)
-        array, kind = array.flatten(), kind.value_type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         raise DataError(
             f"batches({name!r}): column {column!r} has type {chunks.type}, needed numbers, booleans, or lists of a fixed "

@@ -158,6 +158,8 @@ class Engine:
     def _start(self, mode: str, order: Order) -> _Pass:
         self.learner.set_mode(mode == "train")
         sizes = microbatch.sizes(order.rows, self.plan.microbatches)
+        if mode == "predict" and not sizes:  # the output of no row has a shape too
+            sizes = [0]
 
         def cut(batch: Tree) -> list[Tree]:
             return microbatch.cut(microbatch.to_tensors(batch, self.device), sizes) if batch is not None else [None] * len(sizes)

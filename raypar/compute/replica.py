@@ -71,12 +71,17 @@ class StepOutput:
     def __init__(self, step: int, wait: Callable[[], StepResult]) -> None:
         self.step = step
         self._wait = wait
-        self._result: StepResult | None = None
+        self._result: StepResult | BaseException | None = None
 
     def result(self) -> StepResult:
-        """Wait for the step; raises the error that ended it."""
+        """Wait for the step; raises the error that ended it, each time it is asked."""
         if self._result is None:
-            self._result = self._wait()
+            try:
+                self._result = self._wait()
+            except Exception as error:
+                self._result = error
+        if isinstance(self._result, BaseException):
+            raise self._result
         return self._result
 
     @property

@@ -1,0 +1,165 @@
+"""Actors that live in this process: one engine in a train worker, or all engines of a replica in local mode."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from raypar.compute import microbatch, randomness
+from raypar.compute.build import bucket_sums
+from raypar.compute.channel import Waiting
+from raypar.compute.checkpoint import Snapshot
+from raypar.compute.engine import Engine, Order, StepResult
+from raypar.compute.gradients import GradientSum
+from raypar.compute.learning import Learner
+from raypar.compute.memory_links import take_turns
+from raypar.compute.part import ModelSpec, Part
+from raypar.compute.replica import ReplicaState
+from raypar.compute.timing import Timing
+from raypar.compute.transport import Transport
+from raypar.compute.tree import Tree
+from raypar.planning.errors import CheckpointError
+from raypar.planning.plan import Plan
+
+Drive = Callable[[Sequence[Waiting]], list[Any]]
+"""Runs the calls of all engines of a replica to their ends and returns what each returned."""
+
+
+def make_engine(
+    spec: ModelSpec,
+    plan: Plan,
+    replica: int,
+    actor: int,
+    part: Part,
+    transport: Transport,
+    device: torch.device,
+    sums: dict[int, GradientSum] | None = None,
+    snapshot: Snapshot | None = None,
+) -> Engine:
+    """The engine of one actor over its part of the model, restored where there is a snapshot."""
+    learner = Learner(part, spec)
+    engine = Engine(plan, replica, actor, part, learner, sums or bucket_sums(part, transport), transport, device, spec.seed)
+    if snapshot is not None:
+        restore(engine, snapshot)
+    return engine
+
+
+def restore(engine: Engine, snapshot: Snapshot) -> None:
+    """Take over this actor's part of a checkpoint: weights, this replica's buffers, optimizer, scheduler."""
+    buffers = snapshot.training["buffers"]
+    own = buffers[engine.replica] if engine.replica < len(buffers) else {}
+    load_model(engine, {**snapshot.model, **own})
+    engine.learner.load_state(snapshot.training)
+
+
+def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
+    """Take over the values of this actor's parameters and buffers. Raises CheckpointError for missing names
+    or other shapes, before anything has changed."""
+    mine = engine.part.module.state_dict()
+    missing = [name for name in mine if name not in state]
+    if missing:
+        raise CheckpointError(f"the state lacks {len(missing)} names of the model: {', '.join(missing[:10])}")
+    wrong = [name for name, tensor in mine.items() if state[name].shape != tensor.shape]
+    if wrong:
+        found = ", ".join(f"{name} {tuple(state[name].shape)} for {tuple(mine[name].shape)}" for name in wrong[:10])
+        raise CheckpointError(f"the state has {len(wrong)} tensors of another shape than the model: {found}")
+    engine.part.module.load_state_dict({name: state[name] for name in mine})
+
+
+def state_of(engine: Engine, *, with_model: bool) -> ReplicaState:
+    """This actor's part of its replica's state, copied to the CPU."""
+    module = engine.part.module
+    model = module.state_dict()
+    persistent = [name for name, _ in module.named_buffers(remove_duplicate=False) if name in model]
+
+    def copy(names: Any) -> dict[str, torch.Tensor]:
+        return {name: model[name].detach().to("cpu", copy=True) for name in names}
+
+    state = engine.learner.state()
+    return ReplicaState(copy(model) if with_model else {}, state["optimizer"], state["scheduler"], copy(persistent))
+
+
+def merge(states: Sequence[ReplicaState], names: Sequence[str]) -> ReplicaState:
+    """The states of all actors of a replica as one, in the order of the whole model."""
+    merged = ReplicaState()
+    for state in states:
+        merged.model.update(state.model)
+        merged.optimizer.update(state.optimizer)
+        merged.buffers.update(state.buffers)
+        merged.scheduler = merged.scheduler if merged.scheduler is not None else state.scheduler
+    merged.model = {name: merged.model[name] for name in names if name in merged.model}
+    return merged
+
+
+def describe(engine: Engine) -> dict[str, Any]:
+    """What an actor holds, for people: each stage with the names of its top modules."""
+    owner = engine.part.owner
+    stages = {}
+    for stage in engine.part.stages:
+        inside = [name.rpartition(".")[0] for name, holder in owner.items() if holder == stage]
+        stages[stage] = list(dict.fromkeys(inside))
+    return {
+        "replica": engine.replica,
+        "actor": engine.actor,
+        "stages": stages,
+        "device": str(engine.device),
+        "pid": os.getpid(),
+        "parameters": sum(p.numel() for p in engine.part.module.parameters()),
+    }
+
+
+class InProcessActors:
+    """The actors of one replica, all in this process.
+
+    drive_step: runs a training step of all engines; replicas in local mode take their turns in it.
+    The global random generators are given back as they were: the engine seeds them for each pass.
+    """
+
+    def __init__(self, engines: Sequence[Engine], drive_step: Drive = take_turns) -> None:
+        self.engines = engines
+        self.drive_step = drive_step
+
+    def _run(self, calls: Sequence[Waiting], drive: Drive = take_turns) -> list[Any]:
+        kept = randomness.save_state()
+        try:
+            return drive(calls)
+        finally:
+            randomness.restore_state(kept)
+
+    def train(self, order: Order) -> Callable[[], StepResult]:
+        results: list[StepResult] = self._run([engine.train_step(order) for engine in self.engines], self.drive_step)
+        return lambda: with_lr(results)
+
+    def evaluate(self, order: Order) -> tuple[float, float]:
+        sums = self._run([engine.eval_step(order) for engine in self.engines])
+        return sum(loss for loss, _ in sums), sum(weight for _, weight in sums)
+
+    def predict(self, order: Order) -> Tree:
+        outputs = self._run([engine.predict(order) for engine in self.engines])
+        holder = self.engines[0].placement[-1]
+        return microbatch.to_tensors(outputs[holder], torch.device("cpu"))
+
+    def state(self, *, with_model: bool) -> ReplicaState:
+        return merge([state_of(engine, with_model=with_model) for engine in self.engines], self.names())
+
+    def load_model(self, state: dict[str, torch.Tensor]) -> None:
+        for engine in self.engines:
+            load_model(engine, state)
+
+    def names(self) -> list[str]:
+        return self.engines[0].part.names
+
+    def timings(self) -> list[Timing]:
+        return [engine.clock.read() for engine in self.engines]
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [describe(engine) for engine in self.engines]
+
+
+def with_lr(results: Sequence[StepResult]) -> StepResult:
+    """The results of a replica's actors as one: they are equal, but only those with an optimizer know the rate."""
+    return next((result for result in results if result.lr is not None), results[0])
+

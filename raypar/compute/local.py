@@ -1,0 +1,251 @@
+"""Local mode: a whole run in one process, without Ray, repeatable to the bit.
+
+Each replica's train loop has a thread, but only one of them runs at any time: the turn passes on inside raypar's
+calls alone, where replicas need each other. The engines of all stages and replicas then take turns in the thread
+that came last.
+
+    replica 0   loop ──▶ train_step · waits ························ ──▶ goes on when its turn comes
+    replica 1   ······················ loop ──▶ train_step: runs both replicas' engines ──▶ goes on
+"""
+
+from __future__ import annotations
+
+import contextvars
+import random
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from raypar.compute import randomness
+from raypar.compute.build import build_part
+from raypar.compute.channel import Waiting
+from raypar.compute.checkpoint import Storage, keep_newest, newest_checkpoint, read
+from raypar.compute.in_process import InProcessActors, make_engine
+from raypar.compute.memory_links import MemoryWorld, take_turns
+from raypar.compute.part import Cut, ModelSpec
+from raypar.compute.profile import measure_units
+from raypar.compute.session import Session, enter
+from raypar.planning.errors import UsageError
+from raypar.planning.plan import Plan, Timeouts
+
+CPU = torch.device("cpu")
+
+
+class _Stopped(BaseException):
+    """Ends the loop of a replica because another one has failed."""
+
+
+class Turns:
+    """Which of several threads may run. They switch only in `meet` and when one ends."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.changed = threading.Condition()
+        self.turn = 0
+        self.arrived: dict[int, Any] = {}
+        self.results: dict[int, Any] = {}
+        self.ended: set[int] = set()
+        self.stopped = False
+
+    def meet(self, rank: int, value: Any, act: Callable[[list[Any]], list[Any]]) -> Any:
+        """Wait until all threads have come here; the last one calls `act` on their values, in the order of
+        their ranks; each gets its own of the results. An error of `act` is raised in all of them."""
+        if self.size == 1:
+            return act([value])[0]
+        with self.changed:
+            self._check()
+            self.arrived[rank] = value
+            if len(self.arrived) == self.size:
+                values = [self.arrived[other] for other in range(self.size)]
+                self.arrived.clear()
+                try:
+                    self.results = dict(enumerate(act(values)))
+                except Exception as error:
+                    self.results = dict.fromkeys(range(self.size), error)
+            elif self.ended:
+                raise UsageError(
+                    f"replica {rank} waits for all replicas, but the loop of replica {min(self.ended)} has ended: all "
+                    "replicas must call train_step, eval_step, sum and report the same number of times"
+                )
+            else:
+                state = randomness.save_state()
+                self._pass_on(rank)
+                self.wait_for_turn(rank)
+                randomness.restore_state(state)
+            result = self.results.pop(rank)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def wait_for_turn(self, rank: int) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == rank or self.stopped)
+            self._check()
+
+    def end(self, rank: int) -> None:
+        """The loop of `rank` is over; whoever waits for it in `meet` finds out when its turn comes."""
+        with self.changed:
+            self.ended.add(rank)
+            if self.arrived:
+                waiting = min(self.arrived)
+                self.results = dict.fromkeys(
+                    self.arrived,
+                    UsageError(
+                        f"replica {waiting} waits for all replicas, but the loop of replica {rank} has ended: all "
+                        "replicas must call train_step, eval_step, sum and report the same number of times"
+                    ),
+                )
+                self.arrived.clear()
+            self._pass_on(rank)
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+
+    def _pass_on(self, rank: int) -> None:
+        """Give the turn to the next thread that can go on."""
+        following = [(rank + offset) % self.size for offset in range(1, self.size)]
+        free = [other for other in following if other not in self.ended and other not in self.arrived]
+        if free:
+            self.turn = free[0]
+            self.changed.notify_all()
+
+    def _check(self) -> None:
+        if self.stopped:
+            raise _Stopped
+
+
+class LocalSession(Session):
+    """A replica in local mode."""
+
+    def __init__(self, run: _Run, rank: int, datasets: dict[str, Any]) -> None:
+        super().__init__(run.plan, rank, datasets, run.storage, run.timeouts)
+        self.run = run
+
+    def gather(self, value: Any) -> list[Any]:
+        found: list[Any] = self.run.turns.meet(self.rank, value, lambda values: [list(values)] * len(values))
+        return found
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        def add(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            total = tensors[0].clone()
+            for other in tensors[1:]:
+                total += other
+            return [total.clone() for _ in tensors]
+
+        found: torch.Tensor = self.run.turns.meet(self.rank, tensor, add)
+        return found
+
+    def measure(self, spec: ModelSpec, units: Cut, example_inputs: Any) -> list[float]:
+        return measure_units(spec, units, example_inputs, CPU)
+
+    def start_actors(self, spec: ModelSpec) -> InProcessActors:
+        snapshot = read(self.restored, self.storage.filesystem) if self.restored else None
+        state = randomness.save_state()
+        engines = []
+        for actor in range(self.plan.pipeline):
+            part = build_part(spec, self.plan, actor, CPU)
+            transport = self.run.world.transport(self.rank, actor)
+            engines.append(make_engine(spec, self.plan, self.rank, actor, part, transport, CPU, snapshot=snapshot))
+        randomness.restore_state(state)
+        return InProcessActors(engines, self._step_of_all)
+
+    def _step_of_all(self, calls: Sequence[Waiting]) -> list[Any]:
+        def run_all(of_replicas: list[Sequence[Waiting]]) -> list[list[Any]]:
+            results = take_turns([call for calls in of_replicas for call in calls])
+            each = self.plan.pipeline
+            return [results[replica * each : (replica + 1) * each] for replica in range(len(of_replicas))]
+
+        found: list[Any] = self.run.turns.meet(self.rank, calls, run_all)
+        return found
+
+    def publish(self, metrics: dict[str, Any], path: str | None) -> None:
+        if self.rank == 0:
+            self.run.history = list(self.history)
+            if path is not None:
+                keep_newest(self.storage, self.run.keep)
+
+    def show_progress(self, progress: dict[str, Any]) -> None:
+        if self.run.on_progress is not None:
+            self.run.on_progress(progress)
+
+
+class _Run:
+    """What the replicas of a local run share."""
+
+    def __init__(
+        self, plan: Plan, storage: Storage, timeouts: Timeouts, keep: int | None, on_progress: Callable[[dict[str, Any]], None] | None
+    ) -> None:
+        self.plan, self.storage, self.timeouts = plan, storage, timeouts
+        self.keep, self.on_progress = keep, on_progress
+        self.turns = Turns(plan.data)
+        self.world = MemoryWorld(plan)
+        self.history: list[dict[str, Any]] = []
+
+
+def run_local(
+    train_loop: Callable[[], Any],
+    plan: Plan,
+    datasets: dict[str, Any],
+    timeouts: Timeouts,
+    storage: Storage,
+    keep: int | None = None,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run a train loop for every replica in this process, from the run's newest checkpoint where there is one.
+
+    keep: how many checkpoints stay (None: all). Returns the history of metrics of the first replica.
+    Raises what the first loop that failed raised.
+    """
+    run = _Run(plan, storage, timeouts, keep, on_progress)
+    newest = newest_checkpoint(storage)
+    before = randomness.save_state()
+    errors: dict[int, BaseException] = {}
+
+    def replica(rank: int) -> None:
+        try:
+            if plan.data > 1:
+                run.turns.wait_for_turn(rank)
+            seed = randomness.mixed_seed(0, rank)
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            session = LocalSession(run, rank, datasets)
+            session.restore(newest)
+            run.history = session.history if rank == 0 else run.history
+            enter(session)
+            train_loop()
+        except _Stopped:
+            return
+        except BaseException as error:
+            errors[rank] = error
+            run.turns.stop()
+        finally:
+            run.turns.end(rank)
+
+    try:
+        if plan.data == 1:
+            contextvars.copy_context().run(replica, 0)
+        else:
+            _run_threads(replica, plan.data, run.turns)
+    finally:
+        randomness.restore_state(before)
+    if errors:
+        raise errors[min(errors)]
+    return run.history
+
+
+def _run_threads(target: Callable[[int], None], count: int, turns: Turns) -> None:
+    threads = [threading.Thread(target=target, args=(rank,), name=f"replica {rank}", daemon=True) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        turns.stop()
+        raise

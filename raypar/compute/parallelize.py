@@ -1,0 +1,81 @@
+"""`parallelize`: from a user's model to a replica that trains it as the plan says."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from raypar.compute.part import Cut, ModelSpec
+from raypar.compute.profile import choose_cut
+from raypar.compute.replica import Replica
+from raypar.compute.session import current
+from raypar.compute.stage import LossFunction
+from raypar.planning.errors import ModelError, RayparError, UsageError
+
+
+def parallelize(
+    build_model: Callable[[], nn.Module],
+    *,
+    loss_fn: LossFunction,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    max_grad_norm: float | None = None,
+    example_inputs: Any = None,
+    split: Sequence[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> Replica:
+    """Build the model on the actors of this replica, fresh, or restored from the run's newest checkpoint.
+
+    build_model:    returns the model; called in each process that will hold a part of it, always with the
+                    same seed, so that all build the same weights.
+    loss_fn:        (output, targets) -> the mean over the rows, a scalar; or a pair (sum, weight), for a mean
+                    over something else, such as valid tokens.
+    optimizer:      called with the part of the model that a process holds, whose parameters and modules have the names
+                    and types of the whole model.
+    lr_scheduler:   called with the optimizer; stepped once an optimizer step. Default: none.
+    max_grad_norm:  clip the gradient by the norm of the whole model, across stages. Default: no clipping.
+    example_inputs: inputs as train_step will get them, a few rows; for tracing, and for measuring the
+                    modules where `split` is None.
+    split:          names of the modules at which a new stage begins; one less than the plan has stages.
+                    Default: in balance, by measured time, or by the number of parameters without example_inputs.
+    weights:        a .safetensors or .pt file with the whole model's state dict to start from.
+    seed:           of the weights and of the random numbers in training.
+
+    Called once in a train loop, by all replicas alike. Raises SplitError, ModelError, CheckpointError.
+    """
+    session = current("parallelize")
+    if session.parallelized:
+        raise UsageError("parallelize was called twice in one train loop, needed: one model a run")
+    session.parallelized = True
+    for name, value in (("build_model", build_model), ("loss_fn", loss_fn), ("optimizer", optimizer)):
+        if not callable(value):
+            raise ModelError(f"parallelize({name}=…): found {type(value).__name__}, needed a function")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ModelError(f"parallelize(max_grad_norm={max_grad_norm!r}): needed a number above 0, or None")
+    spec = ModelSpec(
+        build_model,
+        loss_fn,
+        optimizer,
+        lr_scheduler,
+        max_grad_norm,
+        os.path.abspath(weights) if weights is not None else None,
+        seed,
+    )
+    placement = session.plan.actor_of_stage
+    chosen: Cut | RayparError | None = None
+    if session.rank == 0:  # one replica decides: measured times differ, and all must cut alike
+        try:
+            chosen = choose_cut(spec, placement, split, example_inputs, lambda units: session.measure(spec, units, example_inputs))
+        except RayparError as error:
+            chosen = error
+    chosen = session.gather(chosen)[0]
+    if isinstance(chosen, RayparError):
+        raise chosen
+    assert chosen is not None
+    return Replica(session, session.start_actors(dataclasses.replace(spec, cut=chosen)))

@@ -1,0 +1,153 @@
+"""Where to cut a model: at the names that the user gives, or in balance by what its modules cost."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from raypar.compute import tree
+from raypar.compute.build import build_whole, cut_model
+from raypar.compute.channel import check_can_cross
+from raypar.compute.part import Cut, ModelSpec
+from raypar.compute.split import check_split, open_modules, owners
+from raypar.compute.stage import Stage, Values, part_of_model
+from raypar.compute.trace import attribute, bind_inputs, module_calls, on_meta, trace
+from raypar.compute.tree import Tree
+from raypar.planning.errors import RayparError
+from raypar.planning.partition import balanced_cuts
+
+ROUNDS = 3
+"""Times that each module is measured; the fastest counts, since noise only ever adds."""
+
+
+def choose_cut(
+    spec: ModelSpec,
+    placement: Sequence[int],
+    split: Sequence[str] | None,
+    example_inputs: Tree,
+    measure: Callable[[Cut], list[float]],
+) -> Cut:
+    """Decide where to cut, on a model without storage: nothing is allocated for a model that cannot be cut.
+
+    measure: the seconds of each unit of a cut, forward and backward; called only without `split`.
+
+    Raises SplitError (see raypar.compute.split) and ModelError.
+    """
+    stages = len(placement)
+    if stages == 1 and not split:
+        return Cut()
+    model = on_meta(spec.build_model) or build_whole(spec)
+    given = None if example_inputs is None else tuple(bind_inputs(model, example_inputs))
+    opened = tuple(sorted(open_modules(model, split, stages, given)))
+    graph = trace(model, given, opened)
+    if split is None:
+        split = _balanced(model, Cut((), opened, given), module_calls(graph), placement, example_inputs, measure)
+    cut = Cut(tuple(check_split(graph, split, stages)), opened, given)
+    cuts = cut_model(model, cut, stages)
+    owners(model, list(cuts.values()))
+    if example_inputs is not None:
+        _check_borders(model, cut, stages, example_inputs)
+    return cut
+
+
+def _balanced(
+    model: nn.Module,
+    cut: Cut,
+    calls: list[str],
+    placement: Sequence[int],
+    example_inputs: Tree,
+    measure: Callable[[Cut], list[float]],
+) -> list[str]:
+    if example_inputs is None:
+        costs = [float(sum(p.numel() for p in attribute(model, name).parameters())) for name in calls]
+        warnings.warn(
+            "the model is split by the number of parameters of its modules, which says little about their time: give "
+            "parallelize example_inputs to balance the stages by measured time, or split to choose yourself",
+            stacklevel=2,
+        )
+    else:
+        costs = measure(Cut(tuple(calls[1:]), cut.opened, cut.given))
+    return [calls[start] for start in balanced_cuts(costs, placement)[1:]]
+
+
+def _chain(model: nn.Module, cut: Cut, visit: Callable[[Stage, dict[int, Values]], dict[int, Values]]) -> list[Stage]:
+    """Call `visit` on each stage of a cut in order, with what the earlier ones have sent to it."""
+    parts = cut_model(model, cut, len(cut.split) + 1)
+    codes = [{mode: part_of_model(model, cuts[index]) for mode, cuts in parts.items()} for index in range(len(cut.split) + 1)]
+    stages = [Stage(index, codes[index], index == len(codes) - 1, _sum_of_output) for index in range(len(codes))]
+    arrived: dict[int, dict[int, Values]] = {index: {} for index in range(len(codes))}
+    for stage in stages:
+        for target, values in visit(stage, arrived.pop(stage.index)).items():
+            arrived[target][stage.index] = values
+    return stages
+
+
+def _sum_of_output(output: Any, targets: Any) -> torch.Tensor:
+    """A loss for any model: every floating-point value of the output takes part."""
+    found = [t for t in tree.leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return torch.stack([t.float().sum() for t in found]).sum() if found else torch.zeros(())
+
+
+def _check_borders(model: nn.Module, cut: Cut, stages: int, example_inputs: Tree) -> None:
+    """Refuse a model of which some value cannot cross a border; on the meta device, without storage."""
+    device = next((t.device for t in model.parameters()), torch.device("cpu"))
+    inputs = tree.map_tensors(lambda t: torch.empty_like(t, device=device), example_inputs)
+
+    def visit(stage: Stage, received: dict[int, Values]) -> dict[int, Values]:
+        sends, _ = stage.evaluate("eval", inputs, received, None, 1, with_loss=False)
+        for values in sends.values():
+            for leaf in tree.leaves(values):
+                check_can_cross(leaf)
+        return sends
+
+    try:
+        _chain(model, cut, visit)
+    except RayparError:
+        raise
+    except Exception:  # code that looks at values cannot run on meta: its borders are checked at the first step
+        return
+
+
+def measure_units(spec: ModelSpec, cut: Cut, example_inputs: Tree, device: torch.device) -> list[float]:
+    """Seconds of one forward and backward pass of each stage of `cut`, on a throw-away model on `device`."""
+    model = build_whole(spec).to(device)
+    inputs = tree.map_tensors(lambda t: t.to(device), example_inputs)
+    best = [float("inf")] * (len(cut.split) + 1)
+    for _ in range(ROUNDS + 1):  # the first round warms up
+        times = [0.0] * len(best)
+
+        def timed(index: int, run: Callable[[], Any], times: list[float] = times) -> Any:
+            start = _now(device)
+            result = run()
+            times[index] += _now(device) - start
+            return result
+
+        def visit(
+            stage: Stage, received: dict[int, Values], timed: Callable[[int, Callable[[], Any]], Any] = timed
+        ) -> dict[int, Values]:
+            sends, _ = timed(stage.index, lambda: stage.forward(0, inputs, received, None, 1))
+            return sends  # type: ignore[no-any-return]
+
+        gradients: dict[int, dict[int, list[torch.Tensor]]] = {index: {} for index in range(len(best))}
+        for stage in reversed(_chain(model, cut, visit)):
+            given = gradients[stage.index]
+            for target in stage.codes["train"].sends:
+                given.setdefault(target, [])
+            for source, found in timed(stage.index, lambda s=stage, g=given: s.backward(0, g)).items():  # type: ignore[misc]
+                gradients[source][stage.index] = found
+        best = [min(pair) for pair in zip(best, times, strict=True)]
+        model.zero_grad(set_to_none=True)
+    return best
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
