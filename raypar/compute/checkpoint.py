@@ -60,8 +60,8 @@ class Snapshot:
 
     step:      optimizer steps committed so far.
     model:     the whole model's state dict, replica 0's buffers included, on the CPU.
-    training:  {"optimizer": by parameter name, "scheduler": a state dict or None, "buffers": of every
-               replica, where the model has any}.
+    training:  {"optimizer": by parameter name, "scheduler": a state dict or None, "buffers": of each
+               replica but the first, where the model has any}.
     position:  where in the data the run is (see raypar.compute.session.Position).
     plan:      the fields of the plan that wrote it.
     history:   the rows of metrics reported up to here.

@@ -31,7 +31,14 @@ from raypar.compute.stage import Values
 from raypar.compute.timing import Clock
 from raypar.compute.transport import Transport
 from raypar.compute.tree import Tree
-from raypar.planning.errors import NonFiniteError, RayparError, UserCodeError
+from raypar.planning.errors import (
+    NonFiniteError,
+    PeerLostError,
+    RayparError,
+    RunError,
+    TimeoutExceededError,
+    UserCodeError,
+)
 from raypar.planning.plan import Plan
 from raypar.planning.program import Compute, Message, Post, Program, Release, Send, check, programs
 from raypar.planning.schedule import Schedule, forward_only, schedule_of
@@ -191,7 +198,11 @@ class Engine:
             if isinstance(instruction, Compute):
                 received = {}
                 for message in instruction.needs:
-                    received[message.sender] = yield from self._inboxes[self.placement[message.sender]].take(message)
+                    inbox = self._inboxes[self.placement[message.sender]]
+                    try:
+                        received[message.sender] = yield from inbox.take(message)
+                    except RuntimeError as error:
+                        raise self._lost(message, error) from error
                 action = instruction.action
                 if action.kind == "F":
                     self._forward(run, action.stage, action.microbatch, received, ready)
@@ -206,7 +217,11 @@ class Engine:
                 yield from self._outboxes[self.placement[instruction.message.receiver]].release(instruction.message)
         if run.mode == "train":
             for stage in self.part.stages:
-                yield from self.sums[stage].start(len(run.sizes))
+                try:
+                    yield from self.sums[stage].start(len(run.sizes))
+                except RuntimeError as error:
+                    what = f"replica {self.replica}, stage {stage}: adding up the gradients over all replicas"
+                    raise _failed_wait(what, error, self.replica, stage) from error
 
     def _forward(
         self, run: _Pass, index: int, number: int, received: dict[int, Values], ready: dict[Message, Any]
@@ -268,13 +283,22 @@ class Engine:
             return ("gradient", self._key_of(run, answered))
         return (run.mode, run.key, run.sizes[message.microbatch], message.sender, message.receiver)
 
+    def _lost(self, message: Message, error: RuntimeError) -> RunError:
+        what = "activations" if message.kind == "F" else "gradients"
+        place = f"replica {self.replica}, stage {message.receiver}, micro-batch {message.microbatch}"
+        return _failed_wait(f"{place}: waiting for {what} from stage {message.sender}", error, self.replica, message.receiver)
+
     # ------------------------------------------------------------ the commit and what can go wrong
 
     def _sum_over_all(self, numbers: list[float]) -> Waiting:
         if self.everyone is None:
             return numbers
         vector = torch.tensor(numbers, dtype=torch.float64)
-        yield self.everyone.sum(vector)
+        try:
+            yield self.everyone.sum(vector)
+        except RuntimeError as error:
+            stage = next(iter(self.part.stages))
+            raise _failed_wait(f"replica {self.replica}, stage {stage}: the commit", error, self.replica, stage) from error
         return vector.tolist()
 
     def _find_non_finite(self, order: Order, loss: float) -> Waiting:
@@ -323,6 +347,18 @@ def pairs(plan: Plan, part: Part) -> set[tuple[int, int]]:
                 if mode == "train":
                     found.add((placement[target], placement[source]))
     return found
+
+
+def _failed_wait(what: str, error: RuntimeError, replica: int, stage: int) -> RunError:
+    """What a failed wait of torch.distributed means: a limit that has passed, or a peer that is gone."""
+    reason = str(error).strip().splitlines()[0]
+    if "timed out" in reason.lower() or "timeout" in reason.lower():
+        return TimeoutExceededError(
+            f"{what} took longer than Timeouts(peer=…) allows; whoever should have sent is stuck or slow ({reason})",
+            replica=replica,
+            stage=stage,
+        )
+    return PeerLostError(f"{what} failed, since the other side is gone ({reason})", replica=replica, stage=stage)
 
 
 def _total(values: list[torch.Tensor]) -> float:

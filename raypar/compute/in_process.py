@@ -49,8 +49,8 @@ def make_engine(
 
 def restore(engine: Engine, snapshot: Snapshot) -> None:
     """Take over this actor's part of a checkpoint: weights, this replica's buffers, optimizer, scheduler."""
-    buffers = snapshot.training["buffers"]
-    own = buffers[engine.replica] if engine.replica < len(buffers) else {}
+    others = snapshot.training["buffers"]
+    own = others[engine.replica - 1] if 0 < engine.replica <= len(others) else {}
     load_model(engine, {**snapshot.model, **own})
     engine.learner.load_state(snapshot.training)
 
@@ -69,17 +69,18 @@ def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
     engine.part.module.load_state_dict({name: state[name] for name in mine})
 
 
-def state_of(engine: Engine, *, with_model: bool) -> ReplicaState:
+def state_of(engine: Engine) -> ReplicaState:
     """This actor's part of its replica's state, copied to the CPU."""
-    module = engine.part.module
-    model = module.state_dict()
-    persistent = [name for name, _ in module.named_buffers(remove_duplicate=False) if name in model]
-
-    def copy(names: Any) -> dict[str, torch.Tensor]:
-        return {name: model[name].detach().to("cpu", copy=True) for name in names}
-
+    model = {name: tensor.detach().to("cpu", copy=True) for name, tensor in engine.part.module.state_dict().items()}
     state = engine.learner.state()
-    return ReplicaState(copy(model) if with_model else {}, state["optimizer"], state["scheduler"], copy(persistent))
+    return ReplicaState(model, state["optimizer"], state["scheduler"])
+
+
+def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """This actor's persistent buffers, copied to the CPU."""
+    module = engine.part.module
+    persistent = module.state_dict().keys() & dict(module.named_buffers(remove_duplicate=False)).keys()
+    return {name: module.get_buffer(name).detach().to("cpu", copy=True) for name in sorted(persistent)}
 
 
 def merge(states: Sequence[ReplicaState], names: Sequence[str]) -> ReplicaState:
@@ -88,7 +89,6 @@ def merge(states: Sequence[ReplicaState], names: Sequence[str]) -> ReplicaState:
     for state in states:
         merged.model.update(state.model)
         merged.optimizer.update(state.optimizer)
-        merged.buffers.update(state.buffers)
         merged.scheduler = merged.scheduler if merged.scheduler is not None else state.scheduler
     merged.model = {name: merged.model[name] for name in names if name in merged.model}
     return merged
@@ -142,8 +142,11 @@ class InProcessActors:
         holder = self.engines[0].placement[-1]
         return microbatch.to_tensors(outputs[holder], torch.device("cpu"))
 
-    def state(self, *, with_model: bool) -> ReplicaState:
-        return merge([state_of(engine, with_model=with_model) for engine in self.engines], self.names())
+    def state(self) -> ReplicaState:
+        return merge([state_of(engine) for engine in self.engines], self.names())
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {name: buffer for engine in self.engines for name, buffer in buffers_of(engine).items()}
 
     def load_model(self, state: dict[str, torch.Tensor]) -> None:
         for engine in self.engines:

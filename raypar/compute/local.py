@@ -219,6 +219,8 @@ def run_local(
             run.history = session.history if rank == 0 else run.history
             enter(session)
             train_loop()
+            if session.replica is not None:
+                session.replica.wait()
         except _Stopped:
             return
         except BaseException as error:

@@ -50,9 +50,8 @@ def parallelize(
     Called once in a train loop, by all replicas alike. Raises SplitError, ModelError, CheckpointError.
     """
     session = current("parallelize")
-    if session.parallelized:
+    if session.replica is not None:
         raise UsageError("parallelize was called twice in one train loop, needed: one model a run")
-    session.parallelized = True
     for name, value in (("build_model", build_model), ("loss_fn", loss_fn), ("optimizer", optimizer)):
         if not callable(value):
             raise ModelError(f"parallelize({name}=…): found {type(value).__name__}, needed a function")
@@ -78,4 +77,5 @@ def parallelize(
     if isinstance(chosen, RayparError):
         raise chosen
     assert chosen is not None
-    return Replica(session, session.start_actors(dataclasses.replace(spec, cut=chosen)))
+    session.replica = Replica(session, session.start_actors(dataclasses.replace(spec, cut=chosen)))
+    return session.replica

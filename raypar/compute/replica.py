@@ -24,13 +24,12 @@ IN_FLIGHT = 2
 
 @dataclass
 class ReplicaState:
-    """The state of one replica on the CPU: `model` under the names of build_model(), empty where it was not asked
-    for; the optimizer's by parameter name; `buffers` are this replica's own."""
+    """The state of one replica on the CPU: `model` under the names of build_model(), with this replica's own
+    buffers; the optimizer's by parameter name."""
 
     model: dict[str, torch.Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     scheduler: Any = None
-    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Actors(Protocol):
@@ -44,7 +43,10 @@ class Actors(Protocol):
 
     def predict(self, order: Order) -> Tree: ...
 
-    def state(self, *, with_model: bool) -> ReplicaState: ...
+    def state(self) -> ReplicaState: ...
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """This replica's own persistent buffers, on the CPU."""
 
     def load_model(self, state: dict[str, torch.Tensor]) -> None: ...
 
@@ -169,7 +171,7 @@ class Replica:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights and buffers of the whole model on the CPU, under the names of build_model()."""
         self.wait()
-        return self._actors.state(with_model=True).model
+        return self._actors.state().model
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over weights and buffers of the whole model; every replica must be given the same.

@@ -22,7 +22,7 @@ from raypar.planning.errors import CheckpointError, UsageError
 from raypar.planning.plan import Plan, Timeouts
 
 if TYPE_CHECKING:
-    from raypar.compute.replica import Actors
+    from raypar.compute.replica import Actors, Replica
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Session(ABC):
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.restored: str | None = None
-        self.parallelized = False
+        self.replica: Replica | None = None
         self.epochs: int | None = None
         self.batch: tuple[str, int, int | None] | None = None  # data set, index, how many in the epoch
         self.open_loops: set[str] = set()
@@ -125,10 +125,11 @@ class Session(ABC):
     def save(self, actors: Actors, step: int, position: Position) -> str:
         """Write a checkpoint; all replicas call it, the first one writes. Returns its path on all of them."""
         found: str | CheckpointError | None = None
-        state = actors.state(with_model=self.rank == 0)
-        buffers = self.gather(state.buffers) if self.plan.data > 1 else [state.buffers]
+        buffers = self.gather(actors.buffers()) if self.size > 1 else []
         if self.rank == 0:
-            training = {"optimizer": state.optimizer, "scheduler": state.scheduler, "buffers": buffers if buffers[0] else []}
+            state = actors.state()
+            others = buffers[1:] if any(buffers) else []
+            training = {"optimizer": state.optimizer, "scheduler": state.scheduler, "buffers": others}
             snapshot = Snapshot(step, state.model, training, asdict(position), asdict(self.plan), self.history)
             try:
                 found = checkpoint.write(self.storage, snapshot)

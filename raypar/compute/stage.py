@@ -33,9 +33,11 @@ class StageCode:
 
     run: takes the model's inputs and the received values by source stage; returns the made values and,
          in the last stage, the model's output behind them.
+    uses_inputs: whether it needs the model's inputs at all.
     """
 
     run: Callable[[Tree, dict[int, Values]], tuple[Any, ...]]
+    uses_inputs: bool = True
     receives: dict[int, list[str]] = field(default_factory=dict)
     sends: dict[int, list[str]] = field(default_factory=dict)
     makes: list[str] = field(default_factory=list)
@@ -67,7 +69,7 @@ def part_of_model(model: nn.Module, part: StageGraph) -> StageCode:
         made: tuple[Any, ...] = code(*arguments)
         return made
 
-    return StageCode(run, part.receives, part.sends, part.makes)
+    return StageCode(run, bool(part.inputs), part.receives, part.sends, part.makes)
 
 
 class _Enter(torch.autograd.Function):
@@ -148,6 +150,11 @@ class Stage:
     def gradients_due(self, microbatch: int, target: int) -> list[torch.Tensor]:
         """The made tensors for which `target` sends a gradient: their shapes are those of the gradients."""
         return self.saved[microbatch].made.get(target, [])
+
+    @property
+    def uses_inputs(self) -> bool:
+        """Whether this stage needs the model's inputs, in some mode."""
+        return any(code.uses_inputs for code in self.codes.values())
 
     def forget(self) -> None:
         """Drop what a step that is given up has kept."""

@@ -7,13 +7,10 @@ to its end with blocking waits (`drive`); in local mode all engines take turns i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from raypar.compute.channel import Link, Waiting, Work
+from raypar.compute.channel import Link, Waiting
 from raypar.compute.gradients import Collective
-
-T = TypeVar("T")
 
 
 class Transport(Protocol):
@@ -42,10 +39,17 @@ class Done:
         return None
 
 
-def drive(engine: Waiting, wait: Callable[[Work], None] = lambda work: work.wait()) -> Any:
-    """Run a generator of waits to its end in this thread; returns what it returns."""
+def drive(engine: Waiting) -> Any:
+    """Run a generator of waits to its end in this thread; returns what it returns. A wait that fails is
+    raised inside the generator, which knows what it was waiting for."""
     try:
+        work = next(engine)
         while True:
-            wait(next(engine))
+            try:
+                work.wait()
+            except Exception as error:
+                work = engine.throw(error)
+            else:
+                work = next(engine)
     except StopIteration as end:
         return end.value

@@ -1,0 +1,136 @@
+"""The stage actors of one replica, as its train worker sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from raypar.cluster.failures import death, unwrapped
+from raypar.compute import microbatch
+from raypar.compute.checkpoint import Storage
+from raypar.compute.engine import Order, StepResult
+from raypar.compute.in_process import merge, with_lr
+from raypar.compute.part import ModelSpec
+from raypar.compute.replica import ReplicaState
+from raypar.compute.timing import Timing
+from raypar.compute.tree import Tree
+from raypar.planning.errors import PeerLostError, RayparError, RunError, StageDiedError, TimeoutExceededError
+from raypar.planning.plan import Plan, Timeouts
+
+CPU = torch.device("cpu")
+
+
+class PipelineActors:
+    """The stage actors of replica `replica`, built and ready for steps.
+
+    A step is one call to each of them. Arrays go to the actors that use them, as NumPy views, which Ray
+    shares between the processes of a machine.
+    """
+
+    def __init__(
+        self,
+        handles: Sequence[ActorHandle[Any]],
+        plan: Plan,
+        replica: int,
+        timeouts: Timeouts,
+        spec: ModelSpec,
+        storage: Storage,
+        restored: str | None,
+    ) -> None:
+        self.handles, self.plan, self.replica, self.timeouts = handles, plan, replica, timeouts
+        spec_once = ray.put(spec)
+        built = self._call("build", spec_once, storage, restored)
+        self._names: list[str] = built[0]["names"]
+        self._uses_inputs = [answer["uses_inputs"] for answer in built]
+        self._last = plan.actor_of_stage[-1]
+        self._described = [answer["describe"] for answer in built]
+
+    def train(self, order: Order) -> Callable[[], StepResult]:
+        calls = self._start("train_step", order)
+        return lambda: with_lr(self._get(calls))
+
+    def evaluate(self, order: Order) -> tuple[float, float]:
+        sums = self._get(self._start("eval_step", order))
+        return sum(loss for loss, _ in sums), sum(weight for _, weight in sums)
+
+    def predict(self, order: Order) -> Tree:
+        return microbatch.to_tensors(self._get(self._start("predict", order))[self._last], CPU)
+
+    def state(self) -> ReplicaState:
+        states = self._call("state")
+        for state in states:
+            state.model = microbatch.to_tensors(state.model, CPU)
+            state.optimizer = microbatch.to_tensors(state.optimizer, CPU)
+        return merge(states, self._names)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        found = self._call("buffers")
+        return {name: tensor for part in found for name, tensor in microbatch.to_tensors(part, CPU).items()}
+
+    def load_model(self, state: dict[str, torch.Tensor]) -> None:
+        self._call("load_model", ray.put(microbatch.to_arrays(state)))
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def timings(self) -> list[Timing]:
+        return self._call("timing")
+
+    def describe(self) -> list[dict[str, Any]]:
+        return self._described
+
+    def _start(self, method: str, order: Order) -> list[Any]:
+        """Send an order to all actors, each with the arrays that it uses."""
+        inputs, targets = microbatch.to_arrays(order.inputs), microbatch.to_arrays(order.targets)
+        calls = []
+        for actor, handle in enumerate(self.handles):
+            own = replace(
+                order,
+                inputs=inputs if self._uses_inputs[actor] else None,
+                targets=targets if actor == self._last else None,
+            )
+            calls.append(getattr(handle, method).remote(own))
+        return calls
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        return self._get([getattr(handle, method).remote(*arguments) for handle in self.handles])
+
+    def _get(self, calls: Sequence[Any]) -> list[Any]:
+        """The answers of all actors; or the error that the others' errors may have followed from.
+
+        Waits as long as the actors compute: their own waits have limits. Once one has failed, the others
+        get `timeouts.stop` seconds to say what happened to them.
+        """
+        try:
+            return ray.get(list(calls))
+        except (RayTaskError, RayActorError, RayparError):
+            done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=self.timeouts.stop)
+        errors = [error for error in (self._error_of(calls.index(call), call) for call in done) if error is not None]
+        raise min(errors, key=_depth)
+
+    def _error_of(self, actor: int, call: Any) -> RayparError | None:
+        try:
+            ray.get(call)
+        except RayActorError as error:
+            stages = [stage for stage, holder in enumerate(self.plan.actor_of_stage) if holder == actor]
+            return StageDiedError(
+                f"the actor of replica {self.replica}, stage {', '.join(map(str, stages))} died: {death(error)}",
+                replica=self.replica,
+                stage=stages[0],
+                preempted=bool(error.preempted),
+            )
+        except RayTaskError as error:
+            cause = unwrapped(error)
+            return cause if isinstance(cause, RayparError) else RunError(str(error), replica=self.replica)
+        return None
+
+
+def _depth(error: RayparError) -> int:
+    """How far an error is from the root: a lost peer follows from something else, a limit may."""
+    return next((depth for depth, kind in ((2, PeerLostError), (1, TimeoutExceededError)) if isinstance(error, kind)), 0)

@@ -1,0 +1,143 @@
+"""The process that holds one actor's stages: an engine behind Ray calls.
+
+Ray starts it in its bundle, pinned to its GPU where there is one, and carries one call a step to it. What
+the engine sends and receives goes through torch.distributed, past Ray.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from raypar.compute import in_process, microbatch
+from raypar.compute.build import build_part, one_process_a_node
+from raypar.compute.channel import Waiting
+from raypar.compute.checkpoint import Storage, read
+from raypar.compute.engine import Engine, Order, StepResult, pairs
+from raypar.compute.part import Cut, ModelSpec
+from raypar.compute.process_links import ProcessTransport, join_world, leave_world, open_store
+from raypar.compute.profile import measure_units
+from raypar.compute.replica import ReplicaState
+from raypar.compute.timing import Timing
+from raypar.compute.transport import drive
+from raypar.compute.tree import Tree
+from raypar.planning.errors import NonFiniteError, RayparError
+from raypar.planning.plan import Plan, Timeouts
+
+
+class StageActor:
+    """One actor of one replica; raypar.cluster.fleet makes it a Ray actor."""
+
+    def __init__(self, replica: int, actor: int, plan: Plan, timeouts: Timeouts) -> None:
+        self.replica, self.actor, self.plan, self.timeouts = replica, actor, plan, timeouts
+        gpus = ray.get_gpu_ids()
+        # Ray also hands out logical GPUs on machines without CUDA; an actor's own GPU is its cuda:0
+        self.device = torch.device("cuda:0" if gpus and torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.store: dist.TCPStore | None = None
+        self.engine: Engine | None = None
+        self.failure: RayparError | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Where this actor runs and, once it is built, what it holds."""
+        context = ray.get_runtime_context()
+        held = in_process.describe(self.engine) if self.engine is not None else {}
+        return {
+            "replica": self.replica,
+            "actor": self.actor,
+            "device": str(self.device),
+            "gpu_ids": ray.get_gpu_ids(),
+            "node_id": context.get_node_id(),
+            "node_ip": ray.util.get_node_ip_address(),
+            "pid": os.getpid(),
+            **held,
+        }
+
+    # ------------------------------------------------------------ before the first step
+
+    def open_store(self, world_size: int) -> tuple[str, int]:
+        """Serve the store at which all stage actors meet; returns its host and port."""
+        host = ray.util.get_node_ip_address()
+        self.store = open_store(host, world_size, self.timeouts)
+        return host, self.store.port
+
+    def connect(self, host: str, port: int, rank: int, world_size: int) -> None:
+        """Join the world of all stage actors."""
+        if self.store is None:
+            self.store = dist.TCPStore(host, port, world_size, is_master=False)
+        join_world(self.store, rank, world_size, self.timeouts)
+
+    def measure(self, spec: ModelSpec, units: Cut, example_inputs: Tree) -> list[float]:
+        """The seconds of each unit of a cut on this actor's device."""
+        with one_process_a_node():
+            return measure_units(spec, units, microbatch.to_tensors(example_inputs, self.device), self.device)
+
+    def build(self, spec: ModelSpec, storage: Storage, restored: str | None) -> dict[str, Any]:
+        """Build this actor's part, fresh or from a checkpoint. Returns what the worker needs to know of it."""
+        with one_process_a_node():
+            part = build_part(spec, self.plan, self.actor, self.device)
+            snapshot = read(restored, storage.filesystem) if restored is not None else None
+        transport = ProcessTransport(self.plan, self.replica, self.actor, pairs(self.plan, part), self.timeouts)
+        self.engine = in_process.make_engine(
+            spec, self.plan, self.replica, self.actor, part, transport, self.device, snapshot=snapshot
+        )
+        uses_inputs = any(stage.uses_inputs for stage in part.stages.values())
+        return {"names": part.names, "uses_inputs": uses_inputs, "describe": self.describe()}
+
+    # ------------------------------------------------------------ steps
+
+    def train_step(self, order: Order) -> StepResult:
+        result: StepResult = self._run(lambda engine: engine.train_step(order))
+        return result
+
+    def eval_step(self, order: Order) -> tuple[float, float]:
+        sums: tuple[float, float] = self._run(lambda engine: engine.eval_step(order))
+        return sums
+
+    def predict(self, order: Order) -> Tree:
+        return microbatch.to_arrays(self._run(lambda engine: engine.predict(order)))
+
+    def _run(self, call: Callable[[Engine], Waiting]) -> Any:
+        """Run a call of the engine. After an error no further step is taken; unless all actors have given
+        the step up together, the connections are closed, so that neighbours that wait fail at once."""
+        if self.failure is not None:
+            raise self.failure
+        assert self.engine is not None, "a step before build()"
+        try:
+            return drive(call(self.engine))
+        except RayparError as error:
+            self.failure = error
+            if not isinstance(error, NonFiniteError):
+                self.engine = None
+                error.__traceback__ = None  # its frames hold the process groups
+                leave_world()
+            raise error from None
+
+    # ------------------------------------------------------------ state
+
+    def state(self) -> ReplicaState:
+        """This actor's part of the state; tensors as NumPy arrays, which Ray carries without copying them twice."""
+        assert self.engine is not None, "state() before build()"
+        state = in_process.state_of(self.engine)
+        state.model = microbatch.to_arrays(state.model)
+        state.optimizer = microbatch.to_arrays(state.optimizer)
+        return state
+
+    def buffers(self) -> dict[str, Any]:
+        assert self.engine is not None, "buffers() before build()"
+        arrays: dict[str, Any] = microbatch.to_arrays(in_process.buffers_of(self.engine))
+        return arrays
+
+    def load_model(self, state: dict[str, Any]) -> None:
+        assert self.engine is not None, "load_model() before build()"
+        in_process.load_model(self.engine, microbatch.to_tensors(state, torch.device("cpu")))
+
+    def timing(self) -> Timing:
+        assert self.engine is not None, "timing() before build()"
+        return self.engine.clock.read()

@@ -1,0 +1,159 @@
+"""What runs in a Ray Train worker: the session of one replica around the user's train loop."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+
+from raypar.cluster.failures import as_raypar_error, unwrapped
+from raypar.cluster.pipeline_replica import PipelineActors
+from raypar.compute import microbatch
+from raypar.compute.build import bucket_sums, build_part, ddp_sum, one_process_a_node
+from raypar.compute.checkpoint import Storage, newest_checkpoint, read
+from raypar.compute.gradients import Collective
+from raypar.compute.in_process import InProcessActors, make_engine
+from raypar.compute.part import Cut, ModelSpec
+from raypar.compute.process_links import ProcessCollective
+from raypar.compute.profile import measure_units
+from raypar.compute.replica import Actors
+from raypar.compute.session import Session, enter
+from raypar.compute.transport import drive
+from raypar.planning.plan import Plan, Timeouts
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a train worker is told.
+
+    train_loop: takes no argument. actors[r] are the stage actors of replica r; empty without a pipeline.
+    board:      takes progress and the history of metrics to the driver.
+    """
+
+    train_loop: Callable[[], Any]
+    plan: Plan
+    datasets: dict[str, Any]
+    timeouts: Timeouts
+    storage: Storage
+    actors: list[list[ActorHandle[Any]]]
+    board: ActorHandle[Any]
+
+
+def run_worker(config: dict[str, Any]) -> None:
+    """The train loop of a Ray Train worker; `config["job"]` is a Job. Raises RayparErrors only."""
+    job: Job = config["job"]
+    rank = ray.train.get_context().get_world_rank()
+    try:
+        session = WorkerSession(job, rank)
+        session.restore(session.gather(newest_checkpoint(job.storage) if rank == 0 else None)[0])
+        enter(session)
+        job.train_loop()
+        if session.replica is not None:
+            session.replica.wait()
+    except Exception as error:
+        raise as_raypar_error(error, rank) from None
+
+
+class _WorkerTransport:
+    """The connections of the one actor of a replica without a pipeline: the group of the train workers."""
+
+    def __init__(self, plan: Plan, control: dist.ProcessGroup | None) -> None:
+        several = plan.data > 1
+        self._stage = ProcessCollective(dist.group.WORLD) if several and dist.group.WORLD is not None else None
+        self._everyone = ProcessCollective(control) if control is not None else None
+
+    def link_to(self, actor: int) -> Any:
+        raise AssertionError("one actor sends to nobody")
+
+    def link_from(self, actor: int) -> Any:
+        raise AssertionError("one actor receives from nobody")
+
+    def same_stage(self, stage: int) -> Collective | None:
+        return self._stage
+
+    def everyone(self) -> Collective | None:
+        return self._everyone
+
+
+class WorkerSession(Session):
+    """A replica in a Ray Train worker. Replicas talk over a Gloo group of their own, also on GPUs."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        super().__init__(job.plan, rank, job.datasets, job.storage, job.timeouts)
+        self.job = job
+        self.control: dist.ProcessGroup | None = None
+        if self.size > 1:
+            group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=job.timeouts.peer))
+            assert isinstance(group, dist.ProcessGroup)
+            self.control = group
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.control is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.control is None:
+            return tensor
+        total = tensor.cpu()
+        dist.all_reduce(total, group=self.control)
+        return total.to(tensor.device)
+
+    def measure(self, spec: ModelSpec, units: Cut, example_inputs: Any) -> list[float]:
+        if not self.job.actors:
+            with one_process_a_node():
+                return measure_units(spec, units, example_inputs, _device())
+        try:
+            first = self.job.actors[self.rank][0]
+            seconds: list[float] = ray.get(first.measure.remote(spec, units, microbatch.to_arrays(example_inputs)))
+        except Exception as error:
+            raise unwrapped(error) from None
+        return seconds
+
+    def start_actors(self, spec: ModelSpec) -> Actors:
+        if self.job.actors:
+            own = self.job.actors[self.rank]
+            return PipelineActors(own, self.plan, self.rank, self.timeouts, spec, self.storage, self.restored)
+        device = _device()
+        with one_process_a_node():
+            part = build_part(spec, self.plan, 0, device)
+            snapshot = read(self.restored, self.storage.filesystem) if self.restored is not None else None
+        transport = _WorkerTransport(self.plan, self.control)
+        trains = any(p.requires_grad for p in part.module.parameters())
+        in_ddp = self.size > 1 and len(part.stages) == 1 and trains
+        sums = ddp_sum(part, dist.group.WORLD) if in_ddp and dist.group.WORLD is not None else bucket_sums(part, transport)
+        engine = make_engine(spec, self.plan, self.rank, 0, part, transport, device, sums, snapshot)
+        return InProcessActors([engine], lambda calls: [drive(call) for call in calls])
+
+    def publish(self, metrics: dict[str, Any], path: str | None) -> None:
+        if self.rank == 0:
+            self.job.board.push.remote({"kind": "history", "rows": self.history})
+        checkpoint = None
+        if path is not None and self.rank == 0:
+            checkpoint = ray.train.Checkpoint(path, self.storage.filesystem)
+        mode = ray.train.CheckpointUploadMode.NO_UPLOAD  # raypar has written it already
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode)
+
+    def show_progress(self, progress: dict[str, Any]) -> None:
+        with contextlib.suppress(Exception):  # a lost line of progress is no reason to stop
+            self.job.board.push.remote({"kind": "progress", **progress})
+
+
+def _device() -> torch.device:
+    """This worker's device. Ray Train's own answer is cuda also for logical GPUs on a machine without one."""
+    if torch.cuda.is_available() and ray.get_gpu_ids():
+        found = ray.train.torch.get_device()
+        assert isinstance(found, torch.device)
+        return found
+    return torch.device("cpu")
