@@ -13,11 +13,11 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from raypar.cluster.failures import death, unwrapped
 from raypar.compute import microbatch
+from raypar.compute.actors import ReplicaState
 from raypar.compute.checkpoint import Storage
 from raypar.compute.engine import Order, StepResult
 from raypar.compute.in_process import merge, with_lr
 from raypar.compute.part import ModelSpec
-from raypar.compute.replica import ReplicaState
 from raypar.compute.timing import Timing
 from raypar.compute.tree import Tree
 from raypar.planning.errors import PeerLostError, RayparError, RunError, StageDiedError, TimeoutExceededError
@@ -133,4 +133,6 @@ class PipelineActors:
 
 def _depth(error: RayparError) -> int:
     """How far an error is from the root: a lost peer follows from something else, a limit may."""
-    return next((depth for depth, kind in ((2, PeerLostError), (1, TimeoutExceededError)) if isinstance(error, kind)), 0)
+    return next(
+        (depth for depth, kind in ((2, PeerLostError), (1, TimeoutExceededError)) if isinstance(error, kind)), 0
+    )

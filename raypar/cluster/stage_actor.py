@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from raypar.compute import in_process, microbatch
+from raypar.compute.actors import ReplicaState
 from raypar.compute.build import build_part, one_process_a_node
 from raypar.compute.channel import Waiting
 from raypar.compute.checkpoint import Storage, read
@@ -22,7 +23,6 @@ from raypar.compute.engine import Engine, Order, StepResult, pairs
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.process_links import ProcessTransport, join_world, leave_world, open_store
 from raypar.compute.profile import measure_units
-from raypar.compute.replica import ReplicaState
 from raypar.compute.timing import Timing
 from raypar.compute.transport import drive
 from raypar.compute.tree import Tree
@@ -54,7 +54,7 @@ class StageActor:
             "device": str(self.device),
             "gpu_ids": ray.get_gpu_ids(),
             "node_id": context.get_node_id(),
-            "node_ip": ray.util.get_node_ip_address(),
+            "node_ip": _node_ip(),
             "pid": os.getpid(),
             **held,
         }
@@ -63,7 +63,7 @@ class StageActor:
 
     def open_store(self, world_size: int) -> tuple[str, int]:
         """Serve the store at which all stage actors meet; returns its host and port."""
-        host = ray.util.get_node_ip_address()
+        host = _node_ip()
         self.store = open_store(host, world_size, self.timeouts)
         return host, self.store.port
 
@@ -141,3 +141,8 @@ class StageActor:
     def timing(self) -> Timing:
         assert self.engine is not None, "timing() before build()"
         return self.engine.clock.read()
+
+
+def _node_ip() -> str:
+    ip: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return ip

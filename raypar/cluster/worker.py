@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from raypar.cluster.failures import as_raypar_error, unwrapped
 from raypar.cluster.pipeline_replica import PipelineActors
 from raypar.compute import microbatch
+from raypar.compute.actors import Actors
 from raypar.compute.build import bucket_sums, build_part, ddp_sum, one_process_a_node
 from raypar.compute.checkpoint import Storage, newest_checkpoint, read
 from raypar.compute.gradients import Collective
@@ -25,7 +26,6 @@ from raypar.compute.in_process import InProcessActors, make_engine
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.process_links import ProcessCollective
 from raypar.compute.profile import measure_units
-from raypar.compute.replica import Actors
 from raypar.compute.session import Session, enter
 from raypar.compute.transport import drive
 from raypar.planning.plan import Plan, Timeouts
@@ -57,8 +57,8 @@ def run_worker(config: dict[str, Any]) -> None:
         session.restore(session.gather(newest_checkpoint(job.storage) if rank == 0 else None)[0])
         enter(session)
         job.train_loop()
-        if session.replica is not None:
-            session.replica.wait()
+        if session.wait_for_steps is not None:
+            session.wait_for_steps()
     except Exception as error:
         raise as_raypar_error(error, rank) from None
 
@@ -132,7 +132,9 @@ class WorkerSession(Session):
         transport = _WorkerTransport(self.plan, self.control)
         trains = any(p.requires_grad for p in part.module.parameters())
         in_ddp = self.size > 1 and len(part.stages) == 1 and trains
-        sums = ddp_sum(part, dist.group.WORLD) if in_ddp and dist.group.WORLD is not None else bucket_sums(part, transport)
+        sums = (
+            ddp_sum(part, dist.group.WORLD) if in_ddp and dist.group.WORLD is not None else bucket_sums(part, transport)
+        )
         engine = make_engine(spec, self.plan, self.rank, 0, part, transport, device, sums, snapshot)
         return InProcessActors([engine], lambda calls: [drive(call) for call in calls])
 

@@ -91,7 +91,7 @@ def _drop_others(model: nn.Module, others: set[str]) -> None:
                 del tensors[name]
     kept = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     for prefix, module in list(model.named_modules()):
-        for name, child in list(module.named_children()):
+        for name in [name for name, _ in module.named_children()]:
             full = f"{prefix}.{name}" if prefix else name
             held_others = any(other.startswith(full + ".") for other in others)
             if held_others and not any(own.startswith(full + ".") for own in kept):

@@ -78,8 +78,8 @@ def check_can_cross(leaf: Any) -> None:
             )
     elif not isinstance(leaf, _PLAIN):
         raise SplitError(
-            f"a value of type {type(leaf).__name__} cannot cross a stage border, needed tensors (also in tuples, lists, "
-            "dicts) and plain numbers: choose `split` so that what makes it and what uses it are in one stage"
+            f"a value of type {type(leaf).__name__} cannot cross a stage border, needed tensors (also in tuples, "
+            "lists, dicts) and plain numbers: choose `split` so that what makes it and what uses it are in one stage"
         )
 
 
@@ -122,8 +122,8 @@ class Outbox:
         elif known != layout:
             raise ModelError(
                 f"stage {message.sender} made values of another form for micro-batch {message.microbatch} than before "
-                f"for a micro-batch of the same shape: found {layout[1]}, needed {known[1]}. A shape that depends on the "
-                "data cannot cross a stage border: choose `split` so that it stays inside a stage."
+                f"for a micro-batch of the same shape: found {layout[1]}, needed {known[1]}. A shape that depends on "
+                "the data cannot cross a stage border: choose `split` so that it stays inside a stage."
             )
         self._start(message, leaves, works)
         return layout if known is None else None
@@ -196,8 +196,7 @@ class Inbox:
             yield self.link.receive_header(packed)
             self.learn(key, tree.unpack(packed.numpy().tobytes()))
         posted = self.posted.pop(message)
-        for work in posted.works:
-            yield work
+        yield from posted.works
         structure, parts = posted.layout
         for leaf, part in zip(posted.leaves, parts, strict=True):
             if isinstance(part, TensorLike) and part.requires_grad:

@@ -75,10 +75,11 @@ class Snapshot:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-class _Hashing(io.RawIOBase):
+class _Hashing(io.BytesIO):
     """A stream that counts and hashes what is written through it."""
 
     def __init__(self, stream: Any) -> None:
+        super().__init__()
         self.stream = stream
         self.hash = hashlib.sha256()
         self.size = 0
@@ -253,5 +254,9 @@ def _check_names(path: str, known: Sequence[str], found: Sequence[str]) -> None:
 
 def name_lists(missing: Sequence[str], extra: Sequence[str]) -> str:
     """ "3 missing (a, b, c) and 1 extra (d)", the first ten of each."""
-    parts = [f"{len(names)} {what} ({', '.join(names[:10])})" for names, what in ((missing, "missing"), (extra, "extra")) if names]
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:10])})"
+        for names, what in ((missing, "missing"), (extra, "extra"))
+        if names
+    ]
     return " and ".join(parts)

@@ -73,7 +73,9 @@ class Table:
         try:
             table = pa.concat_tables(tables)
         except pa.ArrowException as error:
-            raise DataError(f"batches({name!r}): the files of {os.fspath(path)} differ in their schema: {error}") from error
+            raise DataError(
+                f"batches({name!r}): the files of {os.fspath(path)} differ in their schema: {error}"
+            ) from error
         self.rows = table.num_rows
         if self.rows == 0:
             raise DataError(f"batches({name!r}): {os.fspath(path)} has no row, needed at least one")
@@ -86,7 +88,9 @@ class Table:
 def _as_array(name: str, column: str, chunks: pa.ChunkedArray) -> np.ndarray:
     """A column as one NumPy array, without a Python object a value."""
     if chunks.null_count:
-        raise DataError(f"batches({name!r}): column {column!r} has {chunks.null_count} nulls; fill them or drop these rows")
+        raise DataError(
+            f"batches({name!r}): column {column!r} has {chunks.null_count} nulls; fill them or drop these rows"
+        )
     array = chunks.combine_chunks()
     is_tensor = isinstance(chunks.type, pa.FixedShapeTensorType)
     array = array.storage if is_tensor else array
@@ -98,8 +102,8 @@ def _as_array(name: str, column: str, chunks: pa.ChunkedArray) -> np.ndarray:
     kind = array.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         raise DataError(
-            f"batches({name!r}): column {column!r} has type {chunks.type}, needed numbers, booleans, or lists of a fixed "
-            "size of them; choose the columns to read with batches(…, columns=[…])"
+            f"batches({name!r}): column {column!r} has type {chunks.type}, needed numbers, booleans, or lists of a "
+            "fixed size of them; choose the columns to read with batches(…, columns=[…])"
         )
     values: np.ndarray = array.to_numpy(zero_copy_only=False)
     return values.reshape(len(chunks), *shape)
@@ -129,14 +133,16 @@ def batches(
     """
     session = current("batches")
     if name not in session.datasets:
-        raise DataError(f"batches({name!r}): no such data set; {near_names(name, session.datasets)}; see Trainer(datasets=…)")
+        raise DataError(
+            f"batches({name!r}): no such data set; {near_names(name, session.datasets)}; see Trainer(datasets=…)"
+        )
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise UsageError(f"batches({name!r}, batch_size={batch_size!r}): needed a whole number of at least 1")
     table = Table(name, session.datasets[name], columns)
     if drop_last and table.rows < batch_size:
         raise DataError(
-            f"batches({name!r}, batch_size={batch_size}, drop_last=True): the data set has {table.rows} rows, so that no "
-            "batch is full; lower batch_size or keep the last batch"
+            f"batches({name!r}, batch_size={batch_size}, drop_last=True): the data set has {table.rows} rows, so that "
+            "no batch is full; lower batch_size or keep the last batch"
         )
     return _batches(session, name, table, batch_size, shuffle, drop_last, seed)
 

@@ -169,7 +169,11 @@ class Engine:
             sizes = [0]
 
         def cut(batch: Tree) -> list[Tree]:
-            return microbatch.cut(microbatch.to_tensors(batch, self.device), sizes) if batch is not None else [None] * len(sizes)
+            return (
+                microbatch.cut(microbatch.to_tensors(batch, self.device), sizes)
+                if batch is not None
+                else [None] * len(sizes)
+            )
 
         key = self._keys.setdefault(order.key, len(self._keys))
         return _Pass(mode, order.step, sizes, key, cut(order.inputs), cut(order.targets), {}, [], [])
@@ -259,7 +263,11 @@ class Engine:
             if self.placement[target] == self.actor:
                 received[target] = run.local.pop(Message(target, "B", number, index))
         is_last = number == len(run.sizes) - 1
-        with self._user_code("backward", index, number), self.clock.measure(index, "B"), self.sums[index].around(is_last):
+        with (
+            self._user_code("backward", index, number),
+            self.clock.measure(index, "B"),
+            self.sums[index].around(is_last),
+        ):
             gradients = stage.backward(number, received)
         for source, tensors in gradients.items():
             message = Message(index, "B", number, source)
@@ -286,7 +294,9 @@ class Engine:
     def _lost(self, message: Message, error: RuntimeError) -> RunError:
         what = "activations" if message.kind == "F" else "gradients"
         place = f"replica {self.replica}, stage {message.receiver}, micro-batch {message.microbatch}"
-        return _failed_wait(f"{place}: waiting for {what} from stage {message.sender}", error, self.replica, message.receiver)
+        return _failed_wait(
+            f"{place}: waiting for {what} from stage {message.sender}", error, self.replica, message.receiver
+        )
 
     # ------------------------------------------------------------ the commit and what can go wrong
 
@@ -298,7 +308,9 @@ class Engine:
             yield self.everyone.sum(vector)
         except RuntimeError as error:
             stage = next(iter(self.part.stages))
-            raise _failed_wait(f"replica {self.replica}, stage {stage}: the commit", error, self.replica, stage) from error
+            raise _failed_wait(
+                f"replica {self.replica}, stage {stage}: the commit", error, self.replica, stage
+            ) from error
         return vector.tolist()
 
     def _find_non_finite(self, order: Order, loss: float) -> Waiting:
@@ -311,7 +323,11 @@ class Engine:
         bad = yield from self._sum_over_all([float(in_batch), *(float(not ok) for ok in run.finite)])
         first = next((stage for stage, count in enumerate(bad[1:]) if count), None)
         what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-        where = f"the first values that are not finite come out of stage {first}" if first is not None else "all stages' outputs are finite"
+        where = (
+            f"the first values that are not finite come out of stage {first}"
+            if first is not None
+            else "all stages' outputs are finite"
+        )
         if bad[0]:
             where = f"the batch itself holds values that are not finite, and so does stage {first}'s output"
         raise NonFiniteError(
@@ -329,7 +345,9 @@ class Engine:
         except RayparError:
             raise
         except Exception as error:
-            place = f"replica {self.replica}, " + (f"stage {stage}, micro-batch {number}" if stage is not None else f"actor {self.actor}")
+            place = f"replica {self.replica}, " + (
+                f"stage {stage}, micro-batch {number}" if stage is not None else f"actor {self.actor}"
+            )
             trace = "".join(traceback.format_exception(error))
             raise UserCodeError(
                 f"{place}: {what} raised {type(error).__name__}: {error}\n{trace}", replica=self.replica, stage=stage

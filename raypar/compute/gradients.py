@@ -89,6 +89,8 @@ class _Whole(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        # DDP warns, to stderr and not through Python, when it looks for unused parameters and finds none; this is one
+        self.never_used = nn.Parameter(torch.zeros(1, device=next(model.parameters()).device))
 
     def forward(self, inputs: Tree) -> Any:
         if inputs is None:  # a replica without a row: every parameter takes part, with a gradient of zero
@@ -108,8 +110,8 @@ class DDPSum:
             _Whole(model),
             process_group=group,
             init_sync=False,  # every replica builds the same weights from the same seed, or the same checkpoint
-            broadcast_buffers=False,  # buffers belong to the replica
-            find_unused_parameters=True,
+            forward_sync_buffers=False,  # buffers belong to the replica
+            find_unused_parameters=True,  # any model: what a step does not use keeps no gradient, as in plain PyTorch
             gradient_as_bucket_view=True,
         )
         self.ddp.register_comm_hook(group, _add_only)
@@ -131,3 +133,7 @@ def _add_only(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.future
     assert work is not None
     future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: done.value()[0])
     return future
+
+
+# DDP compares the annotations of a hook with the types themselves, where this module has them as text.
+_add_only.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from raypar.compute import microbatch, randomness
+from raypar.compute.actors import ReplicaState
 from raypar.compute.build import bucket_sums
 from raypar.compute.channel import Waiting
 from raypar.compute.checkpoint import Snapshot
@@ -17,7 +18,6 @@ from raypar.compute.gradients import GradientSum
 from raypar.compute.learning import Learner
 from raypar.compute.memory_links import take_turns
 from raypar.compute.part import ModelSpec, Part
-from raypar.compute.replica import ReplicaState
 from raypar.compute.timing import Timing
 from raypar.compute.transport import Transport
 from raypar.compute.tree import Tree
@@ -41,7 +41,9 @@ def make_engine(
 ) -> Engine:
     """The engine of one actor over its part of the model, restored where there is a snapshot."""
     learner = Learner(part, spec)
-    engine = Engine(plan, replica, actor, part, learner, sums or bucket_sums(part, transport), transport, device, spec.seed)
+    engine = Engine(
+        plan, replica, actor, part, learner, sums or bucket_sums(part, transport), transport, device, spec.seed
+    )
     if snapshot is not None:
         restore(engine, snapshot)
     return engine
@@ -165,4 +167,3 @@ class InProcessActors:
 def with_lr(results: Sequence[StepResult]) -> StepResult:
     """The results of a replica's actors as one: they are equal, but only those with an optimizer know the rate."""
     return next((result for result in results if result.lr is not None), results[0])
-

@@ -178,7 +178,12 @@ class _Run:
     """What the replicas of a local run share."""
 
     def __init__(
-        self, plan: Plan, storage: Storage, timeouts: Timeouts, keep: int | None, on_progress: Callable[[dict[str, Any]], None] | None
+        self,
+        plan: Plan,
+        storage: Storage,
+        timeouts: Timeouts,
+        keep: int | None,
+        on_progress: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self.plan, self.storage, self.timeouts = plan, storage, timeouts
         self.keep, self.on_progress = keep, on_progress
@@ -219,8 +224,8 @@ def run_local(
             run.history = session.history if rank == 0 else run.history
             enter(session)
             train_loop()
-            if session.replica is not None:
-                session.replica.wait()
+            if session.wait_for_steps is not None:
+                session.wait_for_steps()
         except _Stopped:
             return
         except BaseException as error:
@@ -242,7 +247,9 @@ def run_local(
 
 
 def _run_threads(target: Callable[[int], None], count: int, turns: Turns) -> None:
-    threads = [threading.Thread(target=target, args=(rank,), name=f"replica {rank}", daemon=True) for rank in range(count)]
+    threads = [
+        threading.Thread(target=target, args=(rank,), name=f"replica {rank}", daemon=True) for rank in range(count)
+    ]
     for thread in threads:
         thread.start()
     try:

@@ -42,7 +42,7 @@ class Signature:
 
 def rows_of(batch: Tree) -> int:
     """The number of rows (the size of dimension 0) of a batch. Raises DataError when its tensors differ."""
-    sizes = {}
+    sizes: dict[int, tuple[int, ...]] = {}
     for leaf in tree.leaves(batch):
         if isinstance(leaf, Shared) or not hasattr(leaf, "shape"):
             continue
@@ -59,13 +59,13 @@ def rows_of(batch: Tree) -> int:
         )
     if not sizes:
         raise DataError("a batch holds no tensor with rows, needed at least one")
-    return next(iter(sizes))
+    return min(sizes)
 
 
 def describe(batch: Tree) -> Any:
     """A hashable key of everything but the number of rows: structure, trailing shapes, dtypes."""
     found, structure = tree.flatten(batch)
-    parts = []
+    parts: list[tuple[str, Any, str]] = []
     for leaf in found:
         if isinstance(leaf, Shared):
             parts.append(("shared", tuple(leaf.value.shape), str(leaf.value.dtype)))

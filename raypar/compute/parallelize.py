@@ -50,7 +50,7 @@ def parallelize(
     Called once in a train loop, by all replicas alike. Raises SplitError, ModelError, CheckpointError.
     """
     session = current("parallelize")
-    if session.replica is not None:
+    if session.wait_for_steps is not None:
         raise UsageError("parallelize was called twice in one train loop, needed: one model a run")
     for name, value in (("build_model", build_model), ("loss_fn", loss_fn), ("optimizer", optimizer)):
         if not callable(value):
@@ -70,12 +70,13 @@ def parallelize(
     chosen: Cut | RayparError | None = None
     if session.rank == 0:  # one replica decides: measured times differ, and all must cut alike
         try:
-            chosen = choose_cut(spec, placement, split, example_inputs, lambda units: session.measure(spec, units, example_inputs))
+            chosen = choose_cut(
+                spec, placement, split, example_inputs, lambda units: session.measure(spec, units, example_inputs)
+            )
         except RayparError as error:
             chosen = error
     chosen = session.gather(chosen)[0]
     if isinstance(chosen, RayparError):
         raise chosen
     assert chosen is not None
-    session.replica = Replica(session, session.start_actors(dataclasses.replace(spec, cut=chosen)))
-    return session.replica
+    return Replica(session, session.start_actors(dataclasses.replace(spec, cut=chosen)))

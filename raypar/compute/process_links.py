@@ -73,7 +73,9 @@ class ProcessTransport:
     group only by its members, in one order everywhere.
     """
 
-    def __init__(self, plan: Plan, replica: int, actor: int, pairs: Iterable[tuple[int, int]], timeouts: Timeouts) -> None:
+    def __init__(
+        self, plan: Plan, replica: int, actor: int, pairs: Iterable[tuple[int, int]], timeouts: Timeouts
+    ) -> None:
         cuda = dist.is_nccl_available() and torch.cuda.is_available()
         data = "nccl" if cuda else "gloo"
         limit = datetime.timedelta(seconds=timeouts.peer)
@@ -100,7 +102,8 @@ class ProcessTransport:
                 if holder == actor:
                     ranks = [other * plan.pipeline + actor for other in range(plan.data)]
                     self._stages[stage] = ProcessCollective(group(ranks, data))
-        self._everyone = ProcessCollective(dist.group.WORLD) if dist.get_world_size() > 1 else None
+        world = dist.group.WORLD
+        self._everyone = ProcessCollective(world) if world is not None and world.size() > 1 else None
 
     def link_to(self, actor: int) -> ProcessLink:
         return self._to[actor]

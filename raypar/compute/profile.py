@@ -78,7 +78,9 @@ def _balanced(
 def _chain(model: nn.Module, cut: Cut, visit: Callable[[Stage, dict[int, Values]], dict[int, Values]]) -> list[Stage]:
     """Call `visit` on each stage of a cut in order, with what the earlier ones have sent to it."""
     parts = cut_model(model, cut, len(cut.split) + 1)
-    codes = [{mode: part_of_model(model, cuts[index]) for mode, cuts in parts.items()} for index in range(len(cut.split) + 1)]
+    codes = [
+        {mode: part_of_model(model, cuts[index]) for mode, cuts in parts.items()} for index in range(len(cut.split) + 1)
+    ]
     stages = [Stage(index, codes[index], index == len(codes) - 1, _sum_of_output) for index in range(len(codes))]
     arrived: dict[int, dict[int, Values]] = {index: {} for index in range(len(codes))}
     for stage in stages:
@@ -149,5 +151,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-

@@ -4,60 +4,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol, overload
+from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 import torch
 
 from raypar.compute import microbatch
+from raypar.compute.actors import Actors
 from raypar.compute.checkpoint import name_lists
 from raypar.compute.engine import Order, StepResult
 from raypar.compute.session import Position, Session, current
 from raypar.compute.timing import Timing
-from raypar.compute.tree import Tree
 from raypar.planning.errors import CheckpointError, DataError, NonFiniteError, UsageError
 
 IN_FLIGHT = 2
 """Steps that may be under way at once: one that computes, one whose batch is already there."""
-
-
-@dataclass
-class ReplicaState:
-    """The state of one replica on the CPU: `model` under the names of build_model(), with this replica's own
-    buffers; the optimizer's by parameter name."""
-
-    model: dict[str, torch.Tensor] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scheduler: Any = None
-
-
-class Actors(Protocol):
-    """What holds the stages of one replica: this process, all engines of local mode, or stage actors."""
-
-    def train(self, order: Order) -> Callable[[], StepResult]:
-        """Start a step; the function returned waits for its result."""
-
-    def evaluate(self, order: Order) -> tuple[float, float]:
-        """The loss's (sum, weight) over this replica's rows."""
-
-    def predict(self, order: Order) -> Tree: ...
-
-    def state(self) -> ReplicaState: ...
-
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """This replica's own persistent buffers, on the CPU."""
-
-    def load_model(self, state: dict[str, torch.Tensor]) -> None: ...
-
-    def names(self) -> list[str]:
-        """The names of the whole model's state dict."""
-
-    def timings(self) -> list[Timing]:
-        """What each actor measured since the last call."""
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Where each actor is and what it holds."""
 
 
 class StepOutput:
@@ -125,6 +87,7 @@ class Replica:
         self._step = session.step
         self._position = session.position.copy()
         self._names = actors.names()
+        session.wait_for_steps = self.wait
 
     def train_step(self, inputs: Any, targets: Any) -> StepOutput:
         """One optimizer step on this replica's share of a global batch; returns without waiting for it.
@@ -240,7 +203,9 @@ def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:
         raise UsageError(f"raypar.report({metrics!r}): needed a dict of metrics by name")
     if replica is not None:
         replica.wait()
-    row = {name: value.item() if isinstance(value, torch.Tensor | np.generic) else value for name, value in metrics.items()}
+    row = {
+        name: value.item() if isinstance(value, torch.Tensor | np.generic) else value for name, value in metrics.items()
+    }
     row = {"step": session.step, "epoch": session.position.epoch, **row}
     session.history.append(row)
     path = None

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from raypar.compute import checkpoint
+from raypar.compute.actors import Actors
 from raypar.compute.checkpoint import Snapshot, Storage
 from raypar.compute.part import Cut, ModelSpec
 from raypar.planning.errors import CheckpointError, UsageError
 from raypar.planning.plan import Plan, Timeouts
-
-if TYPE_CHECKING:
-    from raypar.compute.replica import Actors, Replica
 
 
 @dataclass
@@ -55,7 +53,7 @@ class Session(ABC):
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.restored: str | None = None
-        self.replica: Replica | None = None
+        self.wait_for_steps: Callable[[], None] | None = None  # of the replica, once there is one
         self.epochs: int | None = None
         self.batch: tuple[str, int, int | None] | None = None  # data set, index, how many in the epoch
         self.open_loops: set[str] = set()
@@ -71,7 +69,7 @@ class Session(ABC):
         self.position = Position(**manifest["position"])
         self.history = manifest["history"]
 
-    # ------------------------------------------------------------ what local mode and train workers do each in their way
+    # ------------------------------------------------------------ what local mode and train workers do differently
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:

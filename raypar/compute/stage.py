@@ -60,8 +60,8 @@ def part_of_model(model: nn.Module, part: StageGraph) -> StageCode:
             for name in part.inputs:
                 if name not in bound:
                     raise ModelError(
-                        f"the model's forward uses its argument {name!r}, which this batch lacks (found {list(bound)}): "
-                        "pass it in the inputs, or give parallelize example_inputs of the form that you train with"
+                        f"the model's forward uses its argument {name!r}, which this batch lacks (found {list(bound)}"
+                        "): pass it in the inputs, or give parallelize example_inputs of the form that you train with"
                     )
                 arguments.append(bound[name])
         for source in sources:
@@ -166,7 +166,7 @@ class Stage:
                 return tensor
             leaf = tensor.detach().requires_grad_()
             leaves.append(leaf)
-            entered: torch.Tensor = _Enter.apply(leaf)
+            entered: torch.Tensor = _Enter.apply(leaf)  # type: ignore[no-untyped-call]
             return entered
 
         return tree.map_tensors(enter, values)  # type: ignore[no-any-return]
@@ -188,7 +188,9 @@ class Stage:
         is_pair = isinstance(found, tuple | list) and len(found) == 2
         value = found[0] if is_pair else found
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            what = (
+                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            )
             raise ModelError(
                 f"loss_fn returned {what}, needed a scalar tensor: the mean over the rows, or a pair (sum, weight)"
             )

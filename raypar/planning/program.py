@@ -11,7 +11,8 @@
 Messages from one actor to another share one channel and are matched by order alone (NCCL has no tags),
 so the receives of a channel are posted in the order in which the other side sends, at least `AHEAD`
 actions before they are used: a message then arrives while the actor still computes something else.
-A send starts after its action and nothing waits for it but the release of its tensors.
+A send starts after its action and no action waits for it: its tensors are released once a message has come
+back that the other side can only have sent after it had used them, the last ones at the end of the step.
 """
 
 from __future__ import annotations
@@ -62,7 +63,14 @@ class Send(NamedTuple):
     message: Message
 
 
-Instruction = Post | Compute | Send
+class Release(NamedTuple):
+    """Let go of the tensors of `message`: the other side has received it, since something that it sent
+    later has arrived here. Waiting for it takes no time."""
+
+    message: Message
+
+
+Instruction = Post | Compute | Send | Release
 Program = tuple[Instruction, ...]
 
 
@@ -97,8 +105,15 @@ def programs(schedule: Schedule, edges: Iterable[Edge]) -> tuple[Program, ...]:
             for message in sent(action):
                 channels[actor, placement[message.receiver]].append(message)
 
+    position = {action: index for row in schedule.rows for index, action in enumerate(row)}
+
+    def used(message: Message) -> int:
+        """The index, in its receiver's row, of the action that uses a message."""
+        return position[Action(message.receiver, message.kind, message.microbatch)]
+
     result = []
     for actor, row in enumerate(schedule.rows):
+        unreleased: dict[int, deque[Message]] = defaultdict(deque)
         used_at = {message: index for index, action in enumerate(row) for message in needed(action)}
         posts: dict[int, list[Message]] = defaultdict(list)
         rank: dict[Message, int] = {}
@@ -107,7 +122,9 @@ def programs(schedule: Schedule, edges: Iterable[Edge]) -> tuple[Program, ...]:
                 continue
             unknown = [message for message in messages if message not in used_at]
             if unknown:
-                raise ScheduleError(f"the schedule {schedule.name!r} sends {unknown[0]}, which actor {actor} never uses")
+                raise ScheduleError(
+                    f"the schedule {schedule.name!r} sends {unknown[0]}, which actor {actor} never uses"
+                )
             latest = len(row)
             for message in reversed(messages):  # not later than what comes behind it in the channel
                 latest = min(latest, max(used_at[message] - AHEAD, 0))
@@ -116,8 +133,17 @@ def programs(schedule: Schedule, edges: Iterable[Edge]) -> tuple[Program, ...]:
         program: list[Instruction] = []
         for index, action in enumerate(row):
             program += [Post(message) for message in sorted(posts[index], key=rank.__getitem__)]
-            program.append(Compute(action, tuple(sorted(needed(action), key=lambda message: rank.get(message, -1)))))
-            program += [Send(message) for message in sent(action)]
+            needs = sorted(needed(action), key=lambda message: rank.get(message, -1))
+            program.append(Compute(action, tuple(needs)))
+            for message in needs:
+                proof = position[Action(message.sender, message.kind, message.microbatch)]
+                mine = unreleased[placement[message.sender]]
+                while mine and used(mine[0]) <= proof:
+                    program.append(Release(mine.popleft()))
+            for message in sent(action):
+                program.append(Send(message))
+                unreleased[placement[message.receiver]].append(message)
+        program += [Release(message) for left in unreleased.values() for message in left]
         result.append(tuple(program))
     return tuple(result)
 
@@ -145,9 +171,13 @@ def _check_table(schedule: Schedule) -> None:
     for actor, row in enumerate(schedule.rows):
         for action in row:
             if action.stage >= stages or schedule.placement[action.stage] != actor:
-                raise ScheduleError(f"the schedule {name!r} has {action} on actor {actor}, which does not hold that stage")
+                raise ScheduleError(
+                    f"the schedule {name!r} has {action} on actor {actor}, which does not hold that stage"
+                )
             if action.microbatch >= schedule.microbatches:
-                raise ScheduleError(f"the schedule {name!r} has {action}, but only {schedule.microbatches} micro-batches")
+                raise ScheduleError(
+                    f"the schedule {name!r} has {action}, but only {schedule.microbatches} micro-batches"
+                )
     for stage in range(stages):
         for microbatch in range(schedule.microbatches):
             for kind in kinds:
@@ -182,9 +212,11 @@ def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
             posted[channel(instruction.message)].append(instruction.message)
             buffers[actor] += 1
             most_buffers[actor] = max(most_buffers[actor], buffers[actor])
-        else:
+        elif isinstance(instruction, Send):
             sent[channel(instruction.message)].append(instruction.message)
-        if not isinstance(instruction, Compute):
+        elif instruction.message not in delivered:
+            return False
+        if isinstance(instruction, Post | Send):
             there, here = sent[channel(instruction.message)], posted[channel(instruction.message)]
             while there and here:
                 if there[0] != here[0]:

@@ -1,0 +1,51 @@
+"""What holds the stages of one replica, whatever processes these live in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from raypar.compute.engine import Order, StepResult
+from raypar.compute.timing import Timing
+from raypar.compute.tree import Tree
+
+
+@dataclass
+class ReplicaState:
+    """The state of one replica on the CPU: `model` under the names of build_model(), with this replica's own
+    buffers; the optimizer's by parameter name."""
+
+    model: dict[str, torch.Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: Any = None
+
+
+class Actors(Protocol):
+    """What holds the stages of one replica: this process, all engines of local mode, or stage actors."""
+
+    def train(self, order: Order) -> Callable[[], StepResult]:
+        """Start a step; the function returned waits for its result."""
+
+    def evaluate(self, order: Order) -> tuple[float, float]:
+        """The loss's (sum, weight) over this replica's rows."""
+
+    def predict(self, order: Order) -> Tree: ...
+
+    def state(self) -> ReplicaState: ...
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """This replica's own persistent buffers, on the CPU."""
+
+    def load_model(self, state: dict[str, torch.Tensor]) -> None: ...
+
+    def names(self) -> list[str]:
+        """The names of the whole model's state dict."""
+
+    def timings(self) -> list[Timing]:
+        """What each actor measured since the last call."""
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Where each actor is and what it holds."""
