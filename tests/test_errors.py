@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pickle
+import re
+
+import pytest
+
+from raypar.planning import errors
+from raypar.planning.errors import NonFiniteError, RayparError, RunError, near_names
+
+
+def subclasses(cls: type[RayparError]) -> list[type[RayparError]]:
+    return [cls, *(deeper for child in cls.__subclasses__() for deeper in subclasses(child))]
+
+
+ALL = [cls for cls in subclasses(RayparError) if cls.__module__ == errors.__name__]
+
+each_error = pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+
+
+def drawn_tree(text: str) -> dict[str, str]:
+    """Each class of a tree drawn with ├── and └──, and the class that it hangs from."""
+    parents: dict[str, str] = {}
+    above: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        found = re.match(r"(?P<indent>\s+(?:[│ ]*[├└]── )?)(?P<name>\w+Error)\b", line)
+        if found is None:
+            continue
+        depth, name = len(found["indent"]), found["name"]
+        above = [(other, parent) for other, parent in above if other < depth]
+        if above:
+            parents[name] = above[-1][1]
+        above.append((depth, name))
+    return parents
+
+
+def test_the_tree_drawn_in_the_docstring_is_the_tree_of_classes():
+    assert errors.__doc__ is not None
+    real = {cls.__name__: cls.__mro__[1].__name__ for cls in ALL if cls is not RayparError}
+    assert drawn_tree(errors.__doc__) == real
+
+
+@each_error
+def test_an_error_survives_pickling_with_its_message_and_attributes(cls: type[RayparError]):
+    attributes = {"replica": 1, "stage": 2, "step": 3, "checkpoint": "/runs/a", "note": ("any", "value")}
+    error = cls("stage 2 found 3, needed 4", **attributes)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is cls
+    assert (str(again), again.message, again.args) == (error.message, error.message, error.args)
+    assert {name: getattr(again, name) for name in attributes} == attributes
+
+
+@each_error
+def test_an_error_says_what_it_means_in_its_docstring(cls: type[RayparError]):
+    assert (cls.__doc__ or "").strip().endswith((".", "one."))
+    assert "__doc__" in cls.__dict__
+
+
+@each_error
+def test_the_message_is_the_whole_text_of_an_error(cls: type[RayparError]):
+    assert str(cls("found 1, needed 2", step=1, stage=0)) == "found 1, needed 2"
+
+
+def test_notes_of_an_error_survive_pickling():
+    error = RunError("replica 0: lost", replica=0)
+    error.add_note("raised on 10.0.0.1")
+    assert pickle.loads(pickle.dumps(error)).__notes__ == ["raised on 10.0.0.1"]
+
+
+def test_only_what_failed_during_the_run_is_worth_another_try():
+    assert {cls.__name__ for cls in ALL if cls.retryable} == {cls.__name__ for cls in subclasses(RunError)}
+
+
+def test_where_a_run_error_happened_is_unknown_until_it_is_said():
+    assert (RunError("lost").replica, RunError("lost").stage) == (None, None)
+    assert (RunError("lost", replica=1, stage=2).replica, RunError("lost", replica=1, stage=2).stage) == (1, 2)
+
+
+def test_a_non_finite_error_names_the_checkpoint_of_the_last_committed_step():
+    error = NonFiniteError("the loss became nan at step 8.", step=8, stage=1)
+    assert error.checkpoint is None
+    named = error.with_checkpoint("/runs/digits/checkpoint_00000007")
+    assert (named.step, named.stage, named.checkpoint) == (8, 1, "/runs/digits/checkpoint_00000007")
+    assert str(named) == (
+        "the loss became nan at step 8. The last committed step (7) is saved in /runs/digits/checkpoint_00000007."
+    )
+
+
+FIRST_TEN = "known: 'k0', 'k1', 'k2', 'k3', 'k4', 'k5', 'k6', 'k7', 'k8', 'k9', … (12 in all)"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "text"),
+    [
+        ("1f1p", ["gpipe", "1f1b"], "did you mean '1f1b'?"),
+        ("conv", ["fc1", "convolve", "conv1"], "did you mean 'conv1' or 'convolve'?"),
+        ("zzz", ["gpipe", "1f1b"], "known: 'gpipe', '1f1b'"),
+        ("zzz", [f"k{n}" for n in range(12)], FIRST_TEN),
+    ],
+)
+def test_a_message_about_an_unknown_name_ends_with_the_near_ones_or_the_first_ten(
+    wanted: str, known: list[str], text: str
+):
+    assert near_names(wanted, known) == text
+
+
+def test_near_names_takes_any_iterable():
+    assert near_names("trian", iter(["train", "test"])).startswith("did you mean 'train'")

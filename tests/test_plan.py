@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+
+from raypar.planning.errors import ConfigError, PlanError
+from raypar.planning.plan import SCHEDULE_NAMES, Plan, Timeouts
+from raypar.planning.schedule import SCHEDULES
+
+
+def test_the_default_plan_is_one_process():
+    plan = Plan()
+    assert (plan.data, plan.pipeline, plan.microbatches, plan.schedule, plan.placement) == (1, 1, 1, "1f1b", None)
+
+
+@pytest.mark.parametrize(("pipeline", "microbatches"), [(1, 1), (2, 8), (3, 12)])
+def test_microbatches_default_to_one_without_a_pipeline_and_to_four_a_stage_actor_with_one(
+    pipeline: int, microbatches: int
+):
+    assert Plan(pipeline=pipeline).microbatches == microbatches
+
+
+def test_microbatches_can_be_chosen_without_a_pipeline():
+    assert Plan(microbatches=4).microbatches == 4
+
+
+def test_without_a_placement_each_stage_has_an_actor_of_its_own():
+    assert Plan(pipeline=3).actor_of_stage == (0, 1, 2)
+
+
+def test_a_placement_says_which_actor_holds_which_stage():
+    plan = Plan(pipeline=2, placement=[0, 1, 0])
+    assert plan.placement == plan.actor_of_stage == (0, 1, 0)
+
+
+def test_a_plan_with_a_list_and_one_with_a_tuple_are_equal_and_hash_alike():
+    one, other = Plan(pipeline=2, placement=[0, 1, 0]), Plan(pipeline=2, placement=(0, 1, 0))
+    assert one == other
+    assert len({one, other}) == 1
+
+
+def test_several_stages_can_share_the_one_actor_of_a_plan_without_a_pipeline():
+    assert Plan(placement=[0, 0]).actor_of_stage == (0, 0)
+
+
+@pytest.mark.parametrize("field", ["data", "pipeline", "microbatches"])
+@pytest.mark.parametrize("value", [0, -1, 1.0, "2", True])
+def test_a_number_must_be_whole_and_at_least_one(field: str, value: Any):
+    with pytest.raises(PlanError, match=rf"Plan\({field}={value!r}\): {field} must be a whole number of at least 1"):
+        Plan(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["data", "pipeline"])
+def test_a_number_cannot_be_left_open(field: str):
+    with pytest.raises(PlanError, match=rf"Plan\({field}=None\)"):
+        Plan(**{field: None})
+
+
+def test_an_unknown_field_is_refused_with_the_near_name():
+    with pytest.raises(PlanError, match=r"Plan has no field 'pipelines': did you mean 'pipeline'\?"):
+        Plan(pipelines=2)  # type: ignore[call-arg]
+
+
+def test_a_plan_takes_keywords_only():
+    with pytest.raises(PlanError, match=r"Plan takes keywords only: Plan\(data=2, …\), found Plan\(2, …\)"):
+        Plan(2)  # type: ignore[misc]
+
+
+def test_an_unknown_schedule_is_refused_with_the_near_name():
+    with pytest.raises(PlanError, match=r"Plan\(schedule='1F1B'\): unknown schedule; did you mean '1f1b'\?"):
+        Plan(schedule="1F1B")
+
+
+@pytest.mark.parametrize("value", [None, 1, ["gpipe"]])
+def test_a_schedule_is_a_name(value: Any):
+    with pytest.raises(PlanError, match="unknown schedule"):
+        Plan(schedule=value)
+
+
+def test_each_schedule_that_a_plan_can_name_exists():
+    assert tuple(SCHEDULES) == SCHEDULE_NAMES
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        ([0, 2, 0], r"Plan\(placement=\[0, 2, 0\]\): found actor 2, but pipeline=2 has actors 0 to 1; change"),
+        ([0, -1], r"found actor -1, but pipeline=2 has actors 0 to 1"),
+        ([0, True], r"found actor True"),
+        ([0, 1.0], r"found actor 1.0"),
+        ("01", r"found actor '0'"),
+        ([0, 0], r"Plan\(placement=\[0, 0\]\) gives no stage to actor 1 of pipeline=2; each actor needs at least one"),
+        ([], r"gives no stage to actor 0"),
+        (2, r"Plan\(placement=2\): placement must be a list of actor numbers, one a stage"),
+    ],
+)
+def test_a_placement_must_give_each_actor_a_stage_and_name_no_other(placement: Any, message: str):
+    with pytest.raises(PlanError, match=message):
+        Plan(pipeline=2, placement=placement)
+
+
+def test_a_plan_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Plan().data = 2  # type: ignore[misc]
+
+
+def test_a_plan_replaced_in_one_field_is_checked_again():
+    assert dataclasses.replace(Plan(), data=2) == Plan(data=2)
+    with pytest.raises(PlanError):
+        dataclasses.replace(Plan(), data=0)
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(data=2, pipeline=2, microbatches=3, schedule="gpipe", placement=[1, 0])])
+def test_a_plan_survives_pickling(plan: Plan):
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_a_plan_prints_as_the_call_that_makes_it():
+    plan = Plan(data=2, pipeline=2, placement=[0, 1, 0])
+    assert eval(repr(plan)) == plan
+
+
+def test_every_timeout_is_a_number_of_seconds_above_zero():
+    for field in dataclasses.fields(Timeouts):
+        assert getattr(Timeouts(), field.name) > 0
+        assert getattr(Timeouts(**{field.name: 1}), field.name) == 1
+        for value in (0, -1.0, "10", None, True, float("nan")):
+            with pytest.raises(ConfigError, match=rf"Timeouts\({field.name}=.*\): needed a number of seconds above 0"):
+                Timeouts(**{field.name: value})
+
+
+def test_an_unknown_timeout_is_refused_with_the_near_name():
+    with pytest.raises(ConfigError, match=r"Timeouts has no field 'peers': did you mean 'peer'\?"):
+        Timeouts(peers=3)  # type: ignore[call-arg]
+
+
+def test_timeouts_take_keywords_only():
+    with pytest.raises(ConfigError, match=r"Timeouts takes keywords only: Timeouts\(start=3\)"):
+        Timeouts(3)  # type: ignore[misc]
+
+
+def test_timeouts_survive_pickling():
+    timeouts = Timeouts(start=1, peer=2.5, stop=3)
+    assert pickle.loads(pickle.dumps(timeouts)) == timeouts

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from raypar.planning.errors import ScheduleError
+from raypar.planning.schedule import Action, Schedule, forward_only, gpipe, one_forward_one_backward
+from raypar.planning.simulate import Simulation, simulate
+
+Maker = Callable[[Sequence[int], int], Schedule]
+
+
+def test_one_actor_is_never_idle():
+    found = simulate(gpipe((0,), 3), forward=[1.0], backward=[2.0])
+    assert found == Simulation(length=9.0, busy=(9.0,))
+    assert found.bubble == 0.0
+
+
+@pytest.mark.parametrize("make", [gpipe, one_forward_one_backward])
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 4), (3, 8), (4, 16)])
+def test_equal_stages_reach_the_bound_of_the_bubble(make: Maker, stages: int, microbatches: int):
+    found = simulate(make(range(stages), microbatches), [1.0] * stages, [2.0] * stages)
+    assert 1 - found.bubble == pytest.approx(microbatches / (microbatches + stages - 1))
+
+
+def test_the_slowest_stage_sets_the_pace_and_the_others_wait_for_it():
+    found = simulate(gpipe((0, 1), 4), forward=[1.0, 3.0], backward=[1.0, 3.0])
+    assert found.busy == (8.0, 24.0)
+    assert found.length == 1 + 24 + 1  # the slow stage computes without a gap between the fast one's first and last
+    assert found.bubble == pytest.approx(1 - 32 / 52)
+
+
+def test_stages_that_share_an_actor_share_its_time():
+    found = simulate(gpipe((0, 0), 2), forward=[1.0, 2.0], backward=[3.0, 4.0])
+    assert found == Simulation(length=20.0, busy=(20.0,))
+
+
+def test_forward_passes_alone_can_be_simulated_too():
+    found = simulate(forward_only((0, 1), 3), forward=[1.0, 1.0], backward=[9.0, 9.0])
+    assert found == Simulation(length=4.0, busy=(3.0, 3.0))
+
+
+def test_a_batch_without_rows_takes_no_time_and_has_no_bubble():
+    found = simulate(gpipe((0, 1), 0), [1.0, 1.0], [1.0, 1.0])
+    assert found == Simulation(length=0.0, busy=(0, 0))
+    assert found.bubble == 0.0
+
+
+def test_stages_that_take_no_time_have_no_bubble():
+    assert simulate(gpipe((0, 1), 2), [0.0, 0.0], [0.0, 0.0]).bubble == 0.0
+
+
+def test_a_schedule_that_does_not_end_is_not_simulated():
+    stuck = Schedule("mine", (0,), 1, ((Action(0, "B", 0), Action(0, "F", 0)),))
+    with pytest.raises(ScheduleError, match="'mine' does not end"):
+        simulate(stuck, [1.0], [1.0])
