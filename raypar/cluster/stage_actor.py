@@ -49,6 +49,7 @@ class StageActor:
         context = ray.get_runtime_context()
         held = in_process.describe(self.engine) if self.engine is not None else {}
         return {
+            **held,
             "replica": self.replica,
             "actor": self.actor,
             "device": str(self.device),
@@ -56,7 +57,6 @@ class StageActor:
             "node_id": context.get_node_id(),
             "node_ip": _node_ip(),
             "pid": os.getpid(),
-            **held,
         }
 
     # ------------------------------------------------------------ before the first step

@@ -12,7 +12,6 @@ An engine's calls are generators that yield what they wait for (see raypar.compu
 from __future__ import annotations
 
 import math
-import time
 import traceback
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -125,8 +124,8 @@ class Engine:
     def train_step(self, order: Order) -> Waiting:
         """One optimizer step; returns a StepResult. Raises NonFiniteError when the loss or the gradient is
         not finite: then nothing has changed."""
-        started = time.perf_counter()
         self.learner.begin()
+        self.clock.begin_step()
         run = self._start("train", order)
         yield from self._play(run)
         found = [_total([loss for loss, _ in run.sums]), _total([weight for _, weight in run.sums])]
@@ -140,7 +139,6 @@ class Engine:
             yield from self._find_non_finite(order, loss)
         with self._user_code("the optimizer's step"):
             lr, norm = self.learner.commit(weight, squared)
-        self.clock.end_step(time.perf_counter() - started)
         mean = loss / weight if weight else math.nan
         return StepResult(order.step, mean, norm, int(samples), lr, skipped=not weight)
 
@@ -220,6 +218,7 @@ class Engine:
             elif isinstance(instruction, Release):
                 yield from self._outboxes[self.placement[instruction.message.receiver]].release(instruction.message)
         if run.mode == "train":
+            self.clock.end_step()
             for stage in self.part.stages:
                 try:
                     yield from self.sums[stage].start(len(run.sizes))
@@ -237,9 +236,9 @@ class Engine:
                 received[source] = run.local.pop(Message(source, "F", number, index))
         rows, is_last = run.sizes[number], number == len(run.sizes) - 1
         seed_pass(self.device, self.seed, run.step, self.replica * self.plan.microbatches + number, index)
-        with self._user_code("forward", index, number), self.clock.measure(index, "F"):
+        with self._user_code("forward", index, number):
             if run.mode == "train":
-                with self.sums[index].around(is_last):
+                with self.clock.measure(index, "F"), self.sums[index].around(is_last):
                     sends, loss = stage.forward(number, run.inputs[number], received, run.targets[number], rows)
                 found: Any = loss
             else:

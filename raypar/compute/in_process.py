@@ -108,6 +108,8 @@ def describe(engine: Engine) -> dict[str, Any]:
         "actor": engine.actor,
         "stages": stages,
         "device": str(engine.device),
+        "node_id": None,
+        "cores": os.cpu_count() or 1,
         "pid": os.getpid(),
         "parameters": sum(p.numel() for p in engine.part.module.parameters()),
     }

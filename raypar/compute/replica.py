@@ -15,7 +15,7 @@ from raypar.compute.actors import Actors
 from raypar.compute.checkpoint import name_lists
 from raypar.compute.engine import Order, StepResult
 from raypar.compute.session import Position, Session, current
-from raypar.compute.timing import Timing
+from raypar.compute.timing import Bubble, bubble_of
 from raypar.planning.errors import CheckpointError, DataError, NonFiniteError, UsageError
 
 IN_FLIGHT = 2
@@ -148,15 +148,17 @@ class Replica:
             raise CheckpointError(f"load_state_dict: the names do not fit the model: {name_lists(missing, extra)}")
         self._actors.load_model(state)
 
-    def timings(self) -> list[Timing]:
-        """What each actor of this replica measured since the last call: seconds of its stages' passes, and of
-        whole steps. Their difference is the time in which it waited."""
+    def bubble(self) -> Bubble | None:
+        """The share of time in which the actors of all replicas did not compute, over the training steps since
+        the last call, beside what the schedule would leave; None before any step. All call it alike."""
         self.wait()
-        return self._actors.timings()
+        timings = [timing for of_replica in self._session.gather(self._actors.timings()) for timing in of_replica]
+        return bubble_of(self._session.plan, timings, self.describe())
 
     def describe(self) -> list[dict[str, Any]]:
-        """One entry an actor: replica, actor, its stages with the modules of each, device, node, process."""
-        return self._actors.describe()
+        """One entry an actor, of all replicas: replica, actor, its stages with the modules of each, device,
+        node, process. All call it alike."""
+        return [actor for of_replica in self._session.gather(self._actors.describe()) for actor in of_replica]
 
     def wait(self) -> None:
         """Wait for all steps under way; raises the error of the first that failed."""

@@ -1,28 +1,33 @@
-"""How long the passes of the stages took, measured without making a GPU wait."""
+"""How long the passes of the stages took, measured without making a GPU wait, and the bubble they leave."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from raypar.planning.plan import Plan
+from raypar.planning.schedule import schedule_of
+from raypar.planning.simulate import simulate
 
-@dataclass
+
+@dataclass(frozen=True)
 class Timing:
-    """Sums over the steps since the last `Clock.read`. Seconds.
+    """Sums over the training steps since the last `Clock.read`. Seconds.
 
-    forward, backward: of each stage, all its passes together; `passes` counts them.
-    steps:             the steps from their first action to their commit.
+    forward, backward: of each stage, all its passes together; `passes` counts the backward ones.
+    span:              from the start of each step to the actor's last pass in it.
     """
 
     forward: dict[int, float]
     backward: dict[int, float]
     passes: dict[int, int]
-    steps: float
+    span: float
 
     @property
     def busy(self) -> float:
@@ -34,9 +39,9 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.spans: list[tuple[Any, Any, int, str]] = []
+        self.marks: list[tuple[Any, Any, int, str]] = []
         self.sums: dict[tuple[int, str], list[float]] = {}
-        self.steps = 0.0
+        self.started: Any = None
 
     def _now(self) -> Any:
         if not self.cuda:
@@ -50,33 +55,81 @@ class Clock:
         """Count what runs inside as a pass ("F" or "B") of a stage."""
         start = self._now()
         yield
-        self.spans.append((start, self._now(), stage, kind))
+        self.marks.append((start, self._now(), stage, kind))
 
-    def end_step(self, seconds: float) -> None:
-        self.steps += seconds
-        if not self.cuda or len(self.spans) > 10_000:
+    def begin_step(self) -> None:
+        self.started = self._now()
+
+    def end_step(self) -> None:
+        self.marks.append((self.started, self._now(), -1, "span"))
+        if not self.cuda or len(self.marks) > 10_000:
             self._settle()
 
     def _settle(self) -> None:
-        for start, end, stage, kind in self.spans:
+        for start, end, stage, kind in self.marks:
             if self.cuda:
                 end.synchronize()
-            seconds = start.elapsed_time(end) / 1e3 if self.cuda else end - start
             entry = self.sums.setdefault((stage, kind), [0.0, 0])
-            entry[0] += seconds
+            entry[0] += start.elapsed_time(end) / 1e3 if self.cuda else end - start
             entry[1] += 1
-        self.spans.clear()
+        self.marks.clear()
 
     def read(self) -> Timing:
         """What was measured since the last call."""
         self._settle()
-        stages = sorted({stage for stage, _ in self.sums})
+
+        def total(stage: int, kind: str) -> float:
+            return self.sums.get((stage, kind), [0.0, 0])[0]
+
+        stages = sorted({stage for stage, kind in self.sums if kind != "span"})
+        passes = {s: int(self.sums.get((s, "B"), [0.0, 0])[1]) for s in stages}
         timing = Timing(
-            {s: self.sums.get((s, "F"), [0.0, 0])[0] for s in stages},
-            {s: self.sums.get((s, "B"), [0.0, 0])[0] for s in stages},
-            {s: int(self.sums.get((s, "B"), [0.0, 0])[1]) for s in stages},
-            self.steps,
+            {s: total(s, "F") for s in stages}, {s: total(s, "B") for s in stages}, passes, total(-1, "span")
         )
         self.sums.clear()
-        self.steps = 0.0
         return timing
+
+
+@dataclass(frozen=True)
+class Bubble:
+    """The share of the actors' time within steps in which they do not compute, from 0 to 1.
+
+    measured:  over the steps since the last call.
+    simulated: what the schedule leaves with the measured time of each stage, when messages take no time; None where
+               actors share cores, with the reason in `note`: the times of the stages then hold each other's.
+    forward, backward: milliseconds of each stage for one micro-batch.
+    """
+
+    measured: float
+    simulated: float | None
+    note: str | None
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+
+
+def bubble_of(plan: Plan, timings: Sequence[Timing], actors: Sequence[dict[str, Any]]) -> Bubble | None:
+    """The bubble of all replicas' actors, from their timings and descriptions; None before any step, and where
+    actors take turns in one process, which leaves nothing to measure."""
+    if len({(actor["node_id"], actor["pid"]) for actor in actors}) < len(actors):
+        return None
+    stages = range(len(plan.actor_of_stage))
+    passes = [sum(t.passes.get(s, 0) for t in timings) for s in stages]
+    if not all(passes):
+        return None
+    forward = [sum(t.forward.get(s, 0.0) for t in timings) / passes[s] for s in stages]
+    backward = [sum(t.backward.get(s, 0.0) for t in timings) / passes[s] for s in stages]
+    longest = max(t.span for t in timings)
+    measured = 1.0 - sum(t.busy for t in timings) / (longest * len(timings))
+    note = _crowded(actors)
+    simulated = None if note else simulate(schedule_of(plan), forward, backward).bubble
+    return Bubble(measured, simulated, note, tuple(t * 1e3 for t in forward), tuple(t * 1e3 for t in backward))
+
+
+def _crowded(actors: Sequence[dict[str, Any]]) -> str | None:
+    """Why the actors' times cannot be taken for times of their own; None where each has a core or a GPU."""
+    on_cpu = Counter(actor["node_id"] for actor in actors if actor["device"] == "cpu")
+    for actor in actors:
+        count = on_cpu[actor["node_id"]]
+        if count > actor["cores"]:
+            return f"{count} actors share {actor['cores']} cores"
+    return None
