@@ -6,13 +6,14 @@
          │
          ▼  programs(schedule, edges)
     actor 0:  0F0 send(0F0▶1) post(1B0▶0) 0F1 send(0F1▶1) …
-    actor 1:  post(0F0▶1) post(0F1▶1) 1F0 1B0 send(1B0▶0) …
+    actor 1:  post(0F0▶1) 1F0 post(0F1▶1) 1B0 send(1B0▶0) …
 
-Messages from one actor to another share one channel and are matched by order alone (NCCL has no tags),
-so the receives of a channel are posted in the order in which the other side sends, at least `AHEAD`
-actions before they are used: a message then arrives while the actor still computes something else.
-A send starts after its action and no action waits for it: its tensors are released once a message has come
-back that the other side can only have sent after it had used them, the last ones at the end of the step.
+Messages from one actor to another share one channel and are matched by order alone (NCCL has no tags).
+That is the order in which the receiver uses them, so each receive can be posted exactly `AHEAD` actions before
+its use: a message then arrives while the actor still computes something else, and room is needed for the
+messages of two actions alone. A send starts after its action, or as soon as the one that the receiver uses
+before it is made; no action waits for it. Its tensors are released once a message has come back that the
+other side can only have sent after it had used them, the last ones at the end of the step.
 """
 
 from __future__ import annotations
@@ -98,38 +99,34 @@ def programs(schedule: Schedule, edges: Iterable[Edge]) -> tuple[Program, ...]:
         sources = earlier[action.stage] if action.kind == "F" else later[action.stage]
         return [Message(source, action.kind, action.microbatch, action.stage) for source in sources]
 
-    # the order of each channel is the order in which its sender computes
+    position = {action: index for row in schedule.rows for index, action in enumerate(row)}
+    used = {message: index for row in schedule.rows for index, action in enumerate(row) for message in needed(action)}
+
+    # the order of each channel is the order in which its receiver uses the messages, whenever they were made
     channels: dict[tuple[int, int], list[Message]] = defaultdict(list)
     for actor, row in enumerate(schedule.rows):
-        for action in row:
-            for message in sent(action):
-                channels[actor, placement[message.receiver]].append(message)
-
-    position = {action: index for row in schedule.rows for index, action in enumerate(row)}
-
-    def used(message: Message) -> int:
-        """The index, in its receiver's row, of the action that uses a message."""
-        return position[Action(message.receiver, message.kind, message.microbatch)]
+        for message in [message for action in row for message in sent(action)]:
+            receiver = placement[message.receiver]
+            if message not in used:
+                raise ScheduleError(
+                    f"the schedule {schedule.name!r} sends {message}, which actor {receiver} never uses"
+                )
+            channels[actor, receiver].append(message)
+    for messages in channels.values():
+        messages.sort(key=used.__getitem__)
 
     result = []
     for actor, row in enumerate(schedule.rows):
-        unreleased: dict[int, deque[Message]] = defaultdict(deque)
-        used_at = {message: index for index, action in enumerate(row) for message in needed(action)}
         posts: dict[int, list[Message]] = defaultdict(list)
         rank: dict[Message, int] = {}
         for (_, receiver), messages in sorted(channels.items()):
-            if receiver != actor:
-                continue
-            unknown = [message for message in messages if message not in used_at]
-            if unknown:
-                raise ScheduleError(
-                    f"the schedule {schedule.name!r} sends {unknown[0]}, which actor {actor} never uses"
-                )
-            latest = len(row)
-            for message in reversed(messages):  # not later than what comes behind it in the channel
-                latest = min(latest, max(used_at[message] - AHEAD, 0))
-                posts[latest].append(message)
-            rank.update({message: index for index, message in enumerate(messages)})
+            if receiver == actor:
+                for index, message in enumerate(messages):
+                    posts[max(used[message] - AHEAD, 0)].append(message)
+                    rank[message] = index
+        unsent = {to: deque(messages) for (source, to), messages in sorted(channels.items()) if source == actor}
+        unreleased: dict[int, deque[Message]] = defaultdict(deque)
+        made: set[Message] = set()
         program: list[Instruction] = []
         for index, action in enumerate(row):
             program += [Post(message) for message in sorted(posts[index], key=rank.__getitem__)]
@@ -138,11 +135,13 @@ def programs(schedule: Schedule, edges: Iterable[Edge]) -> tuple[Program, ...]:
             for message in needs:
                 proof = position[Action(message.sender, message.kind, message.microbatch)]
                 mine = unreleased[placement[message.sender]]
-                while mine and used(mine[0]) <= proof:
+                while mine and used[mine[0]] <= proof:
                     program.append(Release(mine.popleft()))
-            for message in sent(action):
-                program.append(Send(message))
-                unreleased[placement[message.receiver]].append(message)
+            made.update(sent(action))
+            for to, waiting in unsent.items():
+                while waiting and waiting[0] in made:
+                    program.append(Send(waiting[0]))
+                    unreleased[to].append(waiting.popleft())
         program += [Release(message) for left in unreleased.values() for message in left]
         result.append(tuple(program))
     return tuple(result)

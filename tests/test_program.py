@@ -1,0 +1,442 @@
+"""Programs are played here by a second simulator, written from the rules of the channels alone:
+
+- Messages from one actor to another form one ordered channel. The sender's n-th send meets the receiver's n-th post.
+- A send completes when its receive is posted and everything before it in its channel is complete.
+- Neither a send nor a post waits; a computation waits for its receives; a release waits for its send.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raypar.planning import program as module
+from raypar.planning.errors import ScheduleError
+from raypar.planning.program import (
+    AHEAD,
+    Compute,
+    Edge,
+    Instruction,
+    Message,
+    Post,
+    Program,
+    Release,
+    Send,
+    check,
+    programs,
+)
+from raypar.planning.schedule import Action, Schedule, forward_only, gpipe, one_forward_one_backward
+
+Maker = Callable[[Sequence[int], int], Schedule]
+MAKERS: list[Maker] = [gpipe, one_forward_one_backward, forward_only]
+
+# ---------------------------------------------------------------- what is generated
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> tuple[int, ...]:
+    """Up to 8 stages on up to 4 actors, each of which holds one at least."""
+    actors = draw(st.integers(1, 4))
+    more = draw(st.lists(st.integers(0, actors - 1), max_size=8 - actors))
+    return tuple(draw(st.permutations([*range(actors), *more])))
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Edge]]:
+    """A placement, and the edges of a stage graph: the chain with some links missing, and skips."""
+    placement = draw(placements())
+    all_edges = list(itertools.combinations(range(len(placement)), 2))
+    chain = [edge for edge in all_edges if edge[1] == edge[0] + 1]
+    skips = draw(st.lists(st.sampled_from(all_edges), max_size=6)) if all_edges else []
+    missing = draw(st.lists(st.sampled_from(chain), max_size=2)) if chain else []
+    return placement, sorted({*chain, *skips} - set(missing))
+
+
+any_graph = graphs()
+any_maker = st.sampled_from(MAKERS)
+any_microbatches = st.integers(0, 16)
+
+# ---------------------------------------------------------------- the simulator
+
+
+def channel(message: Message, placement: Sequence[int]) -> tuple[int, int]:
+    return placement[message.sender], placement[message.receiver]
+
+
+def play(all_programs: Sequence[Program], placement: Sequence[int], chance: Random) -> list[tuple[int, Instruction]]:
+    """Let a random actor that can go on take one instruction, until none can; returns what ran, in its order."""
+    posts: dict[tuple[int, int], list[Message]] = {}
+    sends: dict[tuple[int, int], list[Message]] = {}
+    place: dict[Message, int] = {}  # of each message that was sent, in its channel
+    at = [0] * len(all_programs)
+    ran: list[tuple[int, Instruction]] = []
+
+    def complete(message: Message) -> bool:
+        return message in place and place[message] < len(posts.get(channel(message, placement), []))
+
+    def can_go_on(actor: int) -> bool:
+        if at[actor] == len(all_programs[actor]):
+            return False
+        instruction = all_programs[actor][at[actor]]
+        if isinstance(instruction, Compute):
+            return all(map(complete, instruction.needs))
+        return not isinstance(instruction, Release) or complete(instruction.message)
+
+    while free := [actor for actor in range(len(at)) if can_go_on(actor)]:
+        actor = chance.choice(free)
+        instruction = all_programs[actor][at[actor]]
+        at[actor] += 1
+        ran.append((actor, instruction))
+        if isinstance(instruction, Post):
+            posts.setdefault(channel(instruction.message, placement), []).append(instruction.message)
+        elif isinstance(instruction, Send):
+            sent = sends.setdefault(channel(instruction.message, placement), [])
+            place[instruction.message] = len(sent)
+            sent.append(instruction.message)
+    assert sends == posts, "some message met the receive of another one"
+    return ran
+
+
+def receive_buffers(program: Program) -> int:
+    """The most messages at once that are posted and not yet used."""
+    changes = [
+        1 if isinstance(instruction, Post) else -len(instruction.needs) if isinstance(instruction, Compute) else 0
+        for instruction in program
+    ]
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def live_activations(row: Sequence[Action]) -> int:
+    """The most forward passes at once whose backward pass has not run."""
+    return max(itertools.accumulate((1 if action.kind == "F" else -1 for action in row), initial=0))
+
+
+def causes(all_programs: Sequence[Program]) -> dict[tuple[int, int], list[int]]:
+    """For each instruction (actor, index), how many instructions of each actor must have run before it can."""
+    sent_at = {
+        instruction.message: (actor, index)
+        for actor, program in enumerate(all_programs)
+        for index, instruction in enumerate(program)
+        if isinstance(instruction, Send)
+    }
+    known: dict[tuple[int, int], list[int]] = {}
+    at = [0] * len(all_programs)
+    while any(at[actor] < len(program) for actor, program in enumerate(all_programs)):
+        before = list(at)
+        for actor, program in enumerate(all_programs):
+            while at[actor] < len(program):
+                index, instruction = at[actor], program[at[actor]]
+                needs = instruction.needs if isinstance(instruction, Compute) else ()
+                if not all(sent_at[message] in known for message in needs):
+                    break
+                own = list(known[actor, index - 1]) if index else [0] * len(all_programs)
+                own[actor] = index
+                vectors = [own]
+                for sender, position in (sent_at[message] for message in needs):
+                    vectors.append(list(known[sender, position]))
+                    vectors[-1][sender] = max(vectors[-1][sender], position + 1)
+                known[actor, index] = [max(column) for column in zip(*vectors, strict=True)]
+                at[actor] += 1
+        assert at != before, "the programs wait for each other"
+    return known
+
+
+# ---------------------------------------------------------------- what always holds
+
+
+@settings(deadline=None)
+@given(any_maker, any_graph, any_microbatches, st.randoms(use_true_random=False))
+def test_every_program_ends_in_whatever_order_the_actors_advance_though_a_send_waits_for_its_receive(
+    make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int, chance: Random
+):
+    placement, edges = graph
+    found = programs(make(placement, microbatches), edges)
+    ran = play(found, placement, chance)
+    assert [[i for who, i in ran if who == actor] for actor in range(len(found))] == [list(p) for p in found]
+
+
+@settings(deadline=None)
+@given(any_maker, any_graph, any_microbatches, st.randoms(use_true_random=False))
+def test_each_action_runs_exactly_once_after_all_that_it_needs(
+    make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int, chance: Random
+):
+    placement, edges = graph
+    ran = play(programs(make(placement, microbatches), edges), placement, chance)
+    order = [instruction.action for _, instruction in ran if isinstance(instruction, Compute)]
+    kinds = "F" if make is forward_only else "FB"
+    wanted = itertools.product(range(len(placement)), kinds, range(microbatches))
+    assert Counter(order) == Counter(Action(*each) for each in wanted)
+    when = {action: index for index, action in enumerate(order)}
+    for source, target in edges:
+        for number in range(microbatches):
+            assert when[Action(source, "F", number)] < when[Action(target, "F", number)]
+            if "B" in kinds:
+                assert when[Action(target, "B", number)] < when[Action(source, "B", number)]
+    for stage, number in itertools.product(range(len(placement)), range(microbatches)):
+        assert "B" not in kinds or when[Action(stage, "F", number)] < when[Action(stage, "B", number)]
+
+
+@settings(deadline=None)
+@given(any_maker, any_graph, any_microbatches)
+def test_each_value_that_crosses_actors_is_made_posted_sent_used_and_released_once(
+    make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int
+):
+    placement, edges = graph
+    crossing = [(s, t) for s, t in edges if placement[s] != placement[t]]
+    wanted = {Message(s, "F", number, t) for s, t in crossing for number in range(microbatches)}
+    if make is not forward_only:
+        wanted |= {Message(t, "B", number, s) for s, t in crossing for number in range(microbatches)}
+    for actor, program in enumerate(programs(make(placement, microbatches), edges)):
+        index = {(type(i), i[0]): number for number, i in enumerate(program)}
+        computed = {i.action: number for number, i in enumerate(program) if isinstance(i, Compute)}
+        assert len(index) == len(program), "an instruction occurs twice"
+        arriving = {message for message in wanted if placement[message.receiver] == actor}
+        leaving = {message for message in wanted if placement[message.sender] == actor}
+        assert {i.message for i in program if isinstance(i, Post)} == arriving
+        assert Counter(m for i in program if isinstance(i, Compute) for m in i.needs) == Counter(arriving)
+        assert {i.message for i in program if isinstance(i, Send)} == leaving
+        assert {i.message for i in program if isinstance(i, Release)} == leaving
+        for message in arriving:
+            used_by = Action(message.receiver, message.kind, message.microbatch)
+            assert index[Post, message] < computed[used_by]
+            assert message in program[computed[used_by]].needs  # type: ignore[union-attr]
+        for message in leaving:
+            made_by = Action(message.sender, message.kind, message.microbatch)
+            assert computed[made_by] < index[Send, message] < index[Release, message]
+
+
+@settings(deadline=None)
+@given(any_maker, any_graph, any_microbatches)
+def test_a_receive_is_posted_one_action_before_its_use_so_that_two_actions_values_are_all_the_room_it_takes(
+    make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int
+):
+    placement, edges = graph
+    for program in programs(make(placement, microbatches), edges):
+        needs = [len(i.needs) for i in program if isinstance(i, Compute)]
+        assert receive_buffers(program) <= max((sum(needs[i : i + 1 + AHEAD]) for i in range(len(needs))), default=0)
+        for index, instruction in enumerate(program):
+            if isinstance(instruction, Compute):
+                before = [i for i in program[:index] if isinstance(i, Compute)]
+                for message in instruction.needs:
+                    posted = program.index(Post(message))
+                    between = [i for i in program[posted:index] if isinstance(i, Compute)]
+                    assert len(between) == min(AHEAD, len(before))
+
+
+@settings(deadline=None)
+@given(any_maker, any_graph)
+def test_receive_buffers_do_not_grow_with_the_number_of_micro_batches(
+    make: Maker, graph: tuple[tuple[int, ...], list[Edge]]
+):
+    placement, edges = graph
+    into = Counter(target for _, target in edges) + Counter(source for source, _ in edges)
+    bound = (1 + AHEAD) * max(into.values(), default=0)
+    for microbatches in (4, 8, 16):
+        assert max(check(make(placement, microbatches), edges).receive_buffers) <= bound
+
+
+@settings(deadline=None)
+@given(any_maker, any_graph, any_microbatches)
+def test_the_bounds_that_check_returns_are_those_that_are_reached(
+    make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int
+):
+    placement, edges = graph
+    schedule = make(placement, microbatches)
+    bounds = check(schedule, edges)
+    assert list(bounds.receive_buffers) == [receive_buffers(program) for program in programs(schedule, edges)]
+    if make is forward_only:
+        assert set(bounds.activations) == {0}  # nothing is kept for a backward pass that does not come
+    else:
+        assert list(bounds.activations) == [live_activations(row) for row in schedule.rows]
+
+
+@settings(deadline=None)
+@given(placements(), any_microbatches)
+def test_stage_s_of_S_keeps_the_activations_of_at_most_S_minus_s_micro_batches_under_1f1b(
+    placement: tuple[int, ...], microbatches: int
+):
+    schedule = one_forward_one_backward(placement, microbatches)
+    bounds = check(schedule, [(stage, stage + 1) for stage in range(len(placement) - 1)])
+    for actor, row in enumerate(schedule.rows):
+        mine = [stage for stage, holder in enumerate(placement) if holder == actor]
+        for stage in mine:
+            kept = live_activations([action for action in row if action.stage == stage])
+            assert kept <= len(placement) - stage
+        assert bounds.activations[actor] <= sum(len(placement) - stage for stage in mine)
+
+
+@settings(deadline=None)
+@given(any_maker, any_graph, any_microbatches)
+def test_a_message_is_released_in_the_midst_of_a_program_only_once_the_other_side_must_have_used_it(
+    make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int
+):
+    placement, edges = graph
+    found = programs(make(placement, microbatches), edges)
+    before = causes(found)
+    computed = {
+        instruction.action: (actor, index)
+        for actor, program in enumerate(found)
+        for index, instruction in enumerate(program)
+        if isinstance(instruction, Compute)
+    }
+    for actor, program in enumerate(found):
+        last = max((index for index, i in enumerate(program) if isinstance(i, Compute)), default=0)
+        for index, instruction in enumerate(program[:last]):
+            if isinstance(instruction, Release):
+                _, kind, number, receiver = instruction.message
+                user, position = computed[Action(receiver, kind, number)]
+                assert before[actor, index][user] > position
+
+
+def test_under_1f1b_a_sender_lets_go_of_its_tensors_while_the_step_goes_on():
+    def most_kept(program: Program) -> int:
+        changes = (isinstance(i, Send) - isinstance(i, Release) for i in program)
+        return max(itertools.accumulate(changes))
+
+    for microbatches in (8, 16, 32):
+        schedule = one_forward_one_backward((0, 1, 2), microbatches)
+        assert [most_kept(program) for program in programs(schedule, [(0, 1), (1, 2)])] == [3, 3, 2]
+
+
+# ---------------------------------------------------------------- examples
+
+
+def shown(program: Program) -> str:
+    words = []
+    for instruction in program:
+        if isinstance(instruction, Compute):
+            words.append(str(instruction.action))
+        else:
+            words.append(f"{type(instruction).__name__.lower()}({instruction.message})")
+    return " ".join(words)
+
+
+def test_the_programs_drawn_in_the_docstring_are_the_real_ones():
+    rows = (("0F0", "0F1", "0B0", "0B1"), ("1F0", "1B0", "1F1", "1B1"))
+    schedule = Schedule("drawn", (0, 1), 2, tuple(tuple(map(Action.parse, row)) for row in rows))
+    assert module.__doc__ is not None
+    upper, lower = module.__doc__.split("programs(schedule, edges)")
+    for actor, row in enumerate(rows):
+        assert re.findall(rf"actor {actor}: +(.*?)(?:  |\n)", upper) == [" ".join(row)]
+    for actor, program in enumerate(programs(schedule, [(0, 1)])):
+        (drawn,) = re.findall(rf"actor {actor}: +(.*) …\n", lower)
+        assert shown(program).startswith(drawn + " ")
+
+
+def test_two_stages_as_programs():
+    assert list(map(shown, programs(one_forward_one_backward((0, 1), 2), [(0, 1)]))) == [
+        "0F0 send(0F0▶1) post(1B0▶0) 0F1 send(0F1▶1) post(1B1▶0) 0B0 release(0F0▶1) 0B1 release(0F1▶1)",
+        "post(0F0▶1) 1F0 post(0F1▶1) 1B0 send(1B0▶0) 1F1 1B1 send(1B1▶0) release(1B0▶0) release(1B1▶0)",
+    ]
+
+
+def test_what_stays_on_one_actor_is_neither_sent_nor_received():
+    found = programs(gpipe((0, 0), 2), [(0, 1)])
+    assert list(map(shown, found)) == ["0F0 0F1 1F0 1F1 1B0 1B1 0B0 0B1"]
+
+
+def test_a_skip_edge_goes_straight_from_its_source_to_its_target():
+    found = programs(forward_only((0, 1, 2), 1), [(0, 1), (0, 2), (1, 2)])
+    assert list(map(shown, found)) == [
+        "0F0 send(0F0▶1) send(0F0▶2) release(0F0▶1) release(0F0▶2)",
+        "post(0F0▶1) 1F0 send(1F0▶2) release(1F0▶2)",
+        "post(0F0▶2) post(1F0▶2) 2F0",
+    ]
+
+
+def test_values_travel_in_the_order_of_their_use_though_they_were_made_in_another():
+    """The history: actor 0 holds stages 0 and 1 and, under gpipe, runs stage 0 on all micro-batches first; stage 2 needs
+    the values of both. A channel once carried messages in the order of their making: all of stage 0's before the first
+    of stage 1's, so that actor 1 held as many receive buffers as there are micro-batches."""
+    schedule = gpipe((0, 0, 1), 8)
+    edges = [(0, 1), (0, 2), (1, 2)]
+    sender = programs(schedule, edges)[0]
+    sent = [str(i.message) for i in sender if isinstance(i, Send) and i.message.kind == "F"]
+    assert sent[:4] == ["0F0▶2", "1F0▶2", "0F1▶2", "1F1▶2"]
+    assert check(schedule, edges).receive_buffers == (2, 4)
+
+
+# ---------------------------------------------------------------- what check refuses
+
+
+def broken(text: str, placement: tuple[int, ...] = (0, 1), microbatches: int = 1) -> Schedule:
+    rows = (tuple(map(Action.parse, row.split())) for row in text.split("|"))
+    return Schedule("mine", placement, microbatches, tuple(rows))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0F0 0B0 | 1F0", "has 1B0 0 times, needed once"),
+        ("0F0 0F0 0B0 | 1F0 1B0", "has 0F0 2 times, needed once"),
+        ("0F0 1B0 | 1F0 0B0", "has 1B0 on actor 0, which does not hold that stage"),
+        ("0F0 0B0 | 1F0 1B0 2F0", "has 2F0 on actor 1, which does not hold that stage"),
+        ("0F0 0B0 0F1 | 1F0 1B0", "has 0F1, but only 1 micro-batches"),
+        ("0B0 0F0 | 1F0 1B0", "does not end: actor 0 at 0B0, actor 1 at 1F0 wait for each other"),
+        ("0F0 0B0 | 1B0 1F0", "does not end: actor 0 at 0B0, actor 1 at 1B0 wait for each other"),
+    ],
+)
+def test_a_table_that_repeats_forgets_misplaces_or_waits_in_a_circle_is_refused(text: str, message: str):
+    with pytest.raises(ScheduleError, match=f"the schedule 'mine' {re.escape(message)}"):
+        check(broken(text), [(0, 1)])
+
+
+def test_actors_that_wait_for_each_other_across_two_micro_batches_are_refused():
+    circular = broken("0F0 0F1 2F0 2F1 2B0 2B1 0B1 0B0 | 1F0 1F1 1B0 1B1", (0, 1, 0), 2)
+    assert check(circular, [(0, 1), (1, 2)])  # another order of backward passes is no circle …
+    circular = broken("0F0 2F0 0F1 2F1 2B0 2B1 0B0 0B1 | 1F1 1F0 1B0 1B1", (0, 1, 0), 2)
+    with pytest.raises(ScheduleError, match="does not end: actor 0 at 2F0, actor 1 at 1F1"):
+        check(circular, [(0, 1), (1, 2)])  # … but this is
+
+
+@pytest.mark.parametrize("edge", [(1, 0), (0, 0), (0, 2), (-1, 1)])
+def test_an_edge_must_lead_from_an_earlier_stage_to_a_later_one(edge: Edge):
+    with pytest.raises(ScheduleError, match=re.escape(f"the edge {edge} does not lead from an earlier stage")):
+        check(gpipe((0, 1), 2), [edge])
+
+
+def test_a_message_that_nobody_uses_is_refused():
+    with pytest.raises(ScheduleError, match=r"'mine' sends 0F0▶1, which actor 1 never uses"):
+        programs(broken("0F0 0B0 | "), [(0, 1)])
+
+
+@settings(deadline=None)
+@given(any_graph, st.integers(1, 8), st.randoms(use_true_random=False))
+def test_a_schedule_with_one_action_taken_out_or_said_twice_is_never_accepted(
+    graph: tuple[tuple[int, ...], list[Edge]], microbatches: int, chance: Random
+):
+    placement, edges = graph
+    whole = one_forward_one_backward(placement, microbatches)
+    actor = chance.randrange(len(whole.rows))
+    row = list(whole.rows[actor])
+    index = chance.randrange(len(row))
+    for changed in ([*row[:index], *row[index + 1 :]], [*row[:index], row[index], *row[index:]]):
+        rows = (*whole.rows[:actor], tuple(changed), *whole.rows[actor + 1 :])
+        with pytest.raises(ScheduleError):
+            check(Schedule("mine", placement, microbatches, rows), edges)
+
+
+@settings(deadline=None)
+@given(any_graph, st.integers(1, 4), st.randoms(use_true_random=False))
+def test_whatever_order_check_accepts_ends_in_the_other_simulator_too(
+    graph: tuple[tuple[int, ...], list[Edge]], microbatches: int, chance: Random
+):
+    placement, edges = graph
+    rows = [list(row) for row in gpipe(placement, microbatches).rows]
+    for row in rows:
+        one, other = chance.randrange(len(row)), chance.randrange(len(row))
+        row[one], row[other] = row[other], row[one]
+    schedule = Schedule("mine", placement, microbatches, tuple(map(tuple, rows)))
+    try:
+        check(schedule, edges)
+    except ScheduleError:
+        return
+    found = programs(schedule, edges)
+    assert len(play(found, placement, chance)) == sum(map(len, found))
