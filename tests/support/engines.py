@@ -1,0 +1,104 @@
+"""The engines of a plan in this process, over memory or over any other world of the same form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raypar.compute import microbatch
+from raypar.compute.build import build_part
+from raypar.compute.channel import Waiting
+from raypar.compute.engine import Engine, Order, StepResult
+from raypar.compute.in_process import make_engine
+from raypar.compute.memory_links import MemoryWorld, take_turns
+from raypar.compute.part import Cut, ModelSpec
+from raypar.compute.tree import Tree
+from raypar.planning.plan import Plan
+from support.reference import Batch, shares
+
+CPU = torch.device("cpu")
+Drive = Callable[[Sequence[Waiting]], list[Any]]
+Share = tuple[Tree, Tree]
+"""The inputs and targets of one replica."""
+
+
+class Engines:
+    """All engines of a plan, driven together."""
+
+    def __init__(
+        self, plan: Plan, spec: ModelSpec, world: MemoryWorld | None = None, drive: Drive = take_turns
+    ) -> None:
+        self.plan = plan
+        self.drive = drive
+        self.world = world if world is not None else MemoryWorld(plan)
+        self.all: list[Engine] = [
+            make_engine(
+                spec,
+                plan,
+                replica,
+                actor,
+                build_part(spec, plan, actor, CPU),
+                self.world.transport(replica, actor),
+                CPU,
+            )
+            for replica in range(plan.data)
+            for actor in range(plan.pipeline)
+        ]
+
+    def train_step(self, step: int, shares: Sequence[Share]) -> list[StepResult]:
+        """One step of all engines; the results in their order."""
+        return self.drive([engine.train_step(_order(step, shares[engine.replica])) for engine in self.all])
+
+    def train(self, batches: Sequence[Batch]) -> list[float]:
+        """One step for each global batch; the losses, which all engines must agree on."""
+        losses = []
+        for step, batch in enumerate(batches, start=1):
+            found = {result.loss for result in self.train_step(step, shares(*batch, self.plan.data))}
+            assert len(found) == 1, f"the engines disagree on the loss of step {step}: {found}"
+            losses += found
+        return losses
+
+    def eval_step(self, shares: Sequence[Share]) -> tuple[float, float]:
+        """The loss's (sum, weight) over all replicas."""
+        found = self.drive([engine.eval_step(_order(0, shares[engine.replica])) for engine in self.all])
+        return sum(loss for loss, _ in found), sum(weight for _, weight in found)
+
+    def predict(self, inputs: Sequence[Tree]) -> list[Tree]:
+        """The model's output for the rows of each replica."""
+        found = self.drive([engine.predict(_order(0, (inputs[engine.replica], None))) for engine in self.all])
+        last = self.plan.actor_of_stage[-1]
+        return [output for engine, output in zip(self.all, found, strict=True) if engine.actor == last]
+
+    def weights(self, replica: int = 0) -> dict[str, Tensor]:
+        """The state dict of one replica, put together from its actors, in the order of the whole model."""
+        found: dict[str, Tensor] = {}
+        for engine in self.all:
+            if engine.replica == replica:
+                mine = engine.part.module.state_dict()
+                twice = found.keys() & mine.keys()
+                assert not twice, f"two actors hold {twice}"
+                found.update({name: tensor.clone() for name, tensor in mine.items()})
+        return {name: found[name] for name in self.all[0].part.names}
+
+
+def _order(step: int, share: Share) -> Order:
+    inputs, targets = share
+    key = (microbatch.describe(inputs), microbatch.describe(targets))
+    return Order(step, microbatch.rows_of(inputs), key, inputs, targets)
+
+
+def spec_of(
+    build: Callable[[], nn.Module],
+    split: Sequence[str] = (),
+    *,
+    loss_fn: Any = nn.functional.cross_entropy,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+    given: tuple[str, ...] | None = None,
+    **more: Any,
+) -> ModelSpec:
+    """A model spec with plain SGD, unless an optimizer is given."""
+    make = optimizer if optimizer is not None else lambda module: torch.optim.SGD(module.parameters(), lr=0.1)
+    return ModelSpec(build, loss_fn, make, cut=Cut(tuple(split), given=given), **more)
