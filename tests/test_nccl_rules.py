@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import reference
-from support.engines import Engines, spec_of
-from support.nccl_rules import DeadlockError, InOrderGroup, NcclWorld
 from torch import nn
 
 from raypar.planning.plan import Plan
+from support import reference
+from support.engines import Engines, spec_of
+from support.nccl_rules import DeadlockError, InOrderGroup, NcclWorld
 
 SEEDS = range(8)
 

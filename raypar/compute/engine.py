@@ -161,7 +161,7 @@ class Engine:
         return self.placement[-1] == self.actor
 
     def _start(self, mode: str, order: Order) -> _Pass:
-        self.learner.set_mode(mode == "train")
+        self.learner.set_mode(mode in ("train", "search"))
         sizes = microbatch.sizes(order.rows, self.plan.microbatches)
         if mode == "predict" and not sizes:  # the output of no row has a shape too
             sizes = [0]
@@ -242,14 +242,14 @@ class Engine:
                     sends, loss = stage.forward(number, run.inputs[number], received, run.targets[number], rows)
                 found: Any = loss
             else:
-                wants_loss = run.mode != "predict"
+                wants_loss = run.mode == "eval"
                 sends, found = stage.evaluate(
                     mode, run.inputs[number], received, run.targets[number], rows, with_loss=wants_loss
                 )
         if run.finite is not None:
             run.finite[index] &= microbatch.is_finite([sends, found])
         if stage.is_last:
-            (run.outputs if run.mode == "predict" else run.sums).append(found)
+            (run.sums if run.mode in ("train", "eval") else run.outputs).append(found)
         for target, values in sends.items():
             message = Message(index, "F", number, target)
             (run.local if self.placement[target] == self.actor else ready)[message] = values

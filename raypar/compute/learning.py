@@ -30,7 +30,7 @@ class Learner:
             self.scheduler = _make_scheduler(spec.lr_scheduler, self.optimizer)
         self._modes = [(module, module.training) for module in part.module.modules()]
         self._training = True
-        self._buffers: dict[str, tuple[torch.Tensor, int]] = {}
+        self._buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     def set_mode(self, training: bool) -> None:
         """Training mode is the mode in which build_model() left each module; otherwise all are in eval mode."""
@@ -42,18 +42,25 @@ class Learner:
     # ------------------------------------------------------------ a step, committed or given up
 
     def begin(self) -> None:
-        """Remember the buffers that have changed since the last call, so that the step can be dropped."""
+        """Remember the buffers, so that the step can be dropped.
+
+        Those that are no floating-point numbers (masks, positions) only where they have changed since the last call;
+        the others always, since torch's batch norm changes its statistics without counting it in `_version`.
+        """
         for name, buffer in self.module.named_buffers():
-            kept = self._buffers.get(name)
-            if kept is None or kept[1] != buffer._version:
-                self._buffers[name] = (buffer.clone(), buffer._version)
+            if buffer.is_floating_point() or self._has_changed(name, buffer):
+                self._buffers[name] = (buffer, buffer._version, buffer.clone())
+
+    def _has_changed(self, name: str, buffer: torch.Tensor) -> bool:
+        kept = self._buffers.get(name)
+        return kept is None or kept[0] is not buffer or kept[1] != buffer._version
 
     def give_up(self) -> None:
         """Drop what the step has done so far: gradients, and changes of buffers."""
-        for name, buffer in self.module.named_buffers():
-            copy, version = self._buffers[name]
-            if buffer._version != version:
-                buffer.copy_(copy)
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                if buffer.is_floating_point() or self._has_changed(name, buffer):
+                    buffer.copy_(self._buffers[name][2])
         self._clear()
 
     def squared_norm(self) -> float:

@@ -54,7 +54,7 @@ class Engines:
 
     def train(self, batches: Sequence[Batch]) -> list[float]:
         """One step for each global batch; the losses, which all engines must agree on."""
-        losses = []
+        losses: list[float] = []
         for step, batch in enumerate(batches, start=1):
             found = {result.loss for result in self.train_step(step, shares(*batch, self.plan.data))}
             assert len(found) == 1, f"the engines disagree on the loss of step {step}: {found}"
