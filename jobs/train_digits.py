@@ -11,25 +11,31 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 import torch.nn.functional as F
-from models import CNN, mlp
-from prepare_digits import prepare
+from ray import cloudpickle
 from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
+import models
 import raypar
+from prepare_digits import prepare
 
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {"cnn": CNN, "mlp": mlp}
+# Ray's workers do not find the files beside a script that was submitted with --working-dir, so the models travel with
+# the train loop instead of being imported there.
+cloudpickle.register_pickle_by_value(models)  # type: ignore[no-untyped-call]  # Ray's own copy has no types
+
+MODELS: dict[str, Callable[[], torch.nn.Module]] = {"cnn": models.CNN, "mlp": models.mlp}
 TRAIN_ROWS = 1437
+DIGITS = "data/digits"
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -100,27 +106,37 @@ def show(plan: raypar.Plan, rows: list[dict[str, Any]], console: Console) -> Non
             str(row["epoch"] + 1), f"{row['loss']:.4f}", f"{row['accuracy']:.2%}", f"{row['samples_per_s']:,.0f}"
         )
     console.print(table)
-    if plan.pipeline > 1 and last["bubble"] is not None:
-        simulated = "left out: " + last["bubble_note"] if last["bubble_note"] else f"{last['bubble_simulated']:.1%}"
-        console.print(f"bubble: measured {last['bubble']:.1%} of the actors' time, simulated {simulated}")
-    console.print(f"test accuracy {last['accuracy']:.2%} after {len(rows)} epochs, loss {last['loss']:.4f}")
+    if plan.pipeline > 1:
+        console.print(bubble_line(last))
+    epochs = f"{len(rows)} epoch" + ("s" if len(rows) > 1 else "")
+    console.print(f"test accuracy {last['accuracy']:.2%} after {epochs}, loss {last['loss']:.4f}")
+
+
+def bubble_line(row: dict[str, Any]) -> str:
+    """The share of the actors' time without work in the last epoch, beside what the schedule alone would leave."""
+    if row["bubble"] is None:
+        return "bubble: not measured, since the actors took turns in one process"
+    measured = f"bubble: {row['bubble']:.1%} of the actors' time measured"
+    if row["bubble_simulated"] is None:
+        return f"{measured}; simulated: left out, since {row['bubble_note']}"
+    return f"{measured}, {row['bubble_simulated']:.1%} simulated from the times of the stages"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train on handwritten digits, data- and pipeline-parallel.")
     add = parser.add_argument
-    add("--model", choices=sorted(MODELS), default="cnn")
+    add("--model", choices=sorted(MODELS), default="cnn", help="default: cnn")
     add("--data", type=int, default=1, help="replicas of the model (default: 1)")
     add("--pipeline", type=int, default=1, help="stage actors a replica (default: 1)")
-    add("--microbatches", type=int, default=None, help="parts of a replica's batch (default: 4 a stage actor)")
+    add("--microbatches", type=int, help="parts of a replica's batch (default: 4 a stage actor; 1 without a pipeline)")
     add("--schedule", default="1f1b", help="gpipe or 1f1b (default)")
     add("--placement", type=int, nargs="+", metavar="ACTOR", help="the actor of each stage, as in 0 1 0")
     add("--split", nargs="+", metavar="MODULE", help="modules at which a new stage begins (default: balanced)")
-    add("--epochs", type=int, default=15)
-    add("--batch-size", type=int, default=64, help="rows of a global batch (default: 64)")
+    add("--epochs", type=positive, default=15, help="times through the digits (default: 15)")
+    add("--batch-size", type=positive, default=64, help="rows of a global batch (default: 64)")
     add("--lr", type=float, default=2e-3, help="the learning rate at the start, for AdamW (default: 2e-3)")
-    add("--seed", type=int, default=0)
-    add("--digits", default="data/digits", help="folder of train.parquet and test.parquet (default: data/digits)")
+    add("--seed", type=int, default=0, help="of the weights and of the order of the digits (default: 0)")
+    add("--digits", default=DIGITS, help=f"folder of train.parquet and test.parquet (default: {DIGITS})")
     add("--storage", default="runs", help="where checkpoints go: a folder or a URI (default: runs)")
     add("--name", default=None, help="the run's name; the same name resumes it (default: from the time)")
     add("--max-failures", type=int, default=0, help="restarts after failures (default: 0)")
@@ -128,37 +144,60 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, needed at least 1")
+    return value
+
+
 def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0, 1 after an error that raypar explains, 130 after Ctrl-C."""
     args = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 100)
-    fields = {"data": args.data, "pipeline": args.pipeline, "schedule": args.schedule, "placement": args.placement}
+    name = args.name or time.strftime("digits-%Y%m%d-%H%M%S")
     try:
-        plan = raypar.Plan(**fields, **({} if args.microbatches is None else {"microbatches": args.microbatches}))
-        digits = os.path.abspath(args.digits)
-        if args.digits == "data/digits":
-            prepare(digits)
-        storage = args.storage if "://" in args.storage else os.path.abspath(args.storage)
-        result = raypar.Trainer(
-            train_loop,
-            plan=plan,
-            train_loop_config={
-                key: getattr(args, key) for key in ("model", "epochs", "batch_size", "lr", "split", "seed")
-            },
-            datasets={name: f"{digits}/{name}.parquet" for name in ("train", "test")},
-            run_config=ray.train.RunConfig(
-                name=args.name or time.strftime("digits-%Y%m%d-%H%M%S"),
-                storage_path=storage,
-                failure_config=ray.train.FailureConfig(max_failures=args.max_failures),
-            ),
-            local=args.local,
-        ).fit()
+        plan, result = train(args, name)
     except raypar.RayparError as error:
-        console.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
-        print(error)
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
+        print(error, file=sys.stderr)
         return 1
-    show(plan, result.metrics_dataframe.to_dict("records"), console)
-    console.print(f"checkpoint {result.checkpoint.path}")
+    except KeyboardInterrupt:
+        print(f"Stopped. The same command with --name {name} goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    assert result.metrics is not None  # there is an epoch
+    assert result.metrics_dataframe is not None
+    rows: list[Any] = result.metrics_dataframe.to_dict("records")  # where a None may have become NaN
+    show(plan, [*rows[:-1], result.metrics], console)
+    if result.checkpoint is not None:
+        console.print(f"checkpoint {result.checkpoint.path}", soft_wrap=True)
     return 0
+
+
+def train(args: argparse.Namespace, name: str) -> tuple[raypar.Plan, ray.train.Result]:
+    fields = {"data": args.data, "pipeline": args.pipeline, "schedule": args.schedule, "placement": args.placement}
+    plan = raypar.Plan(**fields, **({} if args.microbatches is None else {"microbatches": args.microbatches}))
+    digits = located(args.digits)
+    if args.digits == DIGITS:
+        prepare(digits)
+    result = raypar.Trainer(
+        train_loop,
+        plan=plan,
+        train_loop_config={key: getattr(args, key) for key in ("model", "epochs", "batch_size", "lr", "split", "seed")},
+        datasets={name: f"{digits}/{name}.parquet" for name in ("train", "test")},
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=located(args.storage),
+            failure_config=ray.train.FailureConfig(max_failures=args.max_failures),
+        ),
+        local=args.local,
+    ).fit()
+    return plan, result
+
+
+def located(path: str) -> str:
+    """A URI as it is, a local path in full: the workers have other working directories."""
+    return path if "://" in path else str(Path(path).absolute())
 
 
 if __name__ == "__main__":

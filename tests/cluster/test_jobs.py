@@ -1,0 +1,158 @@
+"""`ray job submit` as a user does it: a real head node, the main job as a script, its log, its outcome.
+
+The head node is a cluster of its own beside any other on this machine: its ports are free ones, its files lie in a
+folder of its own, and its token is its own too. It ends with its own processes and no others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+ROOT = Path(__file__).parents[2]
+CPUS = 6
+START_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def processes_of(folder: str) -> list[int]:
+    """The processes that name `folder` in their command line, this one not."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and folder.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[JobSubmissionClient]:
+    folder = tempfile.mkdtemp(prefix="raypar-head-")  # short: sockets lie in it, whose paths may have 107 bytes
+    token, dashboard = secrets.token_hex(32), free_port()
+    ports = {
+        "port": free_port(),
+        "dashboard-port": dashboard,
+        "ray-client-server-port": free_port(),
+        "dashboard-agent-listen-port": free_port(),  # takes the jobs; the default belongs to whoever came first
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+    }
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+        *("--temp-dir", folder, "--num-cpus", str(CPUS), "--object-store-memory", str(100 * 2**20)),
+        *("--dashboard-host", "127.0.0.1", *(f"--{name}={port}" for name, port in ports.items())),
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # Ray hides the GPUs from processes that ask for none; these jobs are about submitting, not about GPUs.
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "CUDA_VISIBLE_DEVICES": ""}
+    log = Path(folder, "head.log")
+    with log.open("w") as file:
+        head = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        wait_for(address, head, log)
+        yield JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
+    finally:
+        head.send_signal(signal.SIGTERM)  # with --block it ends its processes before itself
+        with suppress(subprocess.TimeoutExpired):
+            head.wait(20)
+        for pid in processes_of(folder):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{address}/api/version", timeout=5):
+                return
+        except urllib.error.HTTPError:
+            return  # it answers
+        except OSError:
+            assert head.poll() is None, f"ray start ended:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"no head node after {START_S:g} s:\n{log.read_text()}"
+            time.sleep(0.1)
+
+
+@dataclass
+class Outcome:
+    status: JobStatus
+    chunks: list[str]  # the log in the pieces in which it came
+    message: str
+
+    @property
+    def log(self) -> str:
+        return "".join(self.chunks)
+
+
+def run_job(client: JobSubmissionClient, script: str, *arguments: str, working_dir: Path = ROOT) -> Outcome:
+    """`ray job submit --working-dir … -- python script arguments`, followed to its end."""
+    entrypoint = shlex.join([sys.executable, script, *arguments])
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(working_dir)})
+            break
+        except RuntimeError as error:  # the dashboard answers before the agent that runs jobs has called it
+            if "agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+    async def follow() -> list[str]:
+        return [chunk async for chunk in client.tail_job_logs(job)]
+
+    chunks = asyncio.run(follow())
+    while not (info := client.get_job_info(job)).status.is_terminal() and time.monotonic() < deadline + START_S:
+        time.sleep(0.05)
+    return Outcome(info.status, chunks, info.message or "")
+
+
+def test_the_main_job_succeeds_and_its_log_ends_with_the_table(client: JobSubmissionClient, tmp_path: Path):
+    arguments = f"--model mlp --pipeline 2 --epochs 1 --storage {tmp_path} --name submitted"
+    outcome = run_job(client, "jobs/train_digits.py", *arguments.split())
+    assert outcome.status == JobStatus.SUCCEEDED, outcome.log
+    assert "Starting 2 stage actors and 1 train worker on Ray" in outcome.log
+    first_progress = next(i for i, chunk in enumerate(outcome.chunks) if "epoch 1/1 " in chunk)
+    table = next(i for i, chunk in enumerate(outcome.chunks) if "test accuracy" in chunk)
+    assert first_progress < table, "progress is to be seen while the job runs"
+    assert re.search(r"│ +1 │ \d\.\d{4} │ +\d\d\.\d\d% │ +[\d,]+ │", outcome.log), outcome.log
+    assert re.search(r"test accuracy \d\d\.\d\d% after 1 epoch, loss \d\.\d{4}", outcome.log), outcome.log
+    assert (tmp_path / "submitted" / "checkpoint_00000023" / "model.pt").exists()
+
+
+def test_a_job_that_cannot_work_fails_with_the_reason_in_its_log(client: JobSubmissionClient, tmp_path: Path):
+    arguments = f"--model mlp --data 2 --pipeline 3 --epochs 1 --storage {tmp_path}"
+    outcome = run_job(client, "jobs/train_digits.py", *arguments.split())
+    assert outcome.status == JobStatus.FAILED, outcome.log
+    message = " ".join(outcome.log.split())
+    assert "InfeasiblePlanError" in message
+    assert "8" in message  # six stages and two workers
+    assert str(CPUS) in message
+    assert "Traceback" not in message
+    assert "exit code 1" in outcome.message
