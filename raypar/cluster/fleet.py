@@ -1,0 +1,217 @@
+"""The stage actors of one attempt: created in their bundles, connected, examined after a death, stopped.
+
+             actor 0        actor 1        actor 2
+replica 0    rank 0 ──────▶ rank 1 ──────▶ rank 2        rank = replica · pipeline + actor
+replica 1    rank 3 ──────▶ rank 4 ──────▶ rank 5        one torch.distributed world over all of them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raypar.cluster import capacity
+from raypar.cluster.failures import death, unwrapped
+from raypar.cluster.placement import Needs, arrange, nodes_of_bundles, pins_of_workers, reserve
+from raypar.planning.errors import RayparError, RunError, StageDiedError, TimeoutExceededError
+from raypar.planning.plan import Plan, Timeouts
+
+
+class Fleet:
+    """The stage actors of all replicas.
+
+    handles:         handles[replica][actor], for the train workers.
+    infos:           what each actor says about itself, in the same order.
+    node_of_replica: the node id of stage (r, 0), where worker r's batches are read from shared memory.
+    worker_pins:     label selectors that put worker r there; None where there is no room for all of them.
+    """
+
+    def __init__(self, plan: Plan, timeouts: Timeouts) -> None:
+        self._plan = plan
+        self._timeouts = timeouts
+        self._group: PlacementGroup | None = None
+        self._starting: list[Any] = []
+        self.handles: list[list[ActorHandle[Any]]] = []
+        self.infos: list[list[dict[str, Any]]] = []
+        self.node_of_replica: list[str] = []
+        self.worker_pins: list[dict[str, str]] | None = None
+
+    @classmethod
+    def start(
+        cls, actor_class: type, needs: Needs, timeouts: Timeouts, runtime_env: Mapping[str, Any] | None = None
+    ) -> Fleet:
+        """All stage actors, placed and connected; or an error, and nothing left of them.
+
+        `actor_class` is a plain class like StageActor; `runtime_env` is the one of the train workers, since
+        the user's model runs in the stage actors as the user's loop runs in the workers.
+        """
+        fleet = cls(needs.plan, timeouts)
+        try:
+            fleet._create(actor_class, needs, dict(runtime_env or {}))
+            fleet._connect()
+        except BaseException:  # Ctrl-C too
+            fleet.stop()
+            raise
+        return fleet
+
+    def _create(self, actor_class: type, needs: Needs, runtime_env: dict[str, Any]) -> None:
+        plan = self._plan
+        deadline = time.monotonic() + self._timeouts.start
+        self._group = reserve(needs, self._timeouts)
+        nodes = nodes_of_bundles(self._group)
+        bundles = arrange(nodes, plan.data, plan.pipeline)
+        remote_class: Any = ray.remote(actor_class)
+        for replica, of_replica in enumerate(bundles):
+            # One by one, so that `stop` finds what was created where this is interrupted.
+            self.handles.append([])
+            for actor, bundle in enumerate(of_replica):
+                strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+                options = remote_class.options(
+                    **_actor_options(needs.stage),
+                    scheduling_strategy=strategy,
+                    max_restarts=0,  # a stage without its weights is no stage; the whole attempt is repeated
+                    runtime_env=runtime_env,
+                )
+                self.handles[-1].append(options.remote(replica, actor, plan, self._timeouts))
+                self._starting.append(self.handles[-1][-1].describe.remote())
+        described = self._get(self._starting, deadline - time.monotonic(), "describe")
+        self._starting = []
+        self.infos = [described[i : i + plan.pipeline] for i in range(0, len(described), plan.pipeline)]
+        self.node_of_replica = [nodes[of_replica[0]] for of_replica in bundles]
+        self.worker_pins = self._pins(needs, nodes)
+
+    def _pins(self, needs: Needs, nodes: list[str]) -> list[dict[str, str]] | None:
+        # What Ray reports as free may still count our bundles, which were placed a moment ago; what a node
+        # has in all less our bundles cannot be too much for that reason. The smaller one is safe.
+        free = capacity.free_cpus_per_node()
+        total = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in capacity.live_nodes()}
+        for node in set(nodes):
+            ours = nodes.count(node) * needs.stage.get("CPU", 0.0)
+            free[node] = min(free.get(node, 0.0), total.get(node, 0.0) - ours)
+        return pins_of_workers(self.node_of_replica, needs.worker, free)
+
+    def _connect(self) -> None:
+        world = self._plan.data * self._plan.pipeline
+        host, port = self._call_one(0, "open_store", world)
+        calls = [
+            handle.connect.remote(host, port, rank, world)
+            for rank, handle in enumerate(handle for replica in self.handles for handle in replica)
+        ]
+        self._get(calls, self._timeouts.start, "connect")
+
+    def _call_one(self, rank: int, method: str, *args: Any) -> Any:
+        replica, actor = divmod(rank, self._plan.pipeline)
+        call = getattr(self.handles[replica][actor], method).remote(*args)
+        return self._get([call], self._timeouts.start, method)[0]
+
+    def _get(self, calls: list[Any], seconds: float, method: str) -> list[Any]:
+        """The answers of all actors (or of actor (0, 0) alone), as errors that name the one that failed."""
+        try:
+            return ray.get(calls, timeout=max(seconds, 0.1))
+        except GetTimeoutError:
+            _, waiting = ray.wait(calls, num_returns=len(calls), timeout=0)
+            silent = ", ".join(self._name(calls.index(call)) for call in waiting)
+            raise TimeoutExceededError(
+                f"No answer to `{method}` from {silent} within {self._timeouts.start:g} s. A slow start (a runtime "
+                "environment that is being installed, an image that is being loaded) needs a larger "
+                "Timeouts(start=…); `ray list actors` says what they wait for."
+            ) from None
+        except RayActorError as error:
+            dead = self.autopsy()
+            raise dead or RunError(f"A stage actor was lost while it started: {death(error)}") from None
+        except RayTaskError as error:
+            cause = unwrapped(error)
+            if isinstance(cause, RayparError):
+                raise cause from None
+            raise RunError(f"A stage actor failed in `{method}`: {error}") from cause
+
+    def _name(self, rank: int) -> str:
+        replica, actor = divmod(rank, self._plan.pipeline)
+        stages = _stages_of(self._plan, actor)
+        held = f"stage {stages[0]}" if len(stages) == 1 else f"stages {', '.join(map(str, stages))}"
+        where = ""
+        if self.infos:
+            info = self.infos[replica][actor]
+            where = f", pid {info['pid']} on {info['node_ip']}"
+        return f"the actor of {held} of replica {replica} (actor {actor}{where})"
+
+    def autopsy(self, seconds: float | None = None) -> StageDiedError | None:
+        """Which stage actor is dead, if one is; None where all answer or stay silent.
+
+        A call to a dead actor fails at once, whatever the actor was doing; a living one may be busy and
+        is not waited for longer than `seconds` (default: `timeouts.stop`).
+        """
+        if not self.handles:
+            return None
+        calls: list[Any] = [handle.describe.remote() for replica in self.handles for handle in replica]
+        deadline = time.monotonic() + (self._timeouts.stop if seconds is None else seconds)
+        waiting = calls
+        dead: dict[int, RayActorError] = {}
+        while waiting and not dead:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                break
+            # Several may have died with their machine: look at all that are known by now.
+            more, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.2) if waiting else ([], [])
+            for call in [*done, *more]:
+                with contextlib.suppress(RayTaskError):  # alive, and cannot describe itself: not our question
+                    try:
+                        ray.get(call)
+                    except RayActorError as error:
+                        dead[calls.index(call)] = error
+        return self._verdict(dead) if dead else None
+
+    def _verdict(self, dead: Mapping[int, RayActorError]) -> StageDiedError:
+        # A reclaimed machine explains the others' deaths, not the other way round.
+        first = min(dead, key=lambda rank: (not dead[rank].preempted, rank))
+        replica, actor = divmod(first, self._plan.pipeline)
+        preempted = bool(dead[first].preempted)
+        others = [self._name(rank) for rank in sorted(dead) if rank != first]
+        died = "was lost with its machine, which was reclaimed" if preempted else "died"
+        also = f" Also dead: {'; '.join(others)}." if others else ""
+        name = self._name(first)
+        return StageDiedError(
+            f"{name[0].upper()}{name[1:]} {died}: {death(dead[first])}{also}",
+            replica=replica,
+            stage=_stages_of(self._plan, actor)[0],
+            stages=_stages_of(self._plan, actor),
+            actor=actor,
+            preempted=preempted,
+        )
+
+    def stop(self) -> None:
+        """Kills the actors and gives their resources back. May be called twice, and after a failed start."""
+        if self._starting:
+            # An actor that is killed while it starts dies with pages of stack trace, so it may finish that first.
+            with contextlib.suppress(Exception):
+                ray.wait(self._starting, num_returns=len(self._starting), timeout=min(self._timeouts.stop, 10.0))
+            self._starting = []
+        for replica in self.handles:
+            for handle in replica:
+                with contextlib.suppress(Exception):  # dead already, or Ray itself is gone
+                    ray.kill(handle)
+        self.handles = []
+        if self._group is not None:
+            with contextlib.suppress(Exception):
+                remove_placement_group(self._group)
+            self._group = None
+
+
+def _stages_of(plan: Plan, actor: int) -> list[int]:
+    return [stage for stage, holder in enumerate(plan.actor_of_stage) if holder == actor]
+
+
+def _actor_options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """Resources as Ray wants them of an actor: three by name, the others in a dict."""
+    named = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    options: dict[str, Any] = {option: resources.get(name, 0) for option, name in named.items()}
+    options["resources"] = {name: amount for name, amount in resources.items() if name not in named.values()}
+    return options

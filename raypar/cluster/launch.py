@@ -1,0 +1,305 @@
+"""A run on Ray: attempts, one after the other, until one ends well or another would fail as well.
+
+    start or join Ray ─▶ check that the plan fits ─▶ attempt ──────────────────────────▶ Result
+                                                     ▲  │ stage actors, then train workers
+                              from the newest        │  ▼
+                              checkpoint             └─ what died, and may it be repeated? ─▶ RayparError
+
+raypar repeats attempts itself instead of leaving it to Ray Train, which repeats every error alike and knows
+nothing of stage actors: each attempt has fresh ones, and the error of the last one is raised as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import ray
+import ray.train
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.result import Result
+from ray.util.placement_group import remove_placement_group
+
+from raypar.cluster import attempt, capacity, failures
+from raypar.cluster.board import Rows, Watch
+from raypar.cluster.fleet import Fleet
+from raypar.cluster.placement import Needs, check_feasible, is_feasible_now, needs_of, reserve
+from raypar.cluster.progress import ProgressDisplay
+from raypar.cluster.stage_actor import StageActor
+from raypar.cluster.worker import Job, run_worker
+from raypar.compute.checkpoint import Storage, newest_checkpoint, read_manifest
+from raypar.planning.errors import CheckpointError, ConfigError, PeerLostError, RayparError
+from raypar.planning.plan import Plan, Timeouts
+
+logger = logging.getLogger("raypar")
+
+_GRACE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the user asked for, checked as far as that needs no cluster."""
+
+    train_loop: Callable[[], Any]
+    plan: Plan
+    datasets: dict[str, Any]
+    run_config: RunConfig
+    scaling_config: ScalingConfig | None
+    torch_config: TorchConfig | None
+    resources_per_stage: Mapping[str, float] | None
+    timeouts: Timeouts
+
+    storage: Storage
+
+    def needs(self, *, gpus: bool) -> Needs:
+        return needs_of(self.plan, self.scaling_config, self.resources_per_stage, gpus=gpus)
+
+
+def run_on_ray(run: Run) -> Result:
+    """Trains on the cluster that is there, or on a local one that is started for it and ended after it.
+
+    Raises a RayparError when the run failed, KeyboardInterrupt after Ctrl-C; in each case nothing that was
+    started is left.
+    """
+    with ray_session(run), ProgressDisplay() as display, _watching(display) as watch:
+        needs = run.needs(gpus=_cluster_has_gpus(run))
+        if not is_feasible_now(needs, capacity.current_capacity()):
+            check_feasible(needs, capacity.full_capacity("GPU" if "GPU" in needs.total() else "CPU"))
+        display.say(_announcement(run))
+        result = _until_done(run, needs, watch)
+    return _with_history(result, watch.rows, run.storage)
+
+
+# ---------------------------------------------------------------- Ray itself
+
+
+@contextlib.contextmanager
+def ray_session(run: Run) -> Iterator[None]:
+    """Ray for the body: as it is where the user has initialised it, else the running cluster, else a local one."""
+    if ray.is_initialized():
+        _refuse_ray_client()
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.callback(_quietly, ray.shutdown)
+        _init_ray(run)
+        _refuse_ray_client()
+        yield
+
+
+def _init_ray(run: Run) -> None:
+    processes = run.plan.data + (run.plan.data * run.plan.pipeline if run.plan.pipeline > 1 else 0)
+    cpus = math.ceil(run.needs(gpus=False).total().get("CPU", 0.0))
+    settings: dict[str, Any] = {"logging_level": logging.ERROR, "include_dashboard": False}
+    try:
+        # Looks at RAY_ADDRESS and at what `ray start` left on this machine, as every Ray program does, before it
+        # starts a cluster. ("auto" would also take the private cluster of any other program on this machine.)
+        # Four stages run on two cores: Ray only counts CPUs, it does not hand them out.
+        ray.init(num_cpus=max(os.cpu_count() or 1, processes, cpus), **settings)
+    except ValueError:
+        # There is a running cluster, and those do not let themselves be told how many CPUs they have.
+        ray.init(**settings)
+
+
+def _refuse_ray_client() -> None:
+    if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+        raise ConfigError(
+            "Connected through Ray Client (ray://…), found; needed: a driver that runs on the cluster. Submit the "
+            "script with `ray job submit --working-dir . -- python …`, or call ray.init on one of its machines."
+        )
+
+
+def _cluster_has_gpus(run: Run) -> bool:
+    """Whether the cluster has GPUs or can get some; asks how far it can grow only where that decides something."""
+    if capacity.current_capacity().has("GPU") > 0:
+        return True
+    if run.plan.pipeline == 1 and run.scaling_config is not None:
+        return False  # use_gpu says it
+    if run.plan.pipeline > 1 and run.resources_per_stage is not None:
+        return False  # so do they
+    return capacity.full_capacity("GPU").can_have("GPU") > 0
+
+
+# ------------------------------------------------------------------ attempts
+
+
+def _until_done(run: Run, needs: Needs, watch: Watch) -> Result:
+    tally = failures.Tally()
+    config = run.run_config.failure_config or FailureConfig()
+    while True:
+        try:
+            return _attempt(run, needs, watch)
+        except RayparError as error:
+            tally = tally.after(error)
+            allowed = failures.retries_left(error, tally, config)
+            if allowed is None:
+                raise
+            logger.warning(
+                "Attempt %d failed: %s\nTrying again (%s) from %s.",
+                tally.failures + tally.preemptions,
+                error,
+                allowed,
+                newest_checkpoint(run.storage) or "the start, since there is no checkpoint yet",
+            )
+
+
+def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
+    fleet: Fleet | None = None
+    trainer: attempt.AttemptTrainer | None = None
+    try:
+        if needs.stages:
+            fleet = Fleet.start(StageActor, needs, run.timeouts, run.run_config.worker_runtime_env)
+        elif not is_feasible_now(needs, capacity.current_capacity()):
+            # The autoscaler has to start machines: waiting for them here tells at once if it never will.
+            remove_placement_group(reserve(needs, run.timeouts))
+        job = Job(
+            train_loop=run.train_loop,
+            plan=run.plan,
+            datasets=run.datasets,
+            timeouts=run.timeouts,
+            storage=run.storage,
+            actors=fleet.handles if fleet else [],
+            board=watch.board,
+        )
+        trainer = attempt.AttemptTrainer(
+            train_worker,
+            train_loop_config={"job": job, "quiet": attempt.is_quiet(run.run_config)},
+            scaling_config=_scaling_of_workers(run, needs, fleet),
+            torch_config=_torch_config(run),
+            run_config=attempt.run_config_of_attempt(run.run_config),
+        )
+        result: Result = attempt.fit(trainer, run.timeouts, watch.started)
+        return result
+    except RayparError:
+        raise
+    except Exception as error:
+        found = failures.root_cause(error, None, run.timeouts.start)
+        if fleet is not None:
+            # A living actor may be busy; only what looks like a lost one is worth a longer look.
+            found = failures.root_cause(error, fleet.autopsy(None if found.retryable else 1.0), run.timeouts.start)
+        raise found from found.__cause__
+    finally:
+        with uninterrupted():
+            if trainer is not None:
+                trainer.stop(run.timeouts.stop)
+            if fleet is not None:
+                fleet.stop()
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What each train worker runs: raypar's part and in it the user's loop."""
+    job: Job = config["job"]
+    job.board.push.remote({"kind": "started"})
+    if config["quiet"]:
+        attempt.silence_reports()
+    try:
+        run_worker(config)
+    except PeerLostError:
+        # Ray Train ends the attempt with the errors that it knows when it sees the first one. Whoever only lost a
+        # connection waits, so that the one who broke it is known by then.
+        time.sleep(_GRACE_S)
+        raise
+
+
+def _scaling_of_workers(run: Run, needs: Needs, fleet: Fleet | None) -> ScalingConfig:
+    given = run.scaling_config or ScalingConfig()
+    pins = fleet.worker_pins if fleet is not None else None
+    if fleet is not None and pins is None:
+        logger.warning(
+            "No CPU is free beside some of the first stages, so the train workers run elsewhere and batches travel "
+            "between machines; a machine with %g more CPUs would keep them there.",
+            needs.worker.get("CPU", 0.0),
+        )
+    return dataclasses.replace(
+        given,
+        num_workers=run.plan.data,
+        use_gpu=needs.worker.get("GPU", 0.0) > 0,
+        resources_per_worker={name: amount for name, amount in needs.worker.items() if ":" not in name},
+        accelerator_type=given.accelerator_type if fleet is None else None,
+        label_selector=pins or given.label_selector,
+    )
+
+
+def _torch_config(run: Run) -> TorchConfig:
+    # The group of the train workers of a pipeline carries no tensors of the model; those workers hold no GPU.
+    given = run.torch_config or TorchConfig(timeout_s=math.ceil(run.timeouts.peer))
+    if given.backend is not None:
+        return dataclasses.replace(given)  # a copy, since TorchTrainer writes into it
+    if run.plan.pipeline > 1:
+        return dataclasses.replace(given, backend="gloo")
+    return attempt.AutoTorchConfig(init_method=given.init_method, timeout_s=given.timeout_s)
+
+
+# ------------------------------------------------------------- around the run
+
+
+@contextlib.contextmanager
+def _watching(display: ProgressDisplay) -> Iterator[Watch]:
+    watch = Watch(display.update)
+    try:
+        yield watch
+    finally:
+        with uninterrupted():
+            watch.stop()
+
+
+def _announcement(run: Run) -> str:
+    plan = run.plan
+    workers = f"{plan.data} train worker{'s' if plan.data > 1 else ''}"
+    stages = plan.data * plan.pipeline
+    what = f"{stages} stage actors and {workers}" if plan.pipeline > 1 else workers
+    newest = newest_checkpoint(run.storage)
+    return f"Starting {what} on Ray" + (f", going on from {newest}" if newest else "")
+
+
+def _with_history(result: Result, rows: Rows | None, storage: Storage) -> Result:
+    """Ray Train keeps only the metrics that came with a checkpoint; the board has seen all of them."""
+    newest = newest_checkpoint(storage)
+    saved = _saved_rows(newest, storage)
+    history = rows if rows is not None and len(rows) >= len(saved) else saved
+    return dataclasses.replace(
+        result,
+        metrics=history[-1] if history else result.metrics,
+        metrics_dataframe=pd.DataFrame(history) if history else result.metrics_dataframe,
+        checkpoint=ray.train.Checkpoint(newest, storage.filesystem) if newest else result.checkpoint,
+    )
+
+
+def _saved_rows(newest: str | None, storage: Storage) -> Rows:
+    if newest is None:
+        return []
+    try:
+        rows: Rows = read_manifest(newest, storage.filesystem)["history"]
+    except CheckpointError:
+        return []
+    return rows
+
+
+def _quietly(act: Callable[[], Any]) -> None:
+    with uninterrupted(), contextlib.suppress(Exception):
+        act()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C off while things are cleaned up: the second one of an impatient user must not leave half of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers Ctrl-C to the main thread only
+        return
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

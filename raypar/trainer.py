@@ -1,0 +1,182 @@
+"""The driver's side of raypar: what to train, how it is spread, and where the results go."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import pandas as pd
+import ray.train
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.config import RunConfig, ScalingConfig
+from ray.train.v2.api.result import Result
+
+from raypar.cluster.launch import Run, run_on_ray
+from raypar.cluster.placement import check_resources_per_stage, check_scaling
+from raypar.cluster.progress import ProgressDisplay
+from raypar.compute.checkpoint import Storage, newest_checkpoint
+from raypar.compute.data import check_datasets
+from raypar.compute.local import run_local
+from raypar.planning.errors import ConfigError, near_names
+from raypar.planning.plan import Plan, Timeouts
+
+
+class Trainer:
+    """Trains as Ray Train's TorchTrainer does, spread over processes as `plan` says.
+
+    train_loop:          called in each train worker (one a replica), with `train_loop_config` or nothing.
+    plan:                how many replicas, how many stages, which schedule.
+    train_loop_config:   a dict for the loop. Default: none.
+    datasets:            name to Parquet file or folder, local or a URI; read with `raypar.batches(name, …)`.
+    run_config:          ray.train.RunConfig. The same name and storage path as an earlier run resume it.
+                         `failure_config` says how often a failed run restarts by itself (default: not at all,
+                         but always after a reclaimed machine).
+    scaling_config:      ray.train.ScalingConfig; `num_workers` is the plan's `data` and may be left out. Without
+                         a pipeline `use_gpu` decides where the model is; default: on GPUs where there are any.
+    torch_config:        ray.train.torch.TorchConfig. Default: NCCL for workers on GPUs, else Gloo.
+    resources_per_stage: what a stage actor asks for. Default: {"CPU": 1, "GPU": 1} where the cluster has GPUs or
+                         can scale to some, else {"CPU": 1}.
+    timeouts:            raypar.Timeouts. Default: minutes, see there.
+    local:               True runs everything in this process, without Ray, repeatable, for debugging.
+
+    Raises ConfigError (or PlanError, DataError, InfeasiblePlanError below it) before a process starts, for what
+    cannot work.
+    """
+
+    def __new__(cls, *args: Any, **arguments: Any) -> Self:
+        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        for name in arguments:
+            if name not in known:
+                raise ConfigError(f"Trainer has no argument {name!r}: {near_names(name, known)}")
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        train_loop: Callable[..., Any],
+        *,
+        plan: Plan,
+        train_loop_config: dict[str, Any] | None = None,
+        datasets: Mapping[str, Any] | None = None,
+        run_config: RunConfig | None = None,
+        scaling_config: ScalingConfig | None = None,
+        torch_config: TorchConfig | None = None,
+        resources_per_stage: Mapping[str, float] | None = None,
+        timeouts: Timeouts | None = None,
+        local: bool = False,
+    ) -> None:
+        _check_type("plan", plan, Plan, "raypar.Plan(data=…, pipeline=…)")
+        _check_train_loop(train_loop)
+        if train_loop_config is not None:
+            _check_type("train_loop_config", train_loop_config, dict, "a dict")
+        if datasets is not None:
+            _check_type("datasets", datasets, Mapping, "a dict of names to Parquet files or folders")
+        if run_config is not None:
+            _check_type("run_config", run_config, RunConfig, "a ray.train.RunConfig")
+        if scaling_config is not None:
+            _check_type("scaling_config", scaling_config, ScalingConfig, "a ray.train.ScalingConfig")
+        if torch_config is not None:
+            _check_type("torch_config", torch_config, TorchConfig, "a ray.train.torch.TorchConfig")
+        if timeouts is not None:
+            _check_type("timeouts", timeouts, Timeouts, "a raypar.Timeouts(start=…, peer=…, stop=…)")
+        check_scaling(plan, scaling_config)
+        check_resources_per_stage(resources_per_stage)
+        self.train_loop = train_loop
+        self.plan = plan
+        self.train_loop_config = train_loop_config
+        self.datasets = dict(datasets or {})
+        self.run_config = run_config or RunConfig()
+        self.scaling_config = scaling_config
+        self.torch_config = torch_config
+        self.resources_per_stage = resources_per_stage
+        self.timeouts = timeouts or Timeouts()
+        self.local = local
+
+    def fit(self) -> Result:
+        """Trains, and returns what Ray Train returns.
+
+        `metrics` is the last row that was reported, `metrics_dataframe` all rows, those before a resume too;
+        `checkpoint` is the newest one, `path` the folder of the run.
+
+        Raises the RayparError that the run failed with, and KeyboardInterrupt after Ctrl-C; in each case no
+        process of the run is left.
+        """
+        check_datasets(self.datasets)
+        return self._fit_locally() if self.local else self._fit_on_ray()
+
+    def _fit_on_ray(self) -> Result:
+        return run_on_ray(
+            Run(
+                train_loop=_bound(self.train_loop, self.train_loop_config),
+                plan=self.plan,
+                datasets=self.datasets,
+                storage=self._storage(),
+                run_config=self.run_config,
+                scaling_config=self.scaling_config,
+                torch_config=self.torch_config,
+                resources_per_stage=self.resources_per_stage,
+                timeouts=self.timeouts,
+            )
+        )
+
+    def _fit_locally(self) -> Result:
+        storage = self._storage()
+        checkpoints = self.run_config.checkpoint_config
+        with ProgressDisplay() as display:
+            history = run_local(
+                _bound(self.train_loop, self.train_loop_config),
+                self.plan,
+                self.datasets,
+                self.timeouts,
+                storage,
+                checkpoints.num_to_keep if checkpoints is not None else None,
+                display.update,
+            )
+        newest = newest_checkpoint(storage)
+        return Result(
+            metrics=history[-1] if history else None,
+            checkpoint=ray.train.Checkpoint(newest, storage.filesystem) if newest is not None else None,
+            error=None,
+            path=storage.path,
+            metrics_dataframe=pd.DataFrame(history) if history else None,
+            _storage_filesystem=storage.filesystem,
+        )
+
+    def _storage(self) -> Storage:
+        config = self.run_config
+        assert config.storage_path is not None  # RunConfig fills in its defaults
+        assert config.name is not None
+        return Storage.open(config.storage_path, config.name, config.storage_filesystem)
+
+
+def _check_type(name: str, value: Any, kind: type, needed: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"Trainer({name}={value!r}): found a {type(value).__name__}, needed {needed}.")
+
+
+def _check_train_loop(train_loop: Any) -> None:
+    if not callable(train_loop):
+        raise ConfigError(
+            f"Trainer({train_loop!r}): found a {type(train_loop).__name__}, needed a function that takes the config or "
+            "nothing."
+        )
+    required = _required_parameters(train_loop)
+    if required > 1:
+        raise ConfigError(
+            f"Trainer({train_loop!r}): the train loop takes {required} arguments; needed a function that takes the "
+            "config or nothing. Bind the others with functools.partial, or put them into `train_loop_config`."
+        )
+
+
+def _required_parameters(function: Callable[..., Any]) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return sum(each.default is each.empty and each.kind in kinds for each in parameters)
+
+
+def _bound(train_loop: Callable[..., Any], config: dict[str, Any] | None) -> Callable[[], Any]:
+    """The train loop without arguments. As in Ray Train: it is given the config exactly if it must be given one."""
+    if _required_parameters(train_loop) == 0:
+        return train_loop
+    return functools.partial(train_loop, config if config is not None else {})
