@@ -352,7 +352,7 @@ def test_a_skip_edge_goes_straight_from_its_source_to_its_target():
 
 
 def test_values_travel_in_the_order_of_their_use_though_they_were_made_in_another():
-    """The history: actor 0 holds stages 0 and 1 and, under gpipe, runs stage 0 on all micro-batches first; stage 2 needs
+    """The history: actor 0 holds stages 0 and 1 and, under gpipe, runs stage 0 on all micro-batches first; stage 2 uses
     the values of both. A channel once carried messages in the order of their making: all of stage 0's before the first
     of stage 1's, so that actor 1 held as many receive buffers as there are micro-batches."""
     schedule = gpipe((0, 0, 1), 8)

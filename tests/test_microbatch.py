@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raypar.compute import microbatch, tree
+from raypar.compute.microbatch import Shared, shared
+from raypar.planning.errors import DataError
+
+CPU = torch.device("cpu")
+
+
+def rows(count: int, width: int = 2) -> torch.Tensor:
+    return torch.arange(count * width, dtype=torch.float32).reshape(count, width)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    ("count", "microbatches", "sizes"),
+    [(8, 4, [2, 2, 2, 2]), (10, 4, [3, 3, 2, 2]), (2, 4, [1, 1]), (1, 4, [1]), (0, 4, []), (5, 1, [5])],
+)
+def test_rows_are_shared_as_equally_as_can_be_and_a_short_batch_uses_fewer_micro_batches(
+    count: int, microbatches: int, sizes: list[int]
+):
+    assert microbatch.sizes(count, microbatches) == sizes
+
+
+@settings(deadline=None)
+@given(st.integers(0, 200), st.integers(1, 20))
+def test_no_micro_batch_is_empty_and_none_is_larger_than_the_one_before(count: int, microbatches: int):
+    sizes = microbatch.sizes(count, microbatches)
+    assert sum(sizes) == count
+    assert len(sizes) == min(count, microbatches)
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(size >= 1 for size in sizes)
+    assert not sizes or sizes[0] - sizes[-1] <= 1
+
+
+# ---------------------------------------------------------------- cut and join
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20), st.integers(1, 6))
+def test_a_batch_that_is_cut_and_joined_is_the_batch(count: int, microbatches: int):
+    batch = {"x": rows(count), "deep": (rows(count, 3), [rows(count, 1)])}
+    parts = microbatch.cut(batch, microbatch.sizes(count, microbatches))
+    again = microbatch.join(parts)
+    assert tree.flatten(again)[1] == tree.flatten(batch)[1]
+    assert all(map(torch.equal, tree.leaves(again), tree.leaves(batch)))
+
+
+def test_a_cut_is_a_view_not_a_copy():
+    batch = rows(4)
+    parts = microbatch.cut(batch, [2, 2])
+    assert parts[1].data_ptr() == batch[2:].data_ptr()
+
+
+def test_what_is_shared_goes_whole_to_each_micro_batch():
+    mask = torch.ones(7, 7)
+    parts = microbatch.cut({"x": rows(3), "mask": shared(mask)}, [2, 1])
+    assert [part["mask"] is mask for part in parts] == [True, True]
+    assert [len(part["x"]) for part in parts] == [2, 1]
+
+
+def test_plain_values_go_to_each_micro_batch():
+    parts = microbatch.cut((rows(2), 0.5, None, "text"), [1, 1])
+    assert [part[1:] for part in parts] == [(0.5, None, "text")] * 2
+
+
+def test_no_row_makes_no_micro_batch():
+    assert microbatch.cut(rows(0), microbatch.sizes(0, 4)) == []
+
+
+def test_outputs_are_joined_row_by_row_and_keep_their_form():
+    outputs = [{"logits": rows(2), "hidden": (rows(2, 1), None)}, {"logits": rows(1), "hidden": (rows(1, 1), None)}]
+    joined = microbatch.join(outputs)
+    assert torch.equal(joined["logits"], torch.cat([rows(2), rows(1)]))
+    assert torch.equal(joined["hidden"][0], torch.cat([rows(2, 1), rows(1, 1)]))
+    assert joined["hidden"][1] is None
+
+
+# ---------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [rows(3), np.zeros((3, 2)), (rows(3), rows(3, 5)), {"x": rows(3), "mask": shared(torch.ones(9)), "scale": 0.5}],
+)
+def test_dimension_zero_counts_the_rows(batch: Any):
+    assert microbatch.rows_of(batch) == 3
+
+
+def test_tensors_with_different_numbers_of_rows_are_refused():
+    with pytest.raises(DataError, match=r"different numbers of rows, found shapes \[\(2, 2\), \(3, 2\)\], needed"):
+        microbatch.rows_of((rows(3), rows(2)))
+
+
+def test_a_tensor_without_dimensions_is_refused_unless_it_is_shared():
+    with pytest.raises(DataError, match=r"a tensor without dimensions, needed batch first.*raypar\.shared"):
+        microbatch.rows_of((rows(3), torch.tensor(1.0)))
+    assert microbatch.rows_of((rows(3), shared(torch.tensor(1.0)))) == 3
+
+
+@pytest.mark.parametrize("batch", [(), {"scale": 1.0}, shared(rows(3)), None])
+def test_a_batch_without_a_row_tensor_is_refused(batch: Any):
+    with pytest.raises(DataError, match="holds no tensor with rows, needed at least one"):
+        microbatch.rows_of(batch)
+
+
+# ---------------------------------------------------------------- what fixes the shapes inside the model
+
+
+def test_the_description_of_a_batch_leaves_out_its_number_of_rows_alone():
+    described = microbatch.describe({"x": rows(3), "mask": shared(torch.ones(2))})
+    assert described == microbatch.describe({"x": rows(8), "mask": shared(torch.ones(2))})
+    assert hash(described) == hash(microbatch.describe({"x": rows(0), "mask": shared(torch.ones(2))}))
+    others: list[Any] = [
+        {"x": rows(3, 3), "mask": shared(torch.ones(2))},
+        {"x": rows(3).double(), "mask": shared(torch.ones(2))},
+        {"x": rows(3), "mask": shared(torch.ones(5))},
+        {"x": rows(3), "mask": torch.ones(3)},
+        {"y": rows(3), "mask": shared(torch.ones(2))},
+        (rows(3), shared(torch.ones(2))),
+    ]
+    assert all(microbatch.describe(other) != described for other in others)
+
+
+def test_plain_values_are_part_of_the_description():
+    assert microbatch.describe((rows(1), 2)) != microbatch.describe((rows(1), 3))
+
+
+def test_a_numpy_batch_is_described_like_itself_whatever_its_rows():
+    assert microbatch.describe(np.zeros((2, 3))) == microbatch.describe(np.ones((5, 3)))
+
+
+# ---------------------------------------------------------------- arrays and tensors
+
+
+def test_arrays_become_tensors_without_a_copy_where_they_may_be_written_to():
+    array = np.zeros((2, 3), dtype=np.float32)
+    tensor = microbatch.to_tensors({"x": array}, CPU)["x"]
+    array[0, 0] = 5
+    assert tensor[0, 0] == 5
+
+
+def test_arrays_that_ray_shares_between_processes_are_copied_since_they_are_read_only():
+    array = np.arange(3)
+    array.flags.writeable = False
+    tensor = microbatch.to_tensors((array, shared(array)), CPU)
+    tensor[0][0] = 7
+    assert (tensor[0].tolist(), tensor[1].value.tolist(), array.tolist()) == ([7, 1, 2], [0, 1, 2], [0, 1, 2])
+
+
+def test_tensors_travel_as_arrays_and_come_back_the_same():
+    batch = {"x": rows(3), "mask": shared(torch.ones(2, dtype=torch.bool)), "n": 4}
+    arrays = microbatch.to_arrays(batch)
+    assert isinstance(arrays["x"], np.ndarray)
+    assert isinstance(arrays["mask"], Shared)
+    assert np.shares_memory(arrays["x"], batch["x"].numpy())
+    again = microbatch.to_tensors(arrays, CPU)
+    assert torch.equal(again["x"], batch["x"])
+    assert torch.equal(again["mask"].value, torch.ones(2, dtype=torch.bool))
+    assert again["n"] == 4
+
+
+def test_bfloat16_which_numpy_lacks_travels_as_a_tensor():
+    tensor = torch.ones(2, dtype=torch.bfloat16)
+    assert microbatch.to_arrays(tensor) is tensor
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        (torch.ones(2), True),
+        ((torch.ones(2), [torch.tensor([1.0, float("inf")])]), False),
+        ({"x": torch.tensor(float("nan"))}, False),
+        (torch.tensor([1, 2]), True),
+        ((None, 3, "x"), True),
+        (torch.zeros(0), True),
+    ],
+)
+def test_values_are_finite_when_no_floating_point_tensor_holds_nan_or_infinity(values: Any, finite: bool):
+    assert microbatch.is_finite(values) is finite

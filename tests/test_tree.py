@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+from typing import Any
+
+import pytest
+import torch
+
+from raypar.compute import tree
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+EXAMPLES = [
+    torch.zeros(2),
+    (torch.zeros(2), [torch.ones(1), {"mask": torch.zeros(3), "scale": 2.0}]),
+    {"b": torch.zeros(1), "a": None},
+    Pair(torch.zeros(1), "text"),
+    OrderedDict(x=torch.zeros(1)),
+    (),
+    None,
+]
+
+each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example).__name__)
+
+
+@each_example
+def test_what_is_taken_apart_is_put_together_again(example: Any):
+    leaves, structure = tree.flatten(example)
+    again = tree.unflatten(leaves, structure)
+    assert type(again) is type(example)
+    assert tree.flatten(again)[1] == structure
+    assert all(one is other for one, other in zip(tree.leaves(again), leaves, strict=True))
+
+
+@each_example
+def test_a_structure_goes_through_bytes_without_a_warning_and_equals_itself(example: Any):
+    structure = tree.flatten(example)[1]
+    again, also = tree.unpack(tree.pack(structure, ("shapes", (2, 3))))
+    assert again == structure
+    assert also == ("shapes", (2, 3))
+
+
+def test_the_leaves_come_in_the_order_of_the_tree():
+    assert tree.leaves((1, [2, {"a": 3}], 4)) == [1, 2, 3, 4]
+
+
+def test_map_tensors_replaces_tensors_and_leaves_the_rest():
+    mapped = tree.map_tensors(lambda t: t + 1, {"x": torch.zeros(2), "n": 3, "deep": (torch.ones(1), None)})
+    assert mapped["x"].tolist() == [1, 1]
+    assert mapped["deep"][0].tolist() == [2]
+    assert (mapped["n"], mapped["deep"][1]) == (3, None)
+
+
+def test_two_trees_of_different_form_have_different_structures():
+    forms: list[Any] = [1, (1,), [1], {"a": 1}, {"b": 1}, (1, 1), Pair(1, 1)]
+    structures = [tree.flatten(form)[1] for form in forms]
+    assert all(one != other for i, one in enumerate(structures) for other in structures[:i])
