@@ -91,7 +91,7 @@ def check_split(graph: fx.Graph, split: Sequence[str], stages: int) -> list[str]
         begins[name] = inside[0]
     for name, index in begins.items():
         same = [other for other in split if begins[other] == index]
-        if index == 0 or len(same) > 1 or len(begins) < len(split):
+        if index == 0 or len(same) > 1:
             why = "is the first module, so that nothing is left for the stage before it"
             if index:
                 why = f"begins at the same module as another name ({', '.join(same)})"
