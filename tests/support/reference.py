@@ -101,6 +101,6 @@ def microbatches_of(share: Batch, microbatches: int) -> list[Batch]:
 
 
 def worst_difference(found: dict[str, Tensor], needed: dict[str, Tensor]) -> float:
-    """The largest difference of any weight; every name must be there on both sides."""
+    """The largest difference of any weight, NaN where one is NaN; every name must be there on both sides."""
     assert found.keys() == needed.keys()
-    return max(float((found[name] - needed[name]).abs().max()) for name in needed)
+    return float(torch.stack([(found[name] - needed[name]).abs().max().double() for name in needed]).max())
