@@ -196,6 +196,26 @@ def test_such_code_is_no_hindrance_inside_a_module():
         trace(Nested(), descend=["block"])
 
 
+class Starred(nn.Module):
+    def forward(self, x: Tensor, *more: Tensor, **options: Tensor) -> Tensor:
+        return x + more[0]
+
+
+class TakesAnything(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, *more: Tensor, **options: Tensor) -> Tensor:
+        return self.fc(x)  # type: ignore[no-any-return]
+
+
+def test_a_forward_that_uses_arguments_without_names_is_refused_and_one_that_only_takes_them_is_not():
+    with pytest.raises(SplitError, match=r"Starred cannot be .* its forward uses \*more, which has no fixed number"):
+        trace(Starred())
+    assert module_calls(trace(TakesAnything())) == ["fc"]
+
+
 # ---------------------------------------------------------------- small helpers
 
 

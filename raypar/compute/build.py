@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raypar.compute.checkpoint import read_tensors
+from raypar.compute.checkpoint import check_shapes, read_tensors
 from raypar.compute.gradients import BucketSum, DDPSum, GradientSum
 from raypar.compute.part import Cut, ModelSpec, Part
 from raypar.compute.split import StageGraph, check_split, cut_graph, edges_of, owners
@@ -55,8 +55,9 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     owner = owners(model, list(cuts.values())) if cuts else {name: 0 for name, _ in everything}
     _drop_others(model, {name for name, stage in owner.items() if placement[stage] != actor})
     if spec.weights is not None:
-        mine = set(model.state_dict())
+        mine = model.state_dict()
         found = read_tensors(spec.weights, [name for name in names if name in mine], known=names)
+        check_shapes(spec.weights, found, mine)
         model.load_state_dict(found)
     model.to(device)
     stages = {}

@@ -16,7 +16,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,6 +250,14 @@ def _check_names(path: str, known: Sequence[str], found: Sequence[str]) -> None:
     extra = [name for name in found if name not in set(known)]
     if missing or extra:
         raise CheckpointError(f"{path} does not fit the model: {name_lists(missing, extra)}")
+
+
+def check_shapes(what: str, found: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError where a tensor of `found` has another shape than the model's of that name."""
+    wrong = [name for name, tensor in model.items() if found[name].shape != tensor.shape]
+    if wrong:
+        shown = ", ".join(f"{name} {tuple(found[name].shape)} for {tuple(model[name].shape)}" for name in wrong[:10])
+        raise CheckpointError(f"{what} has {len(wrong)} tensors of another shape than the model: {shown}")
 
 
 def name_lists(missing: Sequence[str], extra: Sequence[str]) -> str:

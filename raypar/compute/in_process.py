@@ -12,7 +12,7 @@ from raypar.compute import microbatch, randomness
 from raypar.compute.actors import ReplicaState
 from raypar.compute.build import bucket_sums
 from raypar.compute.channel import Waiting
-from raypar.compute.checkpoint import Snapshot
+from raypar.compute.checkpoint import Snapshot, check_shapes
 from raypar.compute.engine import Engine, Order, StepResult
 from raypar.compute.gradients import GradientSum
 from raypar.compute.learning import Learner
@@ -64,10 +64,7 @@ def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
     missing = [name for name in mine if name not in state]
     if missing:
         raise CheckpointError(f"the state lacks {len(missing)} names of the model: {', '.join(missing[:10])}")
-    wrong = [name for name, tensor in mine.items() if state[name].shape != tensor.shape]
-    if wrong:
-        found = ", ".join(f"{name} {tuple(state[name].shape)} for {tuple(mine[name].shape)}" for name in wrong[:10])
-        raise CheckpointError(f"the state has {len(wrong)} tensors of another shape than the model: {found}")
+    check_shapes("the state", state, mine)
     engine.part.module.load_state_dict({name: state[name] for name in mine})
 
 

@@ -68,7 +68,7 @@ def _balanced(
         warnings.warn(
             "the model is split by the number of parameters of its modules, which says little about their time: give "
             "parallelize example_inputs to balance the stages by measured time, or split to choose yourself",
-            stacklevel=2,
+            stacklevel=4,  # the line that calls parallelize
         )
     else:
         costs = measure(Cut(tuple(calls[1:]), cut.opened, cut.given))

@@ -79,6 +79,12 @@ def trace(model: nn.Module, given: Collection[str] | None = None, descend: Colle
             "values; move such code into a module of its own (modules are not looked into), or set pipeline=1."
         ) from error
     _drop_checks_of_fixed_arguments(graph, fixed)
+    for node in graph.nodes:
+        if node.op == "placeholder" and str(node.target).startswith("*") and node.users:
+            raise SplitError(
+                f"{type(model).__name__} cannot be split into stages: its forward uses {node.target}, which has no "
+                "fixed number of values. Needed: a forward that names its arguments, or pipeline=1."
+            )
     return graph
 
 
