@@ -103,7 +103,7 @@ class Learner:
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         found = {}
         for group in self.optimizer.param_groups:
-            options = {key: value for key, value in group.items() if key != "params"}
+            options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
             for parameter in group["params"]:
                 state = {key: _to_cpu(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
                 found[names[id(parameter)]] = {"state": state, "options": options}
