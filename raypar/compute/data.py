@@ -20,7 +20,12 @@ from raypar.compute.checkpoint import resolve
 from raypar.compute.session import Session, current
 from raypar.planning.errors import DataError, UsageError, near_names
 
-Batch = dict[str, torch.Tensor]
+
+class Batch(dict[str, torch.Tensor]):
+    """One batch: a tensor for each column, rows first. Asking for another column raises DataError."""
+
+    def __missing__(self, column: str) -> torch.Tensor:
+        raise DataError(f"the batch has no column {column!r}; {near_names(column, self)}")
 
 
 def check_datasets(datasets: Mapping[str, Any] | None) -> None:
@@ -82,7 +87,7 @@ class Table:
         self.columns = {column: _as_array(name, column, table.column(column)) for column in table.column_names}
 
     def take(self, rows: np.ndarray) -> Batch:
-        return {name: torch.from_numpy(values[rows]) for name, values in self.columns.items()}
+        return Batch({name: torch.from_numpy(values[rows]) for name, values in self.columns.items()})
 
 
 def _as_array(name: str, column: str, chunks: pa.ChunkedArray) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from raypar.compute import tree
 from raypar.compute.split import StageGraph
-from raypar.compute.trace import bind_inputs, call
+from raypar.compute.trace import binder, call
 from raypar.compute.tree import Tree
 from raypar.planning.errors import ModelError
 
@@ -52,11 +52,12 @@ def part_of_model(model: nn.Module, part: StageGraph) -> StageCode:
     """The code of one stage of a traced model, running on the modules of `model` itself."""
     code = GraphModule(model, part.graph)
     sources = sorted(part.receives)
+    bind = binder(model)
 
     def run(inputs: Tree, received: dict[int, Values]) -> tuple[Any, ...]:
         arguments = []
         if part.inputs:
-            bound = bind_inputs(model, inputs)
+            bound = bind(inputs)
             for name in part.inputs:
                 if name not in bound:
                     raise ModelError(

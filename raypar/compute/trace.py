@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -23,20 +23,27 @@ from raypar.planning.errors import ModelError, SplitError
 def bind_inputs(model: nn.Module, inputs: Tree) -> dict[str, Any]:
     """The arguments of `model.forward` by name: a tensor is its first argument, a tuple or list its
     positional ones, a dict its keywords. Raises ModelError when they do not fit its signature."""
+    return binder(model)(inputs)
+
+
+def binder(model: nn.Module) -> Callable[[Tree], dict[str, Any]]:
+    """`bind_inputs` for one model, whose signature is then looked up only once."""
     signature = inspect.signature(model.forward)
-    try:
-        if isinstance(inputs, dict):
-            bound = signature.bind(**inputs)
-        elif isinstance(inputs, tuple | list):
-            bound = signature.bind(*inputs)
-        else:
-            bound = signature.bind(inputs)
-    except TypeError as error:
-        raise ModelError(
-            f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}. A tensor becomes its first "
-            "argument, a tuple or list its positional arguments, a dict its keyword arguments."
-        ) from None
-    return dict(bound.arguments)
+
+    def bind(inputs: Tree) -> dict[str, Any]:
+        try:
+            if isinstance(inputs, dict):
+                return dict(signature.bind(**inputs).arguments)
+            if isinstance(inputs, tuple | list):
+                return dict(signature.bind(*inputs).arguments)
+            return dict(signature.bind(inputs).arguments)
+        except TypeError as error:
+            raise ModelError(
+                f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}. A tensor becomes its first "
+                "argument, a tuple or list its positional arguments, a dict its keyword arguments."
+            ) from None
+
+    return bind
 
 
 def call(model: nn.Module, inputs: Tree) -> Any:
