@@ -152,14 +152,18 @@ class Trainer:
 
 def _check_type(name: str, value: Any, kind: type, needed: str) -> None:
     if not isinstance(value, kind):
-        raise ConfigError(f"Trainer({name}={value!r}): found a {type(value).__name__}, needed {needed}.")
+        raise ConfigError(f"Trainer({name}={value!r}): needed {needed}, found {_a(value)}.")
+
+
+def _a(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _check_train_loop(train_loop: Any) -> None:
     if not callable(train_loop):
         raise ConfigError(
-            f"Trainer({train_loop!r}): found a {type(train_loop).__name__}, needed a function that takes the config or "
-            "nothing."
+            f"Trainer({train_loop!r}): needed a function that takes the config or nothing, found {_a(train_loop)}."
         )
     required = _required_parameters(train_loop)
     if required > 1:

@@ -37,6 +37,7 @@ class Fleet:
     def __init__(self, plan: Plan, timeouts: Timeouts) -> None:
         self._plan = plan
         self._timeouts = timeouts
+        self._deadline = time.monotonic() + timeouts.start
         self._group: PlacementGroup | None = None
         self._starting: list[Any] = []
         self.handles: list[list[ActorHandle[Any]]] = []
@@ -64,7 +65,6 @@ class Fleet:
 
     def _create(self, actor_class: type, needs: Needs, runtime_env: dict[str, Any]) -> None:
         plan = self._plan
-        deadline = time.monotonic() + self._timeouts.start
         self._group = reserve(needs, self._timeouts)
         nodes = nodes_of_bundles(self._group)
         bundles = arrange(nodes, plan.data, plan.pipeline)
@@ -82,7 +82,7 @@ class Fleet:
                 )
                 self.handles[-1].append(options.remote(replica, actor, plan, self._timeouts))
                 self._starting.append(self.handles[-1][-1].describe.remote())
-        described = self._get(self._starting, deadline - time.monotonic(), "describe")
+        described = self._get(self._starting, "describe")
         self._starting = []
         self.infos = [described[i : i + plan.pipeline] for i in range(0, len(described), plan.pipeline)]
         self.node_of_replica = [nodes[of_replica[0]] for of_replica in bundles]
@@ -100,22 +100,17 @@ class Fleet:
 
     def _connect(self) -> None:
         world = self._plan.data * self._plan.pipeline
-        host, port = self._call_one(0, "open_store", world)
+        host, port = self._get([self.handles[0][0].open_store.remote(world)], "open_store")[0]
         calls = [
             handle.connect.remote(host, port, rank, world)
             for rank, handle in enumerate(handle for replica in self.handles for handle in replica)
         ]
-        self._get(calls, self._timeouts.start, "connect")
+        self._get(calls, "connect")
 
-    def _call_one(self, rank: int, method: str, *args: Any) -> Any:
-        replica, actor = divmod(rank, self._plan.pipeline)
-        call = getattr(self.handles[replica][actor], method).remote(*args)
-        return self._get([call], self._timeouts.start, method)[0]
-
-    def _get(self, calls: list[Any], seconds: float, method: str) -> list[Any]:
+    def _get(self, calls: list[Any], method: str) -> list[Any]:
         """The answers of all actors (or of actor (0, 0) alone), as errors that name the one that failed."""
         try:
-            return ray.get(calls, timeout=max(seconds, 0.1))
+            return ray.get(calls, timeout=max(self._deadline - time.monotonic(), 0.1))
         except GetTimeoutError:
             _, waiting = ray.wait(calls, num_returns=len(calls), timeout=0)
             silent = ", ".join(self._name(calls.index(call)) for call in waiting)

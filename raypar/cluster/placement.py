@@ -267,8 +267,8 @@ def arrange(nodes: Sequence[str], data: int, pipeline: int) -> list[list[int]]:
     """Which bundle each stage actor gets: `arrange(…)[replica][actor]`, neighbours on one node if possible.
 
         bundles   0  1  2  3  4  5          replica 0: bundles 0 2 (node a)
-        nodes     a  b  a  b  a  b   ──▶    replica 1: bundles 4 1 (a, b)      data=3, pipeline=2
-                                            replica 2: bundles 3 5 (node b)
+        nodes     a  b  a  b  a  b   ──▶    replica 1: bundles 4 5 (a, b)      data=3, pipeline=2
+                                            replica 2: bundles 1 3 (node b)
 
     Each node first takes as many whole replicas as it holds; what is left over is joined node by node. The
     replicas are ordered by the node of their first stage, because Ray Train numbers its workers node by

@@ -1,0 +1,111 @@
+"""The fleet with stage actors that do nothing but live, die and answer, so that no model is in the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import ray
+
+from raypar.cluster.fleet import Fleet
+from raypar.cluster.placement import needs_of
+from raypar.planning.errors import ModelError, RunError, StageDiedError, TimeoutExceededError
+from raypar.planning.plan import Plan, Timeouts
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+TIMEOUTS = Timeouts(start=30, peer=10, stop=2)
+
+
+class FakeStage:
+    """What a fleet asks of a stage actor, without torch."""
+
+    def __init__(self, replica: int, actor: int, plan: Plan, timeouts: Timeouts) -> None:
+        self.place = (replica, actor)
+        self.joined: tuple[Any, ...] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        context = ray.get_runtime_context()
+        return {"place": self.place, "node_id": context.get_node_id(), "node_ip": "host", "pid": os.getpid()}
+
+    def open_store(self, world_size: int) -> tuple[str, int]:
+        return "host", world_size
+
+    def connect(self, *place: Any) -> None:
+        self.joined = place
+
+    def join(self) -> tuple[Any, ...] | None:
+        return self.joined
+
+
+def start(kind: type = FakeStage, timeouts: Timeouts = TIMEOUTS, **plan: Any) -> Fleet:
+    return Fleet.start(kind, needs_of(Plan(**plan), gpus=False), timeouts)
+
+
+def test_a_fleet_is_placed_connected_examined_and_stopped() -> None:
+    fleet = start(data=2, pipeline=2, placement=[0, 1, 0])
+    try:
+        assert [[info["place"] for info in replica] for replica in fleet.infos] == [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]
+        joined = [ray.get(handle.join.remote()) for replica in fleet.handles for handle in replica]
+        assert joined == [("host", 4, rank, 4) for rank in range(4)]
+        node = ray.nodes()[0]["NodeID"]
+        assert fleet.node_of_replica == [node, node]
+        assert fleet.worker_pins == [{"ray.io/node-id": node}] * 2
+        assert fleet.autopsy() is None
+
+        os.kill(fleet.infos[1][0]["pid"], signal.SIGKILL)
+        time.sleep(0.5)
+        found = fleet.autopsy()
+        assert isinstance(found, StageDiedError)
+        assert (found.replica, found.stage, found.preempted) == (1, 0, False)
+        assert "stages 0, 2 of replica 1" in str(found)
+        assert f"pid {fleet.infos[1][0]['pid']}" in str(found)
+    finally:
+        fleet.stop()
+        fleet.stop()
+
+
+class DiesAtStart(FakeStage):
+    def __init__(self, replica: int, actor: int, plan: Plan, timeouts: Timeouts) -> None:
+        super().__init__(replica, actor, plan, timeouts)
+        if actor == 1:
+            os._exit(1)
+
+
+class RefusesToConnect(FakeStage):
+    def connect(self, *place: Any) -> None:
+        raise ModelError("no such device")
+
+
+class NeverConnects(FakeStage):
+    def connect(self, *place: Any) -> None:
+        if self.place == (0, 1):
+            time.sleep(60)
+
+
+def test_an_actor_that_dies_while_it_starts() -> None:
+    with pytest.raises(RunError, match="stage 1 of replica 0"):
+        start(DiesAtStart, pipeline=2)
+
+
+def test_an_error_of_an_actor_is_raised_as_it_is() -> None:
+    with pytest.raises(ModelError, match="no such device"):
+        start(RefusesToConnect, pipeline=2)
+
+
+def test_an_actor_that_does_not_answer() -> None:
+    with pytest.raises(TimeoutExceededError, match=r"`connect` from the actor of stage 1 of replica 0.*start="):
+        start(NeverConnects, Timeouts(start=6, stop=1), pipeline=2)
+
+
+def test_waiting_for_what_others_hold_has_an_end() -> None:
+    holder = ray.util.placement_group([{"CPU": 10}])
+    assert holder.wait(10)
+    try:
+        with pytest.raises(TimeoutExceededError, match=r"waited 1 s for 4 times.*free.*'CPU': 2"):
+            start(timeouts=Timeouts(start=1), data=2, pipeline=2)
+    finally:
+        ray.util.remove_placement_group(holder)

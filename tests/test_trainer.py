@@ -1,0 +1,150 @@
+"""What the Trainer refuses before a process starts, and what it returns in local mode. Nothing here needs Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import ray.train
+import torch
+from torch import nn
+
+import raypar
+from raypar import Plan, Trainer
+from raypar.planning.errors import ConfigError, DataError, PlanError
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where Ray would have been started or joined."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("ray.init was called")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    features = pa.array(random.normal(size=64 * 3).astype("float32"))
+    table = pa.table({"x": pa.FixedSizeListArray.from_arrays(features, 3), "y": pa.array(random.integers(0, 2, 64))})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    return tmp_path / "rows.parquet"
+
+
+def build() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def train(config: dict[str, Any]) -> None:
+    replica = raypar.parallelize(
+        build,
+        loss_fn=nn.functional.cross_entropy,
+        optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=0.1),
+        example_inputs=torch.zeros(2, 3),
+    )
+    for epoch in raypar.epochs(config["epochs"]):
+        for batch in raypar.batches("train", batch_size=16):
+            step = replica.train_step(batch["x"], batch["y"])
+        raypar.report({"epoch": epoch, "loss": step.loss}, replica if epoch % 2 == 0 else None)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ({"plan": {"data": 2}}, "needed raypar.Plan.*found a dict"),
+            ({"plan": Plan(), "train_loop_config": 3}, "needed a dict, found an int"),
+            ({"plan": Plan(), "datasets": "train.parquet"}, "needed a dict of names.*found a str"),
+            ({"plan": Plan(), "run_config": {}}, "needed a ray.train.RunConfig"),
+            ({"plan": Plan(), "timeouts": 10}, "needed a raypar.Timeouts"),
+            ({"plan": Plan(), "resources_per_stage": {"CPU": 0}}, "resources_per_stage"),
+            ({"plan": Plan(data=2), "scaling_config": ray.train.ScalingConfig(num_workers=4)}, "num_workers=4"),
+            ({"plan": Plan(), "scaling": None}, "no argument 'scaling': did you mean 'scaling_config'"),
+            ({"plan": Plan(), "num_workers": 2}, "no argument 'num_workers'"),
+        ],
+    )
+    def test_arguments(self, arguments: dict[str, Any], words: str) -> None:
+        with pytest.raises(ConfigError, match=words):
+            Trainer(train, **arguments)
+
+    def test_a_train_loop_that_is_no_function(self) -> None:
+        with pytest.raises(ConfigError, match=r"needed a function.*found a str"):
+            Trainer("train", plan=Plan())  # type: ignore[arg-type]
+
+    def test_a_train_loop_with_too_many_arguments(self) -> None:
+        def loop(config: dict[str, Any], more: int) -> None: ...
+
+        with pytest.raises(ConfigError, match=r"takes 2 arguments.*functools\.partial"):
+            Trainer(loop, plan=Plan())
+
+    def test_a_plan_that_contradicts_itself(self) -> None:
+        with pytest.raises(PlanError, match="actor 1"):
+            Trainer(train, plan=Plan(pipeline=2, placement=[0, 0]))  # type: ignore[arg-type]
+
+    @pytest.mark.usefixtures("no_process")
+    @pytest.mark.parametrize("local", [True, False])
+    def test_a_data_set_that_is_missing(self, tmp_path: Path, *, local: bool) -> None:
+        with pytest.raises(DataError, match="missing"):
+            Trainer(train, plan=Plan(), datasets={"train": tmp_path / "missing.parquet"}, local=local).fit()
+
+    @pytest.mark.usefixtures("no_process")
+    @pytest.mark.parametrize("local", [True, False])
+    def test_a_data_set_that_is_empty(self, tmp_path: Path, *, local: bool) -> None:
+        pq.write_table(pa.table({"x": pa.array([], pa.float32())}), tmp_path / "empty.parquet")
+        with pytest.raises(DataError, match="empty"):
+            Trainer(train, plan=Plan(), datasets={"train": tmp_path / "empty.parquet"}, local=local).fit()
+
+
+@pytest.mark.usefixtures("no_process")
+class TestLocal:
+    def fit(self, rows: Path, epochs: int, **plan: Any) -> ray.train.Result:
+        return Trainer(
+            train,
+            plan=Plan(**plan),
+            train_loop_config={"epochs": epochs},
+            datasets={"train": rows},
+            run_config=ray.train.RunConfig(name="run", storage_path=str(rows.parent)),
+            local=True,
+        ).fit()
+
+    def test_the_result_holds_all_rows_and_the_newest_checkpoint(self, rows: Path) -> None:
+        result = self.fit(rows, epochs=4, data=2, pipeline=2)
+        assert result.metrics is not None
+        assert result.metrics["epoch"] == 3
+        assert list(result.metrics_dataframe["epoch"]) == [0, 1, 2, 3]
+        assert result.path == str(rows.parent / "run")
+        assert result.checkpoint is not None
+        assert set(raypar.read_state_dict(result.checkpoint)) == set(build().state_dict())
+
+    def test_the_same_name_goes_on_where_the_run_was(self, rows: Path) -> None:
+        self.fit(rows, epochs=1)
+        resumed = self.fit(rows, epochs=3)
+        assert list(resumed.metrics_dataframe["epoch"]) == [0, 1, 2]
+
+    def test_a_train_loop_without_arguments(self, rows: Path) -> None:
+        calls = []
+        Trainer(
+            lambda: calls.append(1),
+            plan=Plan(data=2),
+            run_config=ray.train.RunConfig(name="run", storage_path=str(rows.parent)),
+            local=True,
+        ).fit()
+        assert calls == [1, 1]
+
+    def test_a_train_loop_without_a_config_is_given_an_empty_one(self, rows: Path) -> None:
+        found = []
+        Trainer(
+            lambda config: found.append(config),
+            plan=Plan(),
+            run_config=ray.train.RunConfig(name="run", storage_path=str(rows.parent)),
+            local=True,
+        ).fit()
+        assert found == [{}]
