@@ -3,7 +3,7 @@
     <storage_path>/<name>/checkpoint_00000123/
         model.pt          the state dict of the whole model, under the names of build_model()
         training.pt       optimizer state by parameter name, scheduler, buffers of the other replicas
-        checkpoint.json   step, plan, position, history; size and SHA-256 of the files above
+        checkpoint.json   step, plan, position, history; size and SHA-256 of the files above; its own SHA-256
 
 The manifest is written last, so a checkpoint that was cut off at any byte has none, or one that does not
 fit its files, and is passed over. This needs no rename, which object stores do not have.
@@ -98,9 +98,10 @@ class _Hashing(io.BytesIO):
 def write(storage: Storage, snapshot: Snapshot) -> str:
     """Write a checkpoint and return its path. Raises CheckpointError when the store refuses it."""
     fs = storage.filesystem
-    path = _free_path(storage, snapshot.step)
+    path = storage.path
     files = {}
     try:
+        path = _free_path(storage, snapshot.step)
         fs.create_dir(path, recursive=True)
         for name, content in (("model.pt", snapshot.model), ("training.pt", snapshot.training)):
             with fs.open_output_stream(f"{path}/{name}") as stream:
@@ -116,7 +117,7 @@ def write(storage: Storage, snapshot: Snapshot) -> str:
             "files": files,
         }
         with fs.open_output_stream(f"{path}/checkpoint.json") as stream:
-            stream.write(json.dumps(manifest, indent=1).encode())
+            stream.write(json.dumps({**manifest, "sha256": _hash(manifest)}, indent=1).encode())
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint of step {snapshot.step} could not be written to {path}: {error}. Needed: a writable "
@@ -148,38 +149,48 @@ def list_checkpoints(storage: Storage) -> list[str]:
 
 def newest_checkpoint(storage: Storage) -> str | None:
     """The path of the newest checkpoint whose manifest is there and fits the sizes of its files."""
-    for path in reversed(list_checkpoints(storage)):
-        try:
-            manifest = read_manifest(path, storage.filesystem)
-        except CheckpointError:
-            continue
-        paths = [f"{path}/{name}" for name in manifest["files"]]
-        infos = storage.filesystem.get_file_info(paths)
-        if all(info.size == entry["bytes"] for info, entry in zip(infos, manifest["files"].values(), strict=True)):
-            return path
-    return None
+    return next((path for path in reversed(list_checkpoints(storage)) if _is_whole(path, storage.filesystem)), None)
+
+
+def _is_whole(path: str, filesystem: pafs.FileSystem) -> bool:
+    try:
+        files = read_manifest(path, filesystem)["files"]
+    except CheckpointError:
+        return False
+    infos = filesystem.get_file_info([f"{path}/{name}" for name in files])
+    return all(info.size == entry["bytes"] for info, entry in zip(infos, files.values(), strict=True))
 
 
 def keep_newest(storage: Storage, count: int | None) -> None:
-    """Delete all but the newest `count` checkpoints (None: keep all)."""
-    if count is not None:
-        for path in list_checkpoints(storage)[: -max(count, 1)]:
+    """Delete all but the newest `count` whole checkpoints (None: keep all)."""
+    if count is None:
+        return
+    kept = 0
+    for path in reversed(list_checkpoints(storage)):
+        if kept < max(count, 1) and _is_whole(path, storage.filesystem):
+            kept += 1
+        else:
             storage.filesystem.delete_dir(path)
 
 
+def _hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
 def read_manifest(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises CheckpointError where it is missing, cut off, or too new."""
+    """The manifest of a checkpoint. Raises CheckpointError where it is missing, cut off, damaged, or too new."""
     try:
         with filesystem.open_input_stream(f"{path}/checkpoint.json") as stream:
             manifest: dict[str, Any] = json.loads(stream.read())
-        number, files = manifest["format"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        number, written = manifest["format"], manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no whole checkpoint: its checkpoint.json cannot be read ({error})") from error
-    if number > FORMAT:
+    if isinstance(number, int) and number > FORMAT:
         raise CheckpointError(
             f"{path} was written by a newer raypar: found format {number}, this one reads up to {FORMAT}; update raypar"
         )
-    assert isinstance(files, dict)
+    if written != _hash(manifest):
+        raise CheckpointError(f"{path}/checkpoint.json is damaged: its SHA-256 differs from the one written in it")
     return manifest
 
 
@@ -230,11 +241,14 @@ def read_tensors(path: str, wanted: Sequence[str], known: Sequence[str]) -> dict
     if not os.path.exists(path):
         raise CheckpointError(f"weights={path!r}: no such file on this machine; needed a .safetensors or .pt file")
     if path.endswith(".safetensors"):
-        from safetensors import safe_open  # heavy to import, and only this path needs it
+        from safetensors import SafetensorError, safe_open  # heavy to import, and only this path needs it
 
-        with safe_open(path, framework="pt") as file:
-            _check_names(path, known, file.keys())
-            return {name: file.get_tensor(name) for name in wanted}
+        try:
+            with safe_open(path, framework="pt") as file:
+                _check_names(path, known, file.keys())
+                return {name: file.get_tensor(name) for name in wanted}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"weights={path!r} cannot be read as a .safetensors file: {error}") from error
     try:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
