@@ -13,52 +13,22 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import tempfile
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
-import ray.train
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from compare import compare, in_turns
-from torch import nn
+from on_ray import OnRay, blocks
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from transformer import batch, transformer
 
 import raypar
 
 STAGES = 2
-
-
-class Block(nn.Module):
-    """One pre-norm transformer layer."""
-
-    def __init__(self, width: int, heads: int = 4) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, width))
-        y: torch.Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
-        return y
-
-
-def transformer(layers: int, width: int) -> nn.Sequential:
-    return nn.Sequential(*(Block(width) for _ in range(layers)))
-
-
-def batch(config: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shape = (config["microbatches"] * config["rows"], config["tokens"], config["width"])
-    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
 # ---------------------------------------------------------------- torch.distributed.pipelining, and one process alone
@@ -139,28 +109,6 @@ class Processes:
 # ---------------------------------------------------------------- raypar
 
 
-@ray.remote(num_cpus=0)
-class Baton:
-    """Tells the train loop when to run a block of steps, and the driver how long it took."""
-
-    def __init__(self) -> None:
-        import asyncio
-
-        self.commands: Any = asyncio.Queue()
-        self.answers: Any = asyncio.Queue()
-
-    async def run(self, go: bool) -> float | None:
-        await self.commands.put(go)
-        return await self.answers.get() if go else None
-
-    async def next(self) -> bool:
-        go: bool = await self.commands.get()
-        return go
-
-    async def done(self, seconds: float) -> None:
-        await self.answers.put(seconds)
-
-
 def train_loop(config: dict[str, Any]) -> None:
     replica = raypar.parallelize(
         lambda: transformer(config["layers"], config["width"]),
@@ -169,44 +117,16 @@ def train_loop(config: dict[str, Any]) -> None:
         split=[str(config["layers"] // STAGES)],
     )
     inputs, targets = batch(config)
-    while ray.get(config["baton"].next.remote()):
-        start = time.perf_counter()
-        for _ in range(config["steps"]):
-            output = replica.train_step(inputs, targets)
-        assert output.loss > 0
-        config["baton"].done.remote((time.perf_counter() - start) / config["steps"])
+    blocks(config, lambda: replica.train_step(inputs, targets))
 
 
-class OnRay:
-    """A raypar run that executes a block of steps at each call."""
-
-    def __init__(self, config: dict[str, Any], storage: str) -> None:
-        self.baton = Baton.remote()  # type: ignore[attr-defined]
-        plan = raypar.Plan(pipeline=STAGES, microbatches=config["microbatches"], schedule=config["schedule"])
-        trainer = raypar.Trainer(
-            train_loop,
-            plan=plan,
-            train_loop_config={**config, "baton": self.baton},
-            run_config=ray.train.RunConfig(name=f"bench-{time.time_ns()}", storage_path=storage),
-        )
-        self.thread = threading.Thread(target=trainer.fit)
-        self.thread.start()
-
-    def __call__(self) -> float:
-        seconds: float = ray.get(self.baton.run.remote(True))
-        return seconds
-
-    def stop(self) -> None:
-        ray.get(self.baton.run.remote(False))
-        self.thread.join()
-
-
-def measure(config: dict[str, Any], rounds: int, storage: str) -> str:
+def measure(config: dict[str, Any], rounds: int) -> str:
     """One row of the table."""
     port = 20000 + os.getpid() % 20000 + config["microbatches"]
     peer = Processes([(torch_process, (rank, port, config)) for rank in range(STAGES)])
     alone = Processes([(single_process, (config,))])
-    ours = OnRay(config, storage)
+    plan = raypar.Plan(pipeline=STAGES, microbatches=config["microbatches"], schedule=config["schedule"])
+    ours = OnRay(train_loop, plan, config)
     try:
         raypar_times, peer_times, alone_times = in_turns([ours, peer, alone], rounds)
     finally:
@@ -236,12 +156,11 @@ def main() -> None:
     ray.init(num_cpus=STAGES + 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     print(f"{args.layers} layers, width {args.width}, {args.tokens} tokens, {args.rows} rows a micro-batch; ms a step")
     print("schedule M     raypar     torch   ratio  95 % interval   raypar/bound torch/bound", flush=True)
-    with tempfile.TemporaryDirectory() as storage:
-        for schedule in args.schedules:
-            for microbatches in args.microbatches:
-                config = {key: getattr(args, key) for key in ("layers", "width", "tokens", "rows", "steps")}
-                config |= {"schedule": schedule, "microbatches": microbatches}
-                print(measure(config, args.rounds, storage), flush=True)
+    for schedule in args.schedules:
+        for microbatches in args.microbatches:
+            config = {key: getattr(args, key) for key in ("layers", "width", "tokens", "rows", "steps")}
+            config |= {"schedule": schedule, "microbatches": microbatches}
+            print(measure(config, args.rounds), flush=True)
     ray.shutdown()
 
 
