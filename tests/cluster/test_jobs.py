@@ -111,13 +111,16 @@ class Outcome:
         return "".join(self.chunks)
 
 
-def run_job(client: JobSubmissionClient, script: str, *arguments: str, working_dir: Path = ROOT) -> Outcome:
+def run_job(
+    client: JobSubmissionClient, script: str, *arguments: str, working_dir: Path = ROOT, home: Path | None = None
+) -> Outcome:
     """`ray job submit --working-dir … -- python script arguments`, followed to its end."""
     entrypoint = shlex.join([sys.executable, script, *arguments])
+    runtime_env = {"working_dir": str(working_dir), "env_vars": {"HOME": str(home)} if home else {}}
     deadline = time.monotonic() + START_S
     while True:
         try:
-            job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(working_dir)})
+            job = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
             break
         except RuntimeError as error:  # the dashboard answers before the agent that runs jobs has called it
             if "agent" not in str(error) or time.monotonic() > deadline:
@@ -156,3 +159,19 @@ def test_a_job_that_cannot_work_fails_with_the_reason_in_its_log(client: JobSubm
     assert str(CPUS) in message
     assert "Traceback" not in message
     assert "exit code 1" in outcome.message
+
+
+def test_the_example_of_readme_runs_as_it_stands(client: JobSubmissionClient, tmp_path: Path):
+    folder, home = tmp_path / "job", tmp_path / "home"
+    folder.mkdir()
+    home.mkdir()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = readme.partition("```python\n")[2].partition("```\n")[0]
+    (folder / "sine.py").write_text(example, encoding="utf-8")
+    outcome = run_job(client, "sine.py", working_dir=folder, home=home)
+    assert outcome.status == JobStatus.SUCCEEDED, outcome.log
+    assert "Starting 4 stage actors and 2 train workers on Ray" in outcome.log
+    loss = re.search(r"^4 +160 +4 +([\d.e-]+)$", outcome.log, re.MULTILINE)
+    assert loss is not None, outcome.log
+    assert float(loss[1]) < 0.01
+    assert len(list(home.glob("ray_results/*/checkpoint_*/model.pt"))) == 5
