@@ -69,8 +69,9 @@ class ProcessTransport:
     """The connections of the stage actor `rank = replica * plan.pipeline + actor`.
 
     The default process group, of all stage actors, must be there (`join_world`). Groups are made for `pairs`, the
-    ordered pairs of actors of a replica that exchange messages, and for each stage of this actor; each
-    group only by its members, in one order everywhere.
+    ordered pairs of actors of a replica that exchange messages, and for each stage. All actors of all replicas call
+    for all groups in the same order, members or not: torch names a group after the number of groups that the process
+    has called for, also with use_local_synchronization.
     """
 
     def __init__(
@@ -80,28 +81,27 @@ class ProcessTransport:
         data = "nccl" if cuda else "gloo"
         limit = datetime.timedelta(seconds=timeouts.peer)
 
-        def group(ranks: list[int], backend: str) -> dist.ProcessGroup:
-            made = dist.new_group(sorted(ranks), timeout=limit, backend=backend, use_local_synchronization=True)
-            assert isinstance(made, dist.ProcessGroup)
-            return made
+        def group(ranks: list[int], backend: str) -> dist.ProcessGroup | None:
+            made = dist.new_group(sorted(ranks), timeout=limit, backend=backend)
+            return made if isinstance(made, dist.ProcessGroup) else None
 
-        first = replica * plan.pipeline
         self._to: dict[int, ProcessLink] = {}
         self._from: dict[int, ProcessLink] = {}
-        for source, target in sorted(set(pairs)):
-            if actor in (source, target):
+        for first in range(0, plan.data * plan.pipeline, plan.pipeline):
+            for source, target in sorted(set(pairs)):
                 ranks = [first + source, first + target]
                 tensors = group(ranks, data)
                 headers = group(ranks, "gloo") if cuda else tensors
-                peer = target if actor == source else source
-                links = self._to if actor == source else self._from
-                links[peer] = ProcessLink(tensors, headers, sorted(ranks).index(first + peer))
+                if tensors is not None and headers is not None:
+                    peer = target if actor == source else source
+                    links = self._to if actor == source else self._from
+                    links[peer] = ProcessLink(tensors, headers, sorted(ranks).index(first + peer))
         self._stages: dict[int, ProcessCollective] = {}
-        if plan.data > 1:
-            for stage, holder in enumerate(plan.actor_of_stage):
-                if holder == actor:
-                    ranks = [other * plan.pipeline + actor for other in range(plan.data)]
-                    self._stages[stage] = ProcessCollective(group(ranks, data))
+        for stage, holder in enumerate(plan.actor_of_stage if plan.data > 1 else ()):
+            ranks = [other * plan.pipeline + holder for other in range(plan.data)]
+            members = group(ranks, data)
+            if members is not None:
+                self._stages[stage] = ProcessCollective(members)
         world = dist.group.WORLD
         self._everyone = ProcessCollective(world) if world is not None and world.size() > 1 else None
 
