@@ -18,6 +18,7 @@ import torch
 
 from raypar.compute.checkpoint import resolve
 from raypar.compute.session import Session, current
+from raypar.compute.tree import like_dict
 from raypar.planning.errors import DataError, UsageError, near_names
 
 
@@ -26,6 +27,9 @@ class Batch(dict[str, torch.Tensor]):
 
     def __missing__(self, column: str) -> torch.Tensor:
         raise DataError(f"the batch has no column {column!r}; {near_names(column, self)}")
+
+
+like_dict(Batch)
 
 
 def check_datasets(datasets: Mapping[str, Any] | None) -> None:
@@ -92,17 +96,17 @@ class Table:
 
 def _as_array(name: str, column: str, chunks: pa.ChunkedArray) -> np.ndarray:
     """A column as one NumPy array, without a Python object a value."""
-    if chunks.null_count:
-        raise DataError(
-            f"batches({name!r}): column {column!r} has {chunks.null_count} nulls; fill them or drop these rows"
-        )
     array = chunks.combine_chunks()
     is_tensor = isinstance(chunks.type, pa.FixedShapeTensorType)
     array = array.storage if is_tensor else array
     sizes = []
+    nulls = array.null_count
     while pa.types.is_fixed_size_list(array.type):
         sizes.append(array.type.list_size)
         array = array.flatten()
+        nulls += array.null_count
+    if nulls:
+        raise DataError(f"batches({name!r}): column {column!r} has {nulls} nulls; fill them or drop these rows")
     shape = list(chunks.type.shape) if is_tensor else sizes
     kind = array.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
@@ -132,7 +136,8 @@ def batches(
     columns:    names of the columns to read; None: all.
 
     Yields a dict of CPU tensors by column, rows first: a fixed-shape tensor column as its shape, a list of
-    fixed size as one dimension. After a resume the batches that committed steps have trained on are passed over.
+    fixed size as one dimension. After a resume the first loop over a data set passes over the batches that
+    committed steps have trained on.
 
     Raises DataError for an unknown name or column, a column that holds no numbers, or nulls.
     """
@@ -159,12 +164,14 @@ def _batches(
     order = np.arange(table.rows)
     if shuffle:
         order = np.random.default_rng([seed, session.position.epoch]).permutation(table.rows)
-    first = session.position.trained.get(name, 0)
-    session.open_loops.add(name)
+    around = session.batch if session.open_loops else None
+    session.open_loops.append(name)
     try:
-        for index in range(first, count):
+        for index in range(session.passed.get(name, 0), count):
             session.batch = (name, index, count)
             rows = order[index * batch_size : (index + 1) * batch_size]
             yield table.take(np.array_split(rows, session.size)[session.rank])
+        session.passed.pop(name, None)
     finally:
-        session.open_loops.discard(name)
+        session.open_loops.remove(name)
+        session.batch = around

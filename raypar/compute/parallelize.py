@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from raypar.compute import randomness
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.profile import choose_cut
 from raypar.compute.replica import Replica
@@ -69,12 +70,15 @@ def parallelize(
     placement = session.plan.actor_of_stage
     chosen: Cut | RayparError | None = None
     if session.rank == 0:  # one replica decides: measured times differ, and all must cut alike
+        kept = randomness.save_state()  # measuring draws random numbers, which are not the loop's
         try:
             chosen = choose_cut(
                 spec, placement, split, example_inputs, lambda units: session.measure(spec, units, example_inputs)
             )
         except RayparError as error:
             chosen = error
+        finally:
+            randomness.restore_state(kept)
     chosen = session.gather(chosen)[0]
     if isinstance(chosen, RayparError):
         raise chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -205,12 +206,25 @@ def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:
         raise UsageError(f"raypar.report({metrics!r}): needed a dict of metrics by name")
     if replica is not None:
         replica.wait()
-    row = {
-        name: value.item() if isinstance(value, torch.Tensor | np.generic) else value for name, value in metrics.items()
-    }
+    row = {name: _plain(name, value) for name, value in metrics.items()}
     row = {"step": session.step, "epoch": session.position.epoch, **row}
     session.history.append(row)
     path = None
     if replica is not None:
         path = session.save(replica._actors, session.step, session.position_to_save())
     session.publish(row, path)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A metric as the manifest of a checkpoint can hold it: a tensor or array of one element as a number."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        count = value.numel() if isinstance(value, torch.Tensor) else value.size
+        value = value.item() if count == 1 else value.tolist()
+    try:
+        json.dumps({name: value})
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"raypar.report: the metric {name!r} is a {type(value).__name__}, needed a number, a text, or lists and "
+            "dicts of them"
+        ) from None
+    return value

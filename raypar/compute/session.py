@@ -56,7 +56,9 @@ class Session(ABC):
         self.wait_for_steps: Callable[[], None] | None = None  # of the replica, once there is one
         self.epochs: int | None = None
         self.batch: tuple[str, int, int | None] | None = None  # data set, index, how many in the epoch
-        self.open_loops: set[str] = set()
+        self.open_loops: list[str] = []  # the data sets over whose batches a loop runs now
+        self.passed: dict[str, int] = {}  # batches that the first loop after a resume passes over
+        self._trained: tuple[str, int, int | None] | None = None  # the batch of the newest step
         self._rate = Rate()
 
     def restore(self, path: str | None) -> None:
@@ -67,6 +69,7 @@ class Session(ABC):
         self.restored = path
         self.step = manifest["step"]
         self.position = Position(**manifest["position"])
+        self.passed = dict(self.position.trained)
         self.history = manifest["history"]
 
     # ------------------------------------------------------------ what local mode and train workers do differently
@@ -99,15 +102,17 @@ class Session(ABC):
 
     def trained_on_batch(self) -> Position:
         """Count the batch that a step uses; returns the position behind that step."""
+        self._trained = self.batch
         if self.batch is not None:
             name, index, _ = self.batch
             self.position.trained[name] = index + 1
+            self.passed.pop(name, None)
         return self.position.copy()
 
     def committed(self, samples: int, loss: float, step: int) -> None:
         """Show progress after a committed step, a few times a second at most."""
         if self._rate.count(samples) and self.rank == 0:
-            index, total = (self.batch[1] + 1, self.batch[2]) if self.batch else (step, None)
+            index, total = (self._trained[1] + 1, self._trained[2]) if self._trained else (step, None)
             self.show_progress(
                 {
                     "epoch": self.position.epoch,
@@ -143,7 +148,7 @@ class Session(ABC):
         """The position that a checkpoint made now stands for. Inside `raypar.epochs`, when every loop over
         batches that were trained on has ended, the epoch is over and a resumed run starts the next one."""
         position = self.position
-        if self.epochs is not None and position.trained and not self.open_loops & set(position.trained):
+        if self.epochs is not None and position.trained and not set(self.open_loops) & set(position.trained):
             return Position(position.epoch + 1)
         return position.copy()
 
@@ -199,4 +204,5 @@ def _epochs(session: Session, count: int) -> Iterator[int]:
     while session.position.epoch < count:
         yield session.position.epoch
         session.position = Position(session.position.epoch + 1)
+        session.passed = {}
     session.epochs = None

@@ -19,6 +19,14 @@ Tree = Any
 Structure = _pytree.TreeSpec
 
 
+def like_dict(cls: type[dict[str, Any]]) -> type[Any]:
+    """Let trees hold instances of a class of dicts, which torch takes for leaves otherwise."""
+    _pytree.register_pytree_node(
+        cls, lambda d: (list(d.values()), list(d)), lambda values, keys: cls(zip(keys, values, strict=True))
+    )
+    return cls
+
+
 def flatten(tree: Tree) -> tuple[list[Any], Structure]:
     """The leaves of a tree, and the structure that `unflatten` needs to put them together again."""
     return _pytree.tree_flatten(tree)
