@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raypar.compute import session as module
+from raypar.compute.checkpoint import Storage, newest_checkpoint, read_manifest
+from raypar.compute.data import batches
+from raypar.compute.local import run_local
+from raypar.compute.parallelize import parallelize
+from raypar.compute.replica import Replica, report
+from raypar.compute.session import Position, Rate, current, epochs
+from raypar.planning.errors import UsageError
+from raypar.planning.plan import Plan, Timeouts
+
+EPOCHS, ROWS, BATCH = 3, 7, 2
+STEPS_AN_EPOCH = 4
+
+
+class Crash(Exception):
+    """What ends a loop in the midst of a run."""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Runs a loop in local mode, from the newest checkpoint of earlier ones; returns the history."""
+    for name, first in (("train", 0), ("test", 100)):
+        pq.write_table(pa.table({"row": pa.array(range(first, first + ROWS))}), tmp_path / f"{name}.parquet")
+    datasets = {name: tmp_path / f"{name}.parquet" for name in ("train", "test")}
+
+    def start(loop: Callable[[], None], plan: Plan | None = None, **options: Any) -> list[dict[str, Any]]:
+        return run_local(loop, plan or Plan(), datasets, Timeouts(), Storage.open(tmp_path, "run"), **options)
+
+    return start
+
+
+def make_replica() -> Replica:
+    return parallelize(
+        lambda: nn.Linear(1, 1),
+        loss_fn=F.mse_loss,
+        optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=0.001),
+    )
+
+
+def train_on(replica: Replica, batch: dict[str, torch.Tensor]) -> None:
+    x = batch["row"].float().unsqueeze(1)
+    replica.train_step(x, x)
+
+
+def saved_position(tmp_path: Path) -> dict[str, Any]:
+    storage = Storage.open(tmp_path, "run")
+    path = newest_checkpoint(storage)
+    assert path is not None
+    found: dict[str, Any] = read_manifest(path, storage.filesystem)["position"]
+    return found
+
+
+# ---------------------------------------------------------------- epochs and batches after a resume
+
+
+def trained_rows(run: Any, crash_after: int | None, inside: bool = True) -> list[tuple[int, list[int]]]:
+    """The epoch and the rows of each step of a loop that saves after step `crash_after`, and then crashes."""
+    found: list[tuple[int, list[int]]] = []
+
+    def loop() -> None:
+        replica = make_replica()
+        for epoch in epochs(EPOCHS):
+            for batch in batches("train", batch_size=BATCH):
+                train_on(replica, batch)
+                found.append((epoch, batch["row"].tolist()))
+                if inside and len(found) == crash_after:
+                    report({}, replica)
+                    raise Crash
+            if not inside and len(found) == crash_after:
+                report({}, replica)
+                raise Crash
+
+    if crash_after is None:
+        run(loop)
+    else:
+        with pytest.raises(Crash):
+            run(loop)
+    return found
+
+
+def test_a_fresh_run_goes_through_all_batches_of_all_epochs(run: Any):
+    found = trained_rows(run, None)
+    assert [epoch for epoch, _ in found] == [0] * STEPS_AN_EPOCH + [1] * STEPS_AN_EPOCH + [2] * STEPS_AN_EPOCH
+    for epoch in range(EPOCHS):
+        assert sorted(row for at, rows in found if at == epoch for row in rows) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("step", range(1, EPOCHS * STEPS_AN_EPOCH + 1))
+def test_a_run_that_crashed_behind_any_step_goes_on_at_the_next_batch(run: Any, step: int):
+    before = trained_rows(run, step)
+    assert len(before) == step
+    after = trained_rows(run, None)
+    assert len(before + after) == EPOCHS * STEPS_AN_EPOCH
+    assert len({(epoch, tuple(rows)) for epoch, rows in before + after}) == EPOCHS * STEPS_AN_EPOCH
+    for epoch in range(EPOCHS):
+        assert sorted(row for at, rows in before + after if at == epoch for row in rows) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("step", [STEPS_AN_EPOCH, 2 * STEPS_AN_EPOCH])
+def test_a_checkpoint_behind_the_last_batch_of_an_epoch_starts_the_next_one(run: Any, tmp_path: Path, step: int):
+    trained_rows(run, step, inside=False)
+    assert saved_position(tmp_path) == {"epoch": step // STEPS_AN_EPOCH, "trained": {}}
+    assert trained_rows(run, None)[0][0] == step // STEPS_AN_EPOCH
+
+
+def test_a_checkpoint_within_an_epoch_names_the_batches_that_were_trained_on(run: Any, tmp_path: Path):
+    trained_rows(run, STEPS_AN_EPOCH + 3)
+    assert saved_position(tmp_path) == {"epoch": 1, "trained": {"train": 3}}
+
+
+def test_a_run_that_is_over_has_no_epoch_left(run: Any):
+    def loop() -> None:
+        replica = make_replica()
+        for _ in epochs(2):
+            for batch in batches("train", batch_size=BATCH):
+                train_on(replica, batch)
+            report({}, replica)
+
+    def see() -> None:
+        assert list(epochs(2)) == []
+        assert list(epochs(4)) == [2, 3]
+
+    run(loop)
+    run(see)
+
+
+# ---------------------------------------------------------------- loops that do not train
+
+
+def seen_by_loops(run: Any, crash_at: tuple[int, int] | None) -> dict[str, list[int]]:
+    """How many batches each loop of an epoch got, by its name; `crash_at` is the epoch and the batch to save behind."""
+    found: dict[str, list[int]] = {"before": [], "inside": [], "after": [], "again": []}
+
+    def count(kind: str, name: str) -> None:
+        found[kind].append(len(list(batches(name, batch_size=BATCH, shuffle=False))))
+
+    def loop() -> None:
+        replica = make_replica()
+        for epoch in epochs(2):
+            count("before", "test")
+            for index, batch in enumerate(batches("train", batch_size=BATCH)):
+                count("inside", "test")
+                train_on(replica, batch)
+                if (epoch, index) == crash_at:
+                    report({}, replica)
+                    raise Crash
+            count("after", "test")
+            count("again", "train")
+
+    if crash_at is None:
+        run(loop)
+    else:
+        with pytest.raises(Crash):
+            run(loop)
+    return found
+
+
+def test_a_loop_that_does_not_train_always_gets_all_batches(run: Any):
+    """Also one over the rows that were trained on before, in the same epoch: what training has used is passed over by
+    the first loop after a resume alone. It was once passed over by every loop, so that this one got nothing."""
+    found = seen_by_loops(run, None)
+    assert found == {"before": [4, 4], "inside": [4] * 8, "after": [4, 4], "again": [4, 4]}
+
+
+def test_after_a_resume_too(run: Any):
+    assert seen_by_loops(run, (0, 1)) == {"before": [4], "inside": [4, 4], "after": [], "again": []}
+    assert seen_by_loops(run, None) == {"before": [4, 4], "inside": [4] * 6, "after": [4, 4], "again": [4, 4]}
+
+
+def test_a_step_behind_an_inner_loop_counts_for_the_outer_ones_data_set(run: Any, tmp_path: Path):
+    seen_by_loops(run, (1, 2))
+    assert saved_position(tmp_path) == {"epoch": 1, "trained": {"train": 3}}
+
+
+def test_an_inner_loop_over_the_same_data_set_does_not_end_the_outer_one(run: Any, tmp_path: Path):
+    def loop() -> None:
+        replica = make_replica()
+        for _ in epochs(1):
+            for batch in batches("train", batch_size=BATCH):
+                train_on(replica, batch)
+                assert len(list(batches("train", batch_size=BATCH))) == STEPS_AN_EPOCH
+                report({}, replica)
+                assert saved_position(tmp_path)["epoch"] == 0
+            report({}, replica)
+            assert saved_position(tmp_path)["epoch"] == 1
+
+    run(loop)
+
+
+def test_without_epochs_each_loop_gets_all_batches_as_long_as_there_is_no_resume(run: Any):
+    found: list[int] = []
+
+    def loop() -> None:
+        replica = make_replica()
+        for _ in range(3):
+            steps = 0
+            for batch in batches("train", batch_size=BATCH):
+                train_on(replica, batch)
+                steps += 1
+                if len(found) == 1 and steps == 2:
+                    report({}, replica)
+            found.append(steps)
+
+    run(loop)
+    run(loop)
+    assert found == [4, 4, 4, 2, 4, 4]
+
+
+def test_a_loop_that_is_left_early_ends_there(run: Any, tmp_path: Path):
+    def loop() -> None:
+        replica = make_replica()
+        for _ in epochs(2):
+            for batch in batches("train", batch_size=BATCH):
+                train_on(replica, batch)
+                break
+            report({}, replica)
+
+    assert [(row["step"], row["epoch"]) for row in run(loop)] == [(1, 0), (2, 1)]
+    assert saved_position(tmp_path) == {"epoch": 2, "trained": {}}
+
+
+def test_steps_on_data_of_the_users_own_leave_the_position_alone(run: Any, tmp_path: Path):
+    def loop() -> None:
+        replica = make_replica()
+        for _ in epochs(1):
+            assert len(list(batches("test", batch_size=BATCH))) == 4
+            train_on(replica, {"row": torch.ones(3)})
+            report({}, replica)
+
+    run(loop)
+    assert saved_position(tmp_path) == {"epoch": 0, "trained": {}}
+
+
+# ---------------------------------------------------------------- the history
+
+
+def test_the_history_goes_on_where_the_checkpoint_left_it(run: Any):
+    def loop(crash: bool) -> Callable[[], None]:
+        def train() -> None:
+            replica = make_replica()
+            for epoch in epochs(2):
+                for batch in batches("train", batch_size=BATCH):
+                    train_on(replica, batch)
+                report({"accuracy": 0.5}, replica)
+                if crash:
+                    report({"accuracy": 9.0})  # without a checkpoint: lost with the crash
+                    raise Crash
+                assert epoch == 1
+
+        return train
+
+    with pytest.raises(Crash):
+        run(loop(True))
+    assert run(loop(False)) == [
+        {"step": 4, "epoch": 0, "accuracy": 0.5},
+        {"step": 8, "epoch": 1, "accuracy": 0.5},
+    ]
+
+
+# ---------------------------------------------------------------- small things
+
+
+@pytest.mark.parametrize("count", [-1, 2.0, "3", None])
+def test_a_number_of_epochs_is_whole_and_not_negative(run: Any, count: Any):
+    with pytest.raises(UsageError, match=r"raypar\.epochs\(.*\): needed a whole number of epochs, 0 or more"):
+        run(lambda: epochs(count) and None)
+
+
+def test_no_epochs_are_fine(run: Any):
+    assert run(lambda: list(epochs(0)) and None) == []
+
+
+@pytest.mark.parametrize("call", [lambda: epochs(1), lambda: report({}), lambda: make_replica()])
+def test_outside_a_train_loop_nothing_can_be_called(call: Callable[[], Any]):
+    with pytest.raises(
+        UsageError, match=r"raypar\.\w+ was called outside a train loop; needed: a call from the function"
+    ):
+        call()
+
+
+def test_after_a_run_its_session_is_gone(run: Any):
+    run(lambda: None)
+    with pytest.raises(UsageError):
+        current("report")
+
+
+def test_a_copy_of_a_position_does_not_move_with_it():
+    position = Position(1, {"train": 2})
+    copy = position.copy()
+    position.trained["train"] = 3
+    assert copy == Position(1, {"train": 2})
+
+
+# ---------------------------------------------------------------- progress
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that stands still until its `now` is set."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_the_rate_is_that_of_the_samples_since_it_was_shown_last(clock: SimpleNamespace):
+    rate = Rate()
+    shown = []
+    for now, samples in [(0.1, 10), (0.2, 10), (0.5, 30), (0.6, 10), (1.5, 90)]:
+        clock.now = now
+        shown.append(rate.per_second if rate.count(samples) else None)
+    assert shown == [None, None, pytest.approx(100.0), None, pytest.approx(100.0)]
+
+
+def test_progress_says_where_the_run_is_and_how_fast_it_is(run: Any, clock: SimpleNamespace):
+    shown: list[dict[str, Any]] = []
+
+    def loop() -> None:
+        replica = make_replica()
+        for _ in epochs(2):
+            for batch in batches("train", batch_size=BATCH):
+                clock.now += 0.5
+                train_on(replica, batch)
+                list(batches("test", batch_size=1))
+                replica.wait()
+
+    run(loop, Plan(data=2), on_progress=shown.append)
+    assert [(p["epoch"], p["epochs"], p["step"], p["done"], p["total"]) for p in shown] == [
+        (0, 2, 1, 1, 4), (0, 2, 2, 2, 4), (0, 2, 3, 3, 4), (0, 2, 4, 4, 4),
+        (1, 2, 5, 1, 4), (1, 2, 6, 2, 4), (1, 2, 7, 3, 4), (1, 2, 8, 4, 4),
+    ]  # fmt: skip
+    assert all(one["loss"] != other["loss"] for one, other in pairwise(shown))
+    assert all(p["samples_per_s"] > 0 for p in shown)
