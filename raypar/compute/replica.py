@@ -100,10 +100,14 @@ class Replica:
         """
         self._wait_until_in_flight(IN_FLIGHT - 1)
         order = self._order(self._step + 1, inputs, targets)
-        self._step += 1
         position = self._session.trained_on_batch()
         output = StepOutput(order.step, lambda: self._settle(output, wait))
-        wait = self._actors.train(order)
+        try:
+            wait = self._actors.train(order)
+        except NonFiniteError as error:  # actors in this process have ended the step by now
+            self.wait()
+            raise self._saved(error) from None
+        self._step += 1
         self._in_flight.append((output, position))
         return output
 
@@ -176,12 +180,18 @@ class Replica:
         try:
             result = wait()
         except NonFiniteError as error:
-            path = self._session.save(self._actors, output.step - 1, self._position)
-            raise error.with_checkpoint(path) from None
+            raise self._saved(error) from None
         _, self._position = self._in_flight.popleft()
         self._session.step = output.step
         self._session.committed(result.samples, result.loss, result.step)
         return result
+
+    def _saved(self, error: NonFiniteError) -> NonFiniteError:
+        """The same error, once the last committed step is saved, or with the reason why it could not be."""
+        try:
+            return error.with_checkpoint(self._session.save(self._actors, error.step - 1, self._position))
+        except CheckpointError as failure:
+            return NonFiniteError(f"{error.message} Also, {failure}", step=error.step, stage=error.stage)
 
     def _order(self, step: int, inputs: Any, targets: Any) -> Order:
         rows = microbatch.rows_of(inputs)
