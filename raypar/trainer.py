@@ -10,7 +10,7 @@ from typing import Any, Self
 import pandas as pd
 import ray.train
 from ray.train.torch import TorchConfig
-from ray.train.v2.api.config import RunConfig, ScalingConfig
+from ray.train.v2.api.config import RunConfig
 from ray.train.v2.api.result import Result
 
 from raypar.cluster.launch import Run, run_on_ray
@@ -59,8 +59,8 @@ class Trainer:
         plan: Plan,
         train_loop_config: dict[str, Any] | None = None,
         datasets: Mapping[str, Any] | None = None,
-        run_config: RunConfig | None = None,
-        scaling_config: ScalingConfig | None = None,
+        run_config: ray.train.RunConfig | None = None,
+        scaling_config: ray.train.ScalingConfig | None = None,
         torch_config: TorchConfig | None = None,
         resources_per_stage: Mapping[str, float] | None = None,
         timeouts: Timeouts | None = None,
@@ -73,27 +73,30 @@ class Trainer:
         if datasets is not None:
             _check_type("datasets", datasets, Mapping, "a dict of names to Parquet files or folders")
         if run_config is not None:
-            _check_type("run_config", run_config, RunConfig, "a ray.train.RunConfig")
+            _check_type("run_config", run_config, ray.train.RunConfig, "a ray.train.RunConfig")
         if scaling_config is not None:
-            _check_type("scaling_config", scaling_config, ScalingConfig, "a ray.train.ScalingConfig")
+            _check_type("scaling_config", scaling_config, ray.train.ScalingConfig, "a ray.train.ScalingConfig")
         if torch_config is not None:
             _check_type("torch_config", torch_config, TorchConfig, "a ray.train.torch.TorchConfig")
         if timeouts is not None:
             _check_type("timeouts", timeouts, Timeouts, "a raypar.Timeouts(start=…, peer=…, stop=…)")
-        check_scaling(plan, scaling_config)
+        # Type checkers see the classes of Ray Train's first version under these public names.
+        given_run: Any = run_config
+        given_scaling: Any = scaling_config
+        check_scaling(plan, given_scaling)
         check_resources_per_stage(resources_per_stage)
         self.train_loop = train_loop
         self.plan = plan
         self.train_loop_config = train_loop_config
         self.datasets = dict(datasets or {})
-        self.run_config = run_config or RunConfig()
-        self.scaling_config = scaling_config
+        self.run_config: RunConfig = given_run or RunConfig()
+        self.scaling_config = given_scaling
         self.torch_config = torch_config
         self.resources_per_stage = resources_per_stage
         self.timeouts = timeouts or Timeouts()
         self.local = local
 
-    def fit(self) -> Result:
+    def fit(self) -> ray.train.Result:
         """Trains, and returns what Ray Train returns.
 
         `metrics` is the last row that was reported, `metrics_dataframe` all rows, those before a resume too;

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -23,6 +23,9 @@ from raypar.cluster.failures import death, unwrapped
 from raypar.cluster.placement import Needs, arrange, nodes_of_bundles, pins_of_workers, reserve
 from raypar.planning.errors import RayparError, RunError, StageDiedError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts
+
+# Ray asks a machine every 3 s for a sign of life, and gives it up after five times without one.
+_DEATH_IS_KNOWN_S = 30.0
 
 
 class Fleet:
@@ -113,7 +116,7 @@ class Fleet:
             return ray.get(calls, timeout=max(self._deadline - time.monotonic(), 0.1))
         except GetTimeoutError:
             _, waiting = ray.wait(calls, num_returns=len(calls), timeout=0)
-            silent = ", ".join(self._name(calls.index(call)) for call in waiting)
+            silent = ", ".join(_actor_name(self._plan, self.infos, calls.index(call)) for call in waiting)
             raise TimeoutExceededError(
                 f"No answer to `{method}` from {silent} within {self._timeouts.start:g} s. A slow start (a runtime "
                 "environment that is being installed, an image that is being loaded) needs a larger "
@@ -128,26 +131,17 @@ class Fleet:
                 raise cause from None
             raise RunError(f"A stage actor failed in `{method}`: {error}") from cause
 
-    def _name(self, rank: int) -> str:
-        replica, actor = divmod(rank, self._plan.pipeline)
-        stages = _stages_of(self._plan, actor)
-        held = f"stage {stages[0]}" if len(stages) == 1 else f"stages {', '.join(map(str, stages))}"
-        where = ""
-        if self.infos:
-            info = self.infos[replica][actor]
-            where = f", pid {info['pid']} on {info['node_ip']}"
-        return f"the actor of {held} of replica {replica} (actor {actor}{where})"
-
-    def autopsy(self, seconds: float | None = None) -> StageDiedError | None:
+    def autopsy(self, seconds: float = _DEATH_IS_KNOWN_S) -> StageDiedError | None:
         """Which stage actor is dead, if one is; None where all answer or stay silent.
 
-        A call to a dead actor fails at once, whatever the actor was doing; a living one may be busy and
-        is not waited for longer than `seconds` (default: `timeouts.stop`).
+        A living actor answers, and a call to a dead one fails at once, as soon as Ray knows of the death: of a
+        process that takes a moment, of a whole machine half a minute. So a silent one is waited for that
+        long, or for `seconds`; it may be busy.
         """
         if not self.handles:
             return None
         calls: list[Any] = [handle.describe.remote() for replica in self.handles for handle in replica]
-        deadline = time.monotonic() + (self._timeouts.stop if seconds is None else seconds)
+        deadline = time.monotonic() + seconds
         waiting = calls
         dead: dict[int, RayActorError] = {}
         while waiting and not dead:
@@ -162,25 +156,7 @@ class Fleet:
                         ray.get(call)
                     except RayActorError as error:
                         dead[calls.index(call)] = error
-        return self._verdict(dead) if dead else None
-
-    def _verdict(self, dead: Mapping[int, RayActorError]) -> StageDiedError:
-        # A reclaimed machine explains the others' deaths, not the other way round.
-        first = min(dead, key=lambda rank: (not dead[rank].preempted, rank))
-        replica, actor = divmod(first, self._plan.pipeline)
-        preempted = bool(dead[first].preempted)
-        others = [self._name(rank) for rank in sorted(dead) if rank != first]
-        died = "was lost with its machine, which was reclaimed" if preempted else "died"
-        also = f" Also dead: {'; '.join(others)}." if others else ""
-        name = self._name(first)
-        return StageDiedError(
-            f"{name[0].upper()}{name[1:]} {died}: {death(dead[first])}{also}",
-            replica=replica,
-            stage=_stages_of(self._plan, actor)[0],
-            stages=_stages_of(self._plan, actor),
-            actor=actor,
-            preempted=preempted,
-        )
+        return stage_died(self._plan, self.infos, dead) if dead else None
 
     def stop(self) -> None:
         """Kills the actors and gives their resources back. May be called twice, and after a failed start."""
@@ -198,6 +174,35 @@ class Fleet:
             with contextlib.suppress(Exception):
                 remove_placement_group(self._group)
             self._group = None
+
+
+def stage_died(
+    plan: Plan, infos: Sequence[Sequence[Mapping[str, Any]]], dead: Mapping[int, RayActorError]
+) -> StageDiedError:
+    """The error for actors that are dead, by rank; `infos` is empty where they have not described themselves."""
+    # A reclaimed machine explains the others' deaths, not the other way round.
+    first = min(dead, key=lambda rank: (not dead[rank].preempted, rank))
+    replica, actor = divmod(first, plan.pipeline)
+    preempted = bool(dead[first].preempted)
+    died = "was lost with its machine, which was reclaimed" if preempted else "died"
+    others = [_actor_name(plan, infos, rank) for rank in sorted(dead) if rank != first]
+    also = f" Also dead: {'; '.join(others)}." if others else ""
+    return StageDiedError(
+        f"The {_actor_name(plan, infos, first).removeprefix('the ')} {died}: {death(dead[first])}{also}",
+        replica=replica,
+        stage=_stages_of(plan, actor)[0],
+        stages=_stages_of(plan, actor),
+        actor=actor,
+        preempted=preempted,
+    )
+
+
+def _actor_name(plan: Plan, infos: Sequence[Sequence[Mapping[str, Any]]], rank: int) -> str:
+    replica, actor = divmod(rank, plan.pipeline)
+    stages = _stages_of(plan, actor)
+    held = f"stage {stages[0]}" if len(stages) == 1 else f"stages {', '.join(map(str, stages))}"
+    where = f", pid {infos[replica][actor]['pid']} on {infos[replica][actor]['node_ip']}" if infos else ""
+    return f"the actor of {held} of replica {replica} (actor {actor}{where})"
 
 
 def _stages_of(plan: Plan, actor: int) -> list[int]:

@@ -39,7 +39,7 @@ from raypar.cluster.progress import ProgressDisplay
 from raypar.cluster.stage_actor import StageActor
 from raypar.cluster.worker import Job, run_worker
 from raypar.compute.checkpoint import Storage, newest_checkpoint, read_manifest
-from raypar.planning.errors import CheckpointError, ConfigError, PeerLostError, RayparError
+from raypar.planning.errors import CheckpointError, ConfigError, PeerLostError, RayparError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts
 
 logger = logging.getLogger("raypar")
@@ -186,8 +186,9 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
     except Exception as error:
         found = failures.root_cause(error, None, run.timeouts.start)
         if fleet is not None:
-            # A living actor may be busy; only what looks like a lost one is worth a longer look.
-            found = failures.root_cause(error, fleet.autopsy(None if found.retryable else 1.0), run.timeouts.start)
+            # A silent actor may only be busy; it is worth the wait where its death may be the cause.
+            autopsy = fleet.autopsy(1.0) if _explains_itself(found) else fleet.autopsy()
+            found = failures.root_cause(error, autopsy, run.timeouts.start)
         raise found from found.__cause__
     finally:
         with uninterrupted():
@@ -195,6 +196,10 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
                 trainer.stop(run.timeouts.stop)
             if fleet is not None:
                 fleet.stop()
+
+
+def _explains_itself(error: RayparError) -> bool:
+    return not error.retryable or isinstance(error, UserCodeError)
 
 
 def train_worker(config: dict[str, Any]) -> None:

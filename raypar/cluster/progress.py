@@ -50,7 +50,6 @@ class ProgressDisplay:
                 transient=True,
             )
             self._bar.add_task("", epoch="", rest="")
-            self._bar.start()
         self._bar.update(
             self._bar.task_ids[0],
             completed=report.get("done") or 0,
@@ -58,6 +57,7 @@ class ProgressDisplay:
             epoch=epoch_text(report),
             rest=rest_text(report),
         )
+        self._bar.start()  # does nothing from the second time on
 
     def _write(self, report: Mapping[str, Any]) -> None:
         if self._unwritten and self._unwritten.get("epoch") != report.get("epoch"):

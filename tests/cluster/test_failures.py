@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+from typing import ClassVar
 
 import pytest
 import ray.train
@@ -15,6 +16,7 @@ from ray.train.v2._internal.exceptions import (
 )
 
 from raypar.cluster.failures import Tally, as_raypar_error, death, retries_left, root_cause
+from raypar.cluster.fleet import stage_died
 from raypar.planning.errors import (
     DataError,
     NonFiniteError,
@@ -26,6 +28,7 @@ from raypar.planning.errors import (
     UserCodeError,
     WorkerDiedError,
 )
+from raypar.planning.plan import Plan
 
 RECLAIMED = RayActorError("0a", "The node was reclaimed.", preempted=True)
 
@@ -97,6 +100,24 @@ class TestRootCause:
         found = root_cause(OSError("disk"), None, 60)
         assert type(found) is RunError
         assert isinstance(found.__cause__, OSError)
+
+
+class TestDeadStages:
+    INFOS: ClassVar = [[{"pid": 10 * replica + actor, "node_ip": "host"} for actor in range(2)] for replica in range(2)]
+
+    def test_a_reclaimed_machine_explains_the_other_deaths(self) -> None:
+        plan = Plan(data=2, pipeline=2, placement=[0, 1, 0])  # type: ignore[arg-type]
+        found = stage_died(plan, self.INFOS, {1: ActorDiedError(), 2: RECLAIMED})
+        assert (found.replica, found.stage, found.preempted) == (1, 0, True)
+        assert str(found).startswith(
+            "The actor of stages 0, 2 of replica 1 (actor 0, pid 10 on host) was lost with its"
+        )
+        assert "Also dead: the actor of stage 1 of replica 0 (actor 1, pid 1 on host)" in str(found)
+
+    def test_an_actor_that_never_described_itself(self) -> None:
+        found = stage_died(Plan(pipeline=2), [], {1: ActorDiedError()})
+        assert str(found).startswith("The actor of stage 1 of replica 0 (actor 1) died: ")
+        assert not found.preempted
 
 
 class TestAsRayparError:
