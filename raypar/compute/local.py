@@ -34,6 +34,9 @@ from raypar.planning.plan import Plan, Timeouts
 CPU = torch.device("cpu")
 
 
+_ALIKE = "all replicas must call train_step, eval_step, sum and report in the same order, as often as each other"
+
+
 class _Stopped(BaseException):
     """Ends the loop of a replica because another one has failed."""
 
@@ -50,26 +53,24 @@ class Turns:
         self.ended: set[int] = set()
         self.stopped = False
 
-    def meet(self, rank: int, value: Any, act: Callable[[list[Any]], list[Any]]) -> Any:
-        """Wait until all threads have come here; the last one calls `act` on their values, in the order of
-        their ranks; each gets its own of the results. An error of `act` is raised in all of them."""
+    def meet(self, rank: int, call: str, value: Any, act: Callable[[list[Any]], list[Any]]) -> Any:
+        """Wait until all threads have come here with the same `call`; the last one calls `act` on their values, in the
+        order of their ranks; each gets its own of the results. An error of `act` is raised in all of them."""
         if self.size == 1:
             return act([value])[0]
         with self.changed:
             self._check()
-            self.arrived[rank] = value
+            self.arrived[rank] = call, value
             if len(self.arrived) == self.size:
-                values = [self.arrived[other] for other in range(self.size)]
+                calls, values = zip(*(self.arrived[other] for other in range(self.size)), strict=True)
                 self.arrived.clear()
                 try:
-                    self.results = dict(enumerate(act(values)))
+                    _check_calls(calls)
+                    self.results = dict(enumerate(act(list(values))))
                 except Exception as error:
                     self.results = dict.fromkeys(range(self.size), error)
             elif self.ended:
-                raise UsageError(
-                    f"replica {rank} waits for all replicas, but the loop of replica {min(self.ended)} has ended: all "
-                    "replicas must call train_step, eval_step, sum and report the same number of times"
-                )
+                raise _ended(rank, min(self.ended))
             else:
                 state = randomness.save_state()
                 self._pass_on(rank)
@@ -90,14 +91,7 @@ class Turns:
         with self.changed:
             self.ended.add(rank)
             if self.arrived:
-                waiting = min(self.arrived)
-                self.results = dict.fromkeys(
-                    self.arrived,
-                    UsageError(
-                        f"replica {waiting} waits for all replicas, but the loop of replica {rank} has ended: all "
-                        "replicas must call train_step, eval_step, sum and report the same number of times"
-                    ),
-                )
+                self.results = dict.fromkeys(self.arrived, _ended(min(self.arrived), rank))
                 self.arrived.clear()
             self._pass_on(rank)
 
@@ -119,6 +113,16 @@ class Turns:
             raise _Stopped
 
 
+def _ended(waiting: int, ended: int) -> UsageError:
+    return UsageError(f"replica {waiting} waits for all replicas, but the loop of replica {ended} has ended: {_ALIKE}")
+
+
+def _check_calls(calls: Sequence[str]) -> None:
+    for rank, call in enumerate(calls):
+        if call != calls[0]:
+            raise UsageError(f"replica 0 called {calls[0]} while replica {rank} called {call}: {_ALIKE}")
+
+
 class LocalSession(Session):
     """A replica in local mode."""
 
@@ -127,7 +131,9 @@ class LocalSession(Session):
         self.run = run
 
     def gather(self, value: Any) -> list[Any]:
-        found: list[Any] = self.run.turns.meet(self.rank, value, lambda values: [list(values)] * len(values))
+        found: list[Any] = self.run.turns.meet(
+            self.rank, "report, describe or bubble", value, lambda values: [list(values)] * len(values)
+        )
         return found
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -137,7 +143,7 @@ class LocalSession(Session):
                 total += other
             return [total.clone() for _ in tensors]
 
-        found: torch.Tensor = self.run.turns.meet(self.rank, tensor, add)
+        found: torch.Tensor = self.run.turns.meet(self.rank, "eval_step or sum", tensor, add)
         return found
 
     def measure(self, spec: ModelSpec, units: Cut, example_inputs: Any) -> list[float]:
@@ -160,7 +166,7 @@ class LocalSession(Session):
             each = self.plan.pipeline
             return [results[replica * each : (replica + 1) * each] for replica in range(len(of_replicas))]
 
-        found: list[Any] = self.run.turns.meet(self.rank, calls, run_all)
+        found: list[Any] = self.run.turns.meet(self.rank, "train_step", calls, run_all)
         return found
 
     def publish(self, metrics: dict[str, Any], path: str | None) -> None:
@@ -238,7 +244,7 @@ def run_local(
         if plan.data == 1:
             contextvars.copy_context().run(replica, 0)
         else:
-            _run_threads(replica, plan.data, run.turns)
+            _run_threads(replica, plan.data, run.turns, timeouts.stop)
     finally:
         randomness.restore_state(before)
     if errors:
@@ -246,7 +252,7 @@ def run_local(
     return run.history
 
 
-def _run_threads(target: Callable[[int], None], count: int, turns: Turns) -> None:
+def _run_threads(target: Callable[[int], None], count: int, turns: Turns, patience: float) -> None:
     threads = [
         threading.Thread(target=target, args=(rank,), name=f"replica {rank}", daemon=True) for rank in range(count)
     ]
@@ -256,5 +262,7 @@ def _run_threads(target: Callable[[int], None], count: int, turns: Turns) -> Non
         for thread in threads:
             thread.join()
     except KeyboardInterrupt:
-        turns.stop()
+        turns.stop()  # a thread finds out at its next call of raypar
+        for thread in threads:
+            thread.join(patience)
         raise
