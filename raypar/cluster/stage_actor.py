@@ -115,8 +115,7 @@ class StageActor:
             self.failure = error
             if not isinstance(error, NonFiniteError):
                 self.engine = None
-                error.__traceback__ = None  # its frames hold the process groups
-                leave_world()
+                leave_world(error)
             raise error from None
 
     # ------------------------------------------------------------ state

@@ -201,10 +201,8 @@ class Engine:
                 received = {}
                 for message in instruction.needs:
                     inbox = self._inboxes[self.placement[message.sender]]
-                    try:
+                    with self._exchange(message):
                         received[message.sender] = yield from inbox.take(message)
-                    except RuntimeError as error:
-                        raise self._lost(message, error) from error
                 action = instruction.action
                 if action.kind == "F":
                     self._forward(run, action.stage, action.microbatch, received, ready)
@@ -212,11 +210,15 @@ class Engine:
                     self._backward(run, action.stage, action.microbatch, received, ready)
             elif isinstance(instruction, Post):
                 message = instruction.message
-                self._inboxes[self.placement[message.sender]].post(message, self._key_of(run, message))
+                with self._exchange(message):
+                    self._inboxes[self.placement[message.sender]].post(message, self._key_of(run, message))
             elif isinstance(instruction, Send):
-                self._send(run, instruction.message, ready.pop(instruction.message))
+                with self._exchange(instruction.message):
+                    self._send(run, instruction.message, ready.pop(instruction.message))
             elif isinstance(instruction, Release):
-                yield from self._outboxes[self.placement[instruction.message.receiver]].release(instruction.message)
+                message = instruction.message
+                with self._exchange(message):
+                    yield from self._outboxes[self.placement[message.receiver]].release(message)
         if run.mode == "train":
             self.clock.end_step()
             for stage in self.part.stages:
@@ -290,12 +292,20 @@ class Engine:
             return ("gradient", self._key_of(run, answered))
         return (run.mode, run.key, run.sizes[message.microbatch], message.sender, message.receiver)
 
-    def _lost(self, message: Message, error: RuntimeError) -> RunError:
-        what = "activations" if message.kind == "F" else "gradients"
-        place = f"replica {self.replica}, stage {message.receiver}, micro-batch {message.microbatch}"
-        return _failed_wait(
-            f"{place}: waiting for {what} from stage {message.sender}", error, self.replica, message.receiver
-        )
+    @contextmanager
+    def _exchange(self, message: Message) -> Iterator[None]:
+        """Give an exchange with another actor that fails an address; a broken connection may show in any of them."""
+        try:
+            yield
+        except RuntimeError as error:
+            what = "activations" if message.kind == "F" else "gradients"
+            receives = self.placement[message.receiver] == self.actor
+            stage = message.receiver if receives else message.sender
+            doing = f"waiting for {what} from stage {message.sender}"
+            if not receives:
+                doing = f"sending {what} to stage {message.receiver}"
+            place = f"replica {self.replica}, stage {stage}, micro-batch {message.microbatch}"
+            raise _failed_wait(f"{place}: {doing}", error, self.replica, stage) from error
 
     # ------------------------------------------------------------ the commit and what can go wrong
 
@@ -371,7 +381,7 @@ def _failed_wait(what: str, error: RuntimeError, replica: int, stage: int) -> Ru
     reason = str(error).strip().splitlines()[0]
     if "timed out" in reason.lower() or "timeout" in reason.lower():
         return TimeoutExceededError(
-            f"{what} took longer than Timeouts(peer=…) allows; whoever should have sent is stuck or slow ({reason})",
+            f"{what} took longer than Timeouts(peer=…) allows; the other side is stuck or slow ({reason})",
             replica=replica,
             stage=stage,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -102,8 +103,10 @@ class ProcessTransport:
             members = group(ranks, data)
             if members is not None:
                 self._stages[stage] = ProcessCollective(members)
-        world = dist.group.WORLD
-        self._everyone = ProcessCollective(world) if world is not None and world.size() > 1 else None
+        # The commit has a group of its own: the default one stays for ever once somebody imports
+        # torch.distributed.nn.functional (torch.optim does), which holds it as the default of its arguments.
+        everyone = group(list(range(plan.data * plan.pipeline)), "gloo")
+        self._everyone = ProcessCollective(everyone) if everyone is not None and everyone.size() > 1 else None
 
     def link_to(self, actor: int) -> ProcessLink:
         return self._to[actor]
@@ -130,9 +133,13 @@ def join_world(store: dist.TCPStore, rank: int, world_size: int, timeouts: Timeo
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
 
 
-def leave_world() -> None:
+def leave_world(error: BaseException | None = None) -> None:
     """Destroy all groups. Neighbours that wait on one of them fail at once, once the last reference to it is
-    gone: so whoever calls this drops its transport first."""
+    gone: so whoever calls this drops its engine and transport first, and gives the error that it leaves with, whose
+    frames, and those of its causes, hold them too."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()

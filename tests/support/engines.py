@@ -50,7 +50,7 @@ class Engines:
 
     def train_step(self, step: int, shares: Sequence[Share]) -> list[StepResult]:
         """One step of all engines; the results in their order."""
-        return self.drive([engine.train_step(_order(step, shares[engine.replica])) for engine in self.all])
+        return self.drive([engine.train_step(order_of(step, shares[engine.replica])) for engine in self.all])
 
     def train(self, batches: Sequence[Batch]) -> list[float]:
         """One step for each global batch; the losses, which all engines must agree on."""
@@ -63,12 +63,12 @@ class Engines:
 
     def eval_step(self, shares: Sequence[Share]) -> tuple[float, float]:
         """The loss's (sum, weight) over all replicas."""
-        found = self.drive([engine.eval_step(_order(0, shares[engine.replica])) for engine in self.all])
+        found = self.drive([engine.eval_step(order_of(0, shares[engine.replica])) for engine in self.all])
         return sum(loss for loss, _ in found), sum(weight for _, weight in found)
 
     def predict(self, inputs: Sequence[Tree]) -> list[Tree]:
         """The model's output for the rows of each replica."""
-        found = self.drive([engine.predict(_order(0, (inputs[engine.replica], None))) for engine in self.all])
+        found = self.drive([engine.predict(order_of(0, (inputs[engine.replica], None))) for engine in self.all])
         last = self.plan.actor_of_stage[-1]
         return [output for engine, output in zip(self.all, found, strict=True) if engine.actor == last]
 
@@ -84,7 +84,7 @@ class Engines:
         return {name: found[name] for name in self.all[0].part.names}
 
 
-def _order(step: int, share: Share) -> Order:
+def order_of(step: int, share: Share) -> Order:
     inputs, targets = share
     key = (microbatch.describe(inputs), microbatch.describe(targets))
     return Order(step, microbatch.rows_of(inputs), key, inputs, targets)

@@ -1,0 +1,216 @@
+"""What the processes of a test do: the engine of a rank over torch.distributed, and faults with an address."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import CNN, mlp
+from raypar.compute.build import build_part, ddp_sum
+from raypar.compute.engine import Engine, pairs
+from raypar.compute.in_process import make_engine
+from raypar.compute.part import Cut, ModelSpec
+from raypar.compute.process_links import ProcessTransport, leave_world
+from raypar.compute.transport import drive
+from raypar.planning.errors import RayparError
+from raypar.planning.plan import Plan
+from support import reference
+from support.engines import CPU, order_of
+from support.processes import Me
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+
+
+def adamw(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=1e-3)
+
+
+class Partly(nn.Module):
+    """Uses `rare` only for a batch that holds a value above 100, and `never` not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(784, 8)
+        self.rare = nn.Linear(784, 8)
+        self.never = nn.Linear(3, 3)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1)
+        x = self.body(flat)
+        if bool((flat > 100).any()):
+            x = x + self.rare(flat / 1000)
+        found: Tensor = self.head(torch.relu(x))
+        return found
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10))
+
+
+def frozen() -> nn.Module:
+    model = small()
+    model.get_submodule("1").requires_grad_(False)
+    return model
+
+
+def with_batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "cnn": CNN,
+    "mlp": mlp,
+    "small": small,
+    "partly": Partly,
+    "frozen": frozen,
+    "with_batch_norm": with_batch_norm,
+}
+OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Where something goes wrong: before one pass ("forward", "backward") of one stage, or before the "commit".
+
+    how: the process is killed ("kill"), does nothing any more until the test says so ("stick"), or "raise".
+    """
+
+    how: str
+    replica: int = 0
+    stage: int = 0
+    step: int = 1
+    what: str = "forward"
+    microbatch: int = 0
+
+    def strike(self, me: Me) -> None:
+        if self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "stick":
+            me.test.recv()
+        raise ValueError("as the test has asked for")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is to be trained, as it goes to a process. `rows[step][replica]` are the rows of a replica's share."""
+
+    plan: Plan
+    model: str = "small"
+    optimizer: str = "sgd"
+    split: tuple[str, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
+    ddp: bool = False
+    marked: tuple[int, ...] = ()
+    fault: Fault | None = None
+
+    def batches(self) -> list[reference.Batch]:
+        """A global batch for each step; the rows named in `marked` hold a value of 1000."""
+        found = []
+        for step, rows in enumerate(self.rows):
+            inputs, targets = reference.images(1, sum(rows), seed=step)[0]
+            inputs[[row for row in self.marked if row < len(inputs)], 0, 0, 0] = 1000.0
+            found.append((inputs, targets))
+        return found
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec(MODELS[self.model], F.cross_entropy, OPTIMIZERS[self.optimizer], cut=Cut(self.split))
+
+
+@dataclass
+class Trained:
+    """What a process has seen: the losses, the weights of its part, and what it has summed over others."""
+
+    losses: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    reductions: list[list[int]] = field(default_factory=list)
+    """Of each step, the bytes of each all_reduce."""
+
+
+@dataclass
+class Failed:
+    """How a training ended in an error, and how many seconds after the fault's step had begun."""
+
+    error: RayparError
+    step: int
+    seconds: float
+
+
+def engine_of(me: Me, training: Training) -> Engine:
+    plan = training.plan
+    replica, actor = divmod(me.rank, plan.pipeline)
+    part = build_part(training.spec, plan, actor, CPU)
+    transport = ProcessTransport(plan, replica, actor, pairs(plan, part), me.timeouts)
+    group = dist.group.WORLD
+    assert group is not None
+    sums = ddp_sum(part, group) if training.ddp else None
+    return make_engine(training.spec, plan, replica, actor, part, transport, CPU, sums)
+
+
+def train(me: Me, training: Training) -> Trained | Failed:
+    """All steps of a training in the process of one rank. After an error it leaves the world, as a stage actor does."""
+    found = Trained()
+    engine: Engine | None = engine_of(me, training)
+    assert engine is not None
+    sizes = count_reductions()
+    for step, batch in enumerate(training.batches(), start=1):
+        shares = list(zip(*(tensor.split(training.rows[step - 1]) for tensor in batch), strict=True))
+        order = order_of(step, shares[engine.replica])
+        if training.fault is not None and training.fault.step == step:
+            prepare(training.fault, engine, me)
+        began = time.monotonic()
+        try:
+            found.losses.append(drive(engine.train_step(order)).loss)
+        except RayparError as error:
+            failed = Failed(error, step, time.monotonic() - began)
+            engine = None
+            leave_world(error)
+            return failed
+        found.reductions.append(list(sizes))
+        sizes.clear()
+    found.weights = {name: tensor.clone() for name, tensor in engine.part.module.state_dict().items()}
+    return found
+
+
+def prepare(fault: Fault, engine: Engine, me: Me) -> None:
+    """Let a fault strike in the step that comes now."""
+    if engine.replica != fault.replica or fault.stage not in engine.part.stages:
+        return
+    if fault.what == "commit":
+        holder: Any = engine.learner
+        name = "squared_norm"
+    else:
+        holder, name = engine.part.stages[fault.stage], fault.what
+    call = getattr(holder, name)
+
+    def faulty(*args: Any) -> Any:
+        if not args or args[0] == fault.microbatch:
+            fault.strike(me)
+        return call(*args)
+
+    setattr(holder, name, faulty)
+
+
+def count_reductions() -> list[int]:
+    """A list that gets the bytes of each all_reduce of this process from now on."""
+    sizes: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return all_reduce(tensor, *args, **options)
+
+    dist.all_reduce = counted
+    return sizes
