@@ -86,7 +86,8 @@ def test_the_parts_of_all_actors_are_the_model_with_each_value_once(
     names = [name for part in parts for name in part.module.state_dict()]
     assert sorted(names) == sorted(whole.state_dict())
     for part in parts:
-        assert part.names == list(whole.state_dict())
+        assert part.names == {name: value.shape for name, value in whole.state_dict().items()}
+        assert list(part.names) == list(whole.state_dict())
         for name, value in part.module.state_dict().items():
             assert torch.equal(value, whole.state_dict()[name])
             assert plan.actor_of_stage[part.owner[name]] == parts.index(part)

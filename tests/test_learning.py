@@ -31,7 +31,7 @@ def learner(
 ) -> Learner:
     made = optimizer or (lambda m: torch.optim.AdamW(m.parameters(), lr=0.1))
     spec = ModelSpec(lambda: module, F.mse_loss, made, lr_scheduler, max_grad_norm)
-    return Learner(Part(module, {}, {}, {}, []), spec)
+    return Learner(Part(module, {}, {}, {}, {}), spec)
 
 
 def give_gradients(module: nn.Module, seed: int) -> None:

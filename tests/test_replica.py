@@ -61,8 +61,8 @@ class FakeActors:
     def load_model(self, state: dict[str, torch.Tensor]) -> None:
         self.loaded = state
 
-    def names(self) -> list[str]:
-        return ["a", "b"]
+    def names(self) -> dict[str, torch.Size]:
+        return {"a": torch.Size([1]), "b": torch.Size([2])}
 
     def timings(self) -> list[Timing]:
         return [Timing({0: 1.0}, {0: 1.0}, {0: 1}, 2.0)]
@@ -284,6 +284,12 @@ def test_a_state_dict_with_other_names_is_refused_and_nothing_is_loaded(replica:
     assert actors.loaded == {}
 
 
+def test_a_state_dict_with_other_shapes_is_refused_and_nothing_is_loaded(replica: Replica, actors: FakeActors):
+    with pytest.raises(CheckpointError, match=r"1 tensors of another shape than the model: b \(3,\) for \(2,\)"):
+        replica.load_state_dict({"a": torch.ones(1), "b": torch.zeros(3)})
+    assert actors.loaded == {}
+
+
 # ---------------------------------------------------------------- reports
 
 
@@ -369,6 +375,20 @@ def test_a_loss_that_is_not_finite_saves_the_last_committed_step_and_names_the_c
     found = read(str(caught.value.checkpoint), session.storage.filesystem)
     assert (found.step, found.position) == (2, {"epoch": 0, "trained": {"train": 2}})
     assert len(list(Path(session.storage.path).iterdir())) == 1
+
+
+def test_a_loss_that_is_not_finite_in_the_first_step_of_an_epoch_saves_that_epoch(
+    session: FakeSession, replica: Replica, errors: dict[int, Exception]
+):
+    errors[3] = NonFiniteError("the loss became nan at step 3.", step=3, stage=None)
+    for epoch, index in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        session.position = session.position if epoch == session.position.epoch else Position(epoch)
+        session.batch = ("train", index, 2)
+        replica.train_step(X, Y)
+    with pytest.raises(NonFiniteError) as caught:
+        replica.wait()
+    found = read(str(caught.value.checkpoint), session.storage.filesystem)
+    assert (found.step, found.position) == (2, {"epoch": 1, "trained": {}})
 
 
 def test_a_loss_that_is_not_finite_is_told_also_where_nothing_can_be_saved(

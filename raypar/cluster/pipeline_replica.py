@@ -46,7 +46,7 @@ class PipelineActors:
         self.handles, self.plan, self.replica, self.timeouts = handles, plan, replica, timeouts
         spec_once = ray.put(spec)
         built = self._call("build", spec_once, storage, restored)
-        self._names: list[str] = built[0]["names"]
+        self._names: dict[str, torch.Size] = built[0]["names"]
         self._uses_inputs = [answer["uses_inputs"] for answer in built]
         self._last = plan.actor_of_stage[-1]
         self._described = [answer["describe"] for answer in built]
@@ -76,7 +76,7 @@ class PipelineActors:
     def load_model(self, state: dict[str, torch.Tensor]) -> None:
         self._call("load_model", ray.put(microbatch.to_arrays(state)))
 
-    def names(self) -> list[str]:
+    def names(self) -> dict[str, torch.Size]:
         return self._names
 
     def timings(self) -> list[Timing]:

@@ -41,8 +41,8 @@ class Actors(Protocol):
 
     def load_model(self, state: dict[str, torch.Tensor]) -> None: ...
 
-    def names(self) -> list[str]:
-        """The names of the whole model's state dict."""
+    def names(self) -> dict[str, torch.Size]:
+        """The names of the whole model's state dict, with the shapes."""
 
     def timings(self) -> list[Timing]:
         """What each actor measured since the last call."""

@@ -48,7 +48,7 @@ def one_process_a_node() -> Iterator[None]:
 def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) -> Part:
     """Build the model, keep what `actor` holds, move it to `device` and free the rest."""
     model = build_whole(spec)
-    names = list(model.state_dict())
+    names = {name: tensor.shape for name, tensor in model.state_dict().items()}
     placement = plan.actor_of_stage
     cuts = {} if len(placement) == 1 else cut_model(model, spec.cut, len(placement))
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -56,8 +56,8 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     _drop_others(model, {name for name, stage in owner.items() if placement[stage] != actor})
     if spec.weights is not None:
         mine = model.state_dict()
-        found = read_tensors(spec.weights, [name for name in names if name in mine], known=names)
-        check_shapes(spec.weights, found, mine)
+        found = read_tensors(spec.weights, [name for name in names if name in mine], known=list(names))
+        check_shapes(spec.weights, found, {name: names[name] for name in mine})
         model.load_state_dict(found)
     model.to(device)
     stages = {}

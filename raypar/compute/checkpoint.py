@@ -266,11 +266,11 @@ def _check_names(path: str, known: Sequence[str], found: Sequence[str]) -> None:
         raise CheckpointError(f"{path} does not fit the model: {name_lists(missing, extra)}")
 
 
-def check_shapes(what: str, found: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> None:
+def check_shapes(what: str, found: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
     """Raise CheckpointError where a tensor of `found` has another shape than the model's of that name."""
-    wrong = [name for name, tensor in model.items() if found[name].shape != tensor.shape]
+    wrong = [name for name, shape in shapes.items() if found[name].shape != shape]
     if wrong:
-        shown = ", ".join(f"{name} {tuple(found[name].shape)} for {tuple(model[name].shape)}" for name in wrong[:10])
+        shown = ", ".join(f"{name} {tuple(found[name].shape)} for {tuple(shapes[name])}" for name in wrong[:10])
         raise CheckpointError(f"{what} has {len(wrong)} tensors of another shape than the model: {shown}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
     missing = [name for name in mine if name not in state]
     if missing:
         raise CheckpointError(f"the state lacks {len(missing)} names of the model: {', '.join(missing[:10])}")
-    check_shapes("the state", state, mine)
+    check_shapes("the state", state, {name: tensor.shape for name, tensor in mine.items()})
     engine.part.module.load_state_dict({name: state[name] for name in mine})
 
 
@@ -82,7 +82,7 @@ def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: module.get_buffer(name).detach().to("cpu", copy=True) for name in sorted(persistent)}
 
 
-def merge(states: Sequence[ReplicaState], names: Sequence[str]) -> ReplicaState:
+def merge(states: Sequence[ReplicaState], names: Iterable[str]) -> ReplicaState:
     """The states of all actors of a replica as one, in the order of the whole model."""
     merged = ReplicaState()
     for state in states:
@@ -153,7 +153,7 @@ class InProcessActors:
         for engine in self.engines:
             load_model(engine, state)
 
-    def names(self) -> list[str]:
+    def names(self) -> dict[str, torch.Size]:
         return self.engines[0].part.names
 
     def timings(self) -> list[Timing]:

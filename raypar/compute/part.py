@@ -49,14 +49,14 @@ class Part:
     stages: the actor's stages.
     owner:  the stage of each parameter and buffer of the whole model.
     edges:  of the stage graph, by mode.
-    names:  of the whole model's state dict, in its order.
+    names:  of the whole model's state dict, in its order, with the shapes.
     """
 
     module: nn.Module
     stages: dict[int, Stage]
     owner: dict[str, int]
     edges: dict[str, set[Edge]]
-    names: list[str]
+    names: dict[str, torch.Size]
 
     def trainable(self, stage: int) -> list[nn.Parameter]:
         """The parameters of one stage that are trained, in the order of the model."""

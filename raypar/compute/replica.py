@@ -13,7 +13,7 @@ import torch
 
 from raypar.compute import microbatch
 from raypar.compute.actors import Actors
-from raypar.compute.checkpoint import name_lists
+from raypar.compute.checkpoint import check_shapes, name_lists
 from raypar.compute.engine import Order, StepResult
 from raypar.compute.session import Position, Session, current
 from raypar.compute.timing import Bubble, bubble_of
@@ -106,7 +106,7 @@ class Replica:
             wait = self._actors.train(order)
         except NonFiniteError as error:  # actors in this process have ended the step by now
             self.wait()
-            raise self._saved(error) from None
+            raise self._saved(error, position) from None
         self._step += 1
         self._in_flight.append((output, position))
         return output
@@ -148,9 +148,10 @@ class Replica:
         """
         self.wait()
         missing = [name for name in self._names if name not in state]
-        extra = [name for name in state if name not in set(self._names)]
+        extra = [name for name in state if name not in self._names]
         if missing or extra:
             raise CheckpointError(f"load_state_dict: the names do not fit the model: {name_lists(missing, extra)}")
+        check_shapes("load_state_dict: the state", state, self._names)
         self._actors.load_model(state)
 
     def bubble(self) -> Bubble | None:
@@ -180,16 +181,18 @@ class Replica:
         try:
             result = wait()
         except NonFiniteError as error:
-            raise self._saved(error) from None
+            raise self._saved(error, self._in_flight[0][1]) from None
         _, self._position = self._in_flight.popleft()
         self._session.step = output.step
         self._session.committed(result.samples, result.loss, result.step)
         return result
 
-    def _saved(self, error: NonFiniteError) -> NonFiniteError:
-        """The same error, once the last committed step is saved, or with the reason why it could not be."""
+    def _saved(self, error: NonFiniteError, failed: Position) -> NonFiniteError:
+        """The same error, once the last committed step is saved, or with the reason why it could not be. A step that
+        failed as the first of its epoch is tried again in that one, not behind the last batch of the one before."""
+        position = self._position if self._position.epoch == failed.epoch else Position(failed.epoch)
         try:
-            return error.with_checkpoint(self._session.save(self._actors, error.step - 1, self._position))
+            return error.with_checkpoint(self._session.save(self._actors, error.step - 1, position))
         except CheckpointError as failure:
             return NonFiniteError(f"{error.message} Also, {failure}", step=error.step, stage=error.stage)
 
