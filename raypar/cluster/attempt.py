@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -22,9 +21,12 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution import context
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypar.cluster import capacity
 from raypar.planning.errors import TimeoutExceededError
@@ -76,19 +78,23 @@ class AttemptTrainer(TorchTrainer):
 
     _unwanted = (DatasetsCallback, PlacementGroupCleanerCallback)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, environment: Mapping[str, str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._environment = {**environment, **get_env_vars_to_propagate()}  # what the user has set comes last
         self._controller: Any = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        # TorchTrainer's own keeps the controller's handle to itself, and installs a handler for Ctrl-C that is never
+        # taken down again and turns it into sys.exit(0). Without one Ctrl-C raises KeyboardInterrupt out of ray.get.
         arguments["scaling_policy"] = _QuietScaling(self.scaling_config)  # type: ignore[arg-type]
         arguments["callbacks"] = [each for each in arguments["callbacks"] if not isinstance(each, self._unwanted)]
-        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        # TorchTrainer's handler is never taken down again and turns Ctrl-C into sys.exit(0). Without it Ctrl-C
-        # raises KeyboardInterrupt out of `fit`, and this is where the controller's handle is to be had.
-        self._controller = controller
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        remote_class: Any = ray.remote(num_cpus=0)(TrainController)
+        self._controller = remote_class.options(
+            scheduling_strategy=here, runtime_env={"env_vars": self._environment}
+        ).remote(**arguments)
+        ray.get(self._controller.run.remote())
+        return ray.get(self._controller.get_result.remote())
 
     def kill(self) -> None:
         """Ends the controller at once; its workers belong to it and end with it."""
@@ -136,7 +142,7 @@ def silence_reports() -> None:
 
 
 def train_environment(timeouts: Timeouts, failure_config: FailureConfig) -> dict[str, str]:
-    """What Ray Train reads from environment variables only, as raypar wants it unless the user set it."""
+    """What Ray Train's controller and workers read from environment variables only, as raypar wants it."""
     watches = failure_config.relax_collectives_on_preemption or failure_config.preemption_grace_s > 0
     return {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(timeouts.start),
@@ -146,28 +152,16 @@ def train_environment(timeouts: Timeouts, failure_config: FailureConfig) -> dict
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         # One process less a run. A reclaimed machine is seen without it, by the death of what ran there.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1" if watches else "0",
+        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train's own way with it, as in TorchTrainer
     }
 
 
-@contextlib.contextmanager
-def environment(defaults: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the body, except those that are set already."""
-    ours = {name: value for name, value in defaults.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-
-
 def fit(trainer: AttemptTrainer, timeouts: Timeouts, started: threading.Event) -> Any:
-    """`trainer.fit()` in the environment that it needs, given up where no worker has `started` in time.
+    """`trainer.fit()`, given up where no worker has `started` in time.
 
     Ray Train limits how long it waits for a placement group, but not for the processes in it, which never
     come when their machine goes away at that moment.
     """
-    config: Any = trainer.run_config.failure_config  # mypy sees Ray Train's first version of it
     started.clear()
     expired = threading.Event()
 
@@ -181,8 +175,7 @@ def fit(trainer: AttemptTrainer, timeouts: Timeouts, started: threading.Event) -
     timer.daemon = True
     timer.start()
     try:
-        with environment(train_environment(timeouts, config)):
-            return trainer.fit()
+        return trainer.fit()
     except RayActorError:
         if not expired.is_set():
             raise

@@ -138,11 +138,14 @@ def _autoscaler_config() -> Mapping[str, Any] | None:
     """The configuration that the cluster's autoscaler runs with; None where there is none.
 
     `ray up` starts the head node with `--autoscaling-config=<file>` and tells nobody else what is in it, so
-    a small task reads the file there.
+    the file is read there: by a small task where this driver runs elsewhere.
     """
+    here = ray.get_runtime_context().get_node_id()
+    on_head = any(node["NodeID"] == here and _HEAD in node["Resources"] for node in live_nodes())
+    address = ray.get_runtime_context().gcs_address
     read = ray.remote(num_cpus=0, resources={_HEAD: 0.001}, max_retries=0)(read_autoscaler_config)
     try:
-        text: str | None = ray.get(read.remote(ray.get_runtime_context().gcs_address), timeout=60)
+        text: str | None = read_autoscaler_config(address) if on_head else ray.get(read.remote(address), timeout=60)
         config = yaml.safe_load(text) if text else None
     except Exception:  # whatever went wrong there, the limits are not known, and the autoscaler decides
         return None

@@ -178,6 +178,7 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
             scaling_config=_scaling_of_workers(run, needs, fleet),
             torch_config=_torch_config(run),
             run_config=attempt.run_config_of_attempt(run.run_config),
+            environment=attempt.train_environment(run.timeouts, run.run_config.failure_config or FailureConfig()),
         )
         result: Result = attempt.fit(trainer, run.timeouts, watch.started)
         return result
