@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from raypar.compute import microbatch
 from raypar.compute.channel import Inbox, Outbox, Waiting, layout_of_gradients
@@ -357,6 +358,9 @@ class Engine:
             place = f"replica {self.replica}, " + (
                 f"stage {stage}, micro-batch {number}" if stage is not None else f"actor {self.actor}"
             )
+            if isinstance(error, RuntimeError) and _of_connection(error):  # DDP reduces within the backward pass
+                stage = stage if stage is not None else next(iter(self.part.stages))
+                raise _failed_wait(f"{place}: {what}, over all replicas", error, self.replica, stage) from error
             trace = "".join(traceback.format_exception(error))
             raise UserCodeError(
                 f"{place}: {what} raised {type(error).__name__}: {error}\n{trace}", replica=self.replica, stage=stage
@@ -386,6 +390,11 @@ def _failed_wait(what: str, error: RuntimeError, replica: int, stage: int) -> Ru
             stage=stage,
         )
     return PeerLostError(f"{what} failed, since the other side is gone ({reason})", replica=replica, stage=stage)
+
+
+def _of_connection(error: RuntimeError) -> bool:
+    """Whether an error is one of torch.distributed; Gloo's are plain RuntimeErrors that name its source file."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "NCCL" in str(error)
 
 
 def _total(values: list[torch.Tensor]) -> float:

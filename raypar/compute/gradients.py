@@ -93,8 +93,8 @@ class _Whole(nn.Module):
         self.never_used = nn.Parameter(torch.zeros(1, device=next(model.parameters()).device))
 
     def forward(self, inputs: Tree) -> Any:
-        if inputs is None:  # a replica without a row: every parameter takes part, with a gradient of zero
-            return sum(p.reshape(-1)[:0].sum() for p in self.model.parameters() if p.requires_grad)
+        if inputs is None:  # a replica without a row: it uses no parameter of the model, and takes part all the same
+            return self.never_used.sum() * 0.0
         return call(self.model, inputs)
 
 

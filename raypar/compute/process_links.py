@@ -81,6 +81,7 @@ class ProcessTransport:
         cuda = dist.is_nccl_available() and torch.cuda.is_available()
         data = "nccl" if cuda else "gloo"
         limit = datetime.timedelta(seconds=timeouts.peer)
+        dist.barrier()  # all have built their parts, which may take longer than `limit`
 
         def group(ranks: list[int], backend: str) -> dist.ProcessGroup | None:
             made = dist.new_group(sorted(ranks), timeout=limit, backend=backend)
@@ -128,8 +129,8 @@ def open_store(host: str, world_size: int, timeouts: Timeouts) -> dist.TCPStore:
 
 
 def join_world(store: dist.TCPStore, rank: int, world_size: int, timeouts: Timeouts) -> None:
-    """Make the default process group of all stage actors, over Gloo."""
-    limit = datetime.timedelta(seconds=timeouts.peer)
+    """Make the default process group of all stage actors, over Gloo; only `Timeouts(start=…)` limits it."""
+    limit = datetime.timedelta(seconds=timeouts.start)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
 
 

@@ -141,9 +141,9 @@ def _serve(test: Connection) -> None:
 
 
 def _call(task: Task, test: Connection) -> Any:
-    store = dist.TCPStore(HOST, task.port, task.size, is_master=False)
-    join_world(store, task.rank, task.size, task.timeouts)
     try:
+        store = dist.TCPStore(HOST, task.port, task.size, is_master=False)
+        join_world(store, task.rank, task.size, task.timeouts)
         return task.function(Me(task.rank, task.size, task.timeouts, test), *task.args)
     except RayparError as error:
         leave_world(error)

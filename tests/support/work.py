@@ -188,15 +188,13 @@ def prepare(fault: Fault, engine: Engine, me: Me) -> None:
     """Let a fault strike in the step that comes now."""
     if engine.replica != fault.replica or fault.stage not in engine.part.stages:
         return
-    if fault.what == "commit":
-        holder: Any = engine.learner
-        name = "squared_norm"
-    else:
-        holder, name = engine.part.stages[fault.stage], fault.what
+    in_commit = fault.what == "commit"
+    holder: Any = engine if in_commit else engine.part.stages[fault.stage]
+    name = "_sum_over_all" if in_commit else fault.what
     call = getattr(holder, name)
 
     def faulty(*args: Any) -> Any:
-        if not args or args[0] == fault.microbatch:
+        if in_commit or args[0] == fault.microbatch:
             fault.strike(me)
         return call(*args)
 
