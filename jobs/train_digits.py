@@ -185,7 +185,7 @@ def train(args: argparse.Namespace, name: str) -> tuple[raypar.Plan, ray.train.R
         plan=plan,
         train_loop_config={key: getattr(args, key) for key in ("model", "epochs", "batch_size", "lr", "split", "seed")},
         datasets={name: f"{digits}/{name}.parquet" for name in ("train", "test")},
-        run_config=ray.train.RunConfig(  # type: ignore[arg-type]  # mypy sees the one of the first version of Ray Train
+        run_config=ray.train.RunConfig(
             name=name,
             storage_path=located(args.storage),
             failure_config=ray.train.FailureConfig(max_failures=args.max_failures),

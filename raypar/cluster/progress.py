@@ -22,7 +22,7 @@ class ProgressDisplay:
     """
 
     def __init__(self, console: Console | None = None, every_s: float = 5.0) -> None:
-        self._console = console or Console()
+        self._console = console or Console(stderr=True)  # stdout is the script's own
         self._every_s = every_s
         self._bar: Progress | None = None
         self._unwritten: Mapping[str, Any] = {}

@@ -41,7 +41,7 @@ from raypar.planning.errors import (
 )
 from raypar.planning.plan import Plan
 from raypar.planning.program import Compute, Message, Post, Program, Release, Send, check, programs
-from raypar.planning.schedule import Schedule, forward_only, schedule_of
+from raypar.planning.schedule import Schedule, forward_only, one_forward_one_backward, schedule_of
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Engine:
         if mode != "train":
             return forward_only(self.placement, microbatches)
         if len(self.placement) == 1:  # DDP wants each forward pass followed by its backward pass
-            return schedule_of(Plan(microbatches=max(microbatches, 1)), microbatches)
+            return one_forward_one_backward(self.placement, microbatches)
         return schedule_of(self.plan, microbatches)
 
     def _play(self, run: _Pass) -> Waiting:
