@@ -545,7 +545,7 @@ def test_each_actor_tells_which_modules_it_holds(new_runs: Callable[[Plan], Runs
 
 
 def test_without_names_the_cnn_is_cut_between_its_convolutions(new_runs: Callable[[Plan], Runs]):
-    found = list(holders(new_runs, Plan(pipeline=2), split=None, example_inputs=torch.zeros(16, 1, 28, 28)))
+    found = list(holders(new_runs, Plan(pipeline=2), split=None, example_inputs=torch.zeros(64, 1, 28, 28)))
     assert found == [{0: ["conv1"]}, {1: ["conv2", "fc1", "fc2"]}]
 
 

@@ -206,9 +206,13 @@ def test_code_that_looks_at_values_has_its_borders_checked_at_the_first_step_ins
 
 
 def test_the_convolutions_are_measured_to_take_most_of_the_time_and_are_what_a_cut_separates():
-    for placement, separated in [((0, 1), {"conv2"}), ((0, 1, 2), {"conv2", "fc1"})]:
-        cut = choose_cut(spec(CNN), placement, None, IMAGES, lambda units: measure_units(spec(CNN), units, IMAGES, CPU))
-        assert set(cut.split) == separated
+    images = torch.zeros(64, 1, 28, 28)  # as many as make the convolutions far slower than anything else
+
+    def measure(units: Cut) -> list[float]:
+        return measure_units(spec(CNN), units, images, CPU)
+
+    assert choose_cut(spec(CNN), (0, 1), None, images, measure).split == ("conv2",)
+    assert "conv2" in choose_cut(spec(CNN), (0, 1, 2), None, images, measure).split
 
 
 def test_every_unit_takes_time():

@@ -182,6 +182,17 @@ def test_a_stage_goes_through_the_micro_batches_in_their_order_as_a_plain_loop_d
             assert [a.microbatch for a in row if (a.stage, a.kind) == (stage, kind)] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("placement", [(0, 1, 2, 3), (0, 1, 0), (0, 0, 1), (0, 1, 0, 1), (0, 1, 1, 0), (0, 1, 2, 0)])
+def test_one_forward_one_backward_runs_no_forward_pass_while_a_backward_one_is_ready(placement: Sequence[int]):
+    found = one_forward_one_backward(placement, 8)
+    starts = start_times(found, lambda action: 1.0)
+    for row in found.rows:
+        for index, action in enumerate(row):
+            waiting = [later for later in row[index:] if later.kind == "B" and action.kind == "F"]
+            for other in waiting:
+                assert any(starts[before] + 1 > starts[action] for before in dependencies(other, len(placement)))
+
+
 # ---------------------------------------------------------------- from a plan
 
 

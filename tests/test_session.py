@@ -202,7 +202,10 @@ def test_an_inner_loop_over_the_same_data_set_does_not_end_the_outer_one(run: An
     run(loop)
 
 
-def test_without_epochs_each_loop_gets_all_batches_as_long_as_there_is_no_resume(run: Any):
+@pytest.mark.parametrize(("saved_behind", "left"), [(2, 2), (4, 0)])
+def test_without_epochs_each_loop_gets_all_batches_but_for_the_first_one_after_a_resume(
+    run: Any, saved_behind: int, left: int
+):
     found: list[int] = []
 
     def loop() -> None:
@@ -212,13 +215,37 @@ def test_without_epochs_each_loop_gets_all_batches_as_long_as_there_is_no_resume
             for batch in batches("train", batch_size=BATCH):
                 train_on(replica, batch)
                 steps += 1
-                if len(found) == 1 and steps == 2:
+                if len(found) == 1 and steps == saved_behind:
                     report({}, replica)
             found.append(steps)
 
     run(loop)
     run(loop)
-    assert found == [4, 4, 4, 2, 4, 4]
+    assert found == [4, 4, 4, left, 4, 4]
+
+
+def test_once_training_goes_on_no_other_loop_passes_over_anything(run: Any):
+    seen_by_loops(run, (0, 1))
+    found: list[int] = []
+
+    def loop() -> None:
+        replica = make_replica()
+        for batch in batches("train", batch_size=BATCH):
+            train_on(replica, batch)
+            found.append(len(list(batches("train", batch_size=BATCH))))
+
+    run(loop)
+    assert found == [4, 4]
+
+
+def test_what_was_trained_on_in_one_epoch_is_not_passed_over_in_the_next(run: Any):
+    seen_by_loops(run, (0, 1))
+
+    def loop() -> None:
+        found = [len(list(batches("train", batch_size=BATCH))) if epoch else None for epoch in epochs(2)]
+        assert found == [None, 4]
+
+    run(loop)
 
 
 def test_a_loop_that_is_left_early_ends_there(run: Any, tmp_path: Path):
