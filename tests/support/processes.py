@@ -50,9 +50,9 @@ class Processes:
     """Processes that wait for work, each at the end of a pipe."""
 
     def __init__(self) -> None:
-        # A fork server imports torch once; a process is then there in milliseconds.
+        # A fork server imports once what takes long (an optimizer imports torch._dynamo); processes start in no time.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torch.fx"])
+        self.context.set_forkserver_preload(["torch._dynamo", "torch.nn.parallel", "raypar.compute.in_process"])
         self.running: list[tuple[Any, Connection]] = []
 
     def _start(self) -> tuple[Any, Connection]:
@@ -84,6 +84,10 @@ class Processes:
     def run(self, size: int, function: Callable[..., Any], *args: Any, timeouts: Timeouts | None = None) -> list[Any]:
         """As `begin`, and wait; what each process returned or raised (as a value), or DIED."""
         return self.begin(size, function, *args, timeouts=timeouts).answers()
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process, _ in self.running]
 
     def stop(self) -> None:
         for process, connection in self.running:

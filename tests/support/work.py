@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
@@ -153,9 +154,8 @@ def engine_of(me: Me, training: Training) -> Engine:
     replica, actor = divmod(me.rank, plan.pipeline)
     part = build_part(training.spec, plan, actor, CPU)
     transport = ProcessTransport(plan, replica, actor, pairs(plan, part), me.timeouts)
-    group = dist.group.WORLD
-    assert group is not None
-    sums = ddp_sum(part, group) if training.ddp else None
+    replicas = transport.same_stage(0)
+    sums = ddp_sum(part, replicas.group) if training.ddp and replicas is not None else None
     return make_engine(training.spec, plan, replica, actor, part, transport, CPU, sums)
 
 
@@ -212,3 +212,9 @@ def count_reductions() -> list[int]:
 
     dist.all_reduce = counted
     return sizes
+
+
+def train_with_the_default_group_held(me: Me, training: Training) -> Trained | Failed:
+    """As `train`, in a process that imports torch.distributed.nn.functional only now that a default group exists."""
+    importlib.reload(importlib.import_module("torch.distributed.nn.functional"))
+    return train(me, training)
