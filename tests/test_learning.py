@@ -234,6 +234,56 @@ def test_the_state_of_two_parts_is_that_of_the_whole_and_goes_to_parts_cut_elsew
         assert not names or names == list(dict(each.module.named_parameters()))
 
 
+def groups_that_are_not_empty(module: nn.Module) -> torch.optim.Optimizer:
+    """A part without a bias has one group, a part of biases alone has the other one, most parts have both."""
+    biases = [p for name, p in module.named_parameters() if name.endswith("bias")]
+    others = [p for name, p in module.named_parameters() if not name.endswith("bias")]
+    return torch.optim.SGD([{"params": group, "lr": lr} for group, lr in ((others, 0.1), (biases, 0.5)) if group])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        cosine,
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
+        lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=2),
+                torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
+            ],
+            [2],
+        ),
+    ],
+)
+def test_parts_with_other_groups_than_the_saved_one_keep_the_rates_of_their_own(make: MakeScheduler):
+    def parts() -> list[Learner]:
+        both, weight, bias = nn.Linear(2, 2), nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
+        bias.weight.requires_grad_(False)
+        return [
+            learner(nn.ModuleDict({f"{n}": m}), groups_that_are_not_empty, make)
+            for n, m in enumerate((both, weight, bias))
+        ]
+
+    def rates(found: list[Learner], steps: int) -> list[list[float]]:
+        for number in range(steps):
+            for each in found:
+                step(each, number)
+        return [[group["lr"] for group in each.optimizer.param_groups] for each in found]  # type: ignore[union-attr]
+
+    plain = parts()
+    rates(plain, 3)
+    states = [each.state() for each in plain]
+    optimizer = {name: entry for state in states for name, entry in state["optimizer"].items()}
+    for saved in states:
+        resumed = parts()
+        for each in resumed:
+            each.load_state({"optimizer": optimizer, "scheduler": saved["scheduler"]})
+        assert rates(resumed, 0) == [[group["lr"] for group in e.optimizer.param_groups] for e in plain]  # type: ignore[union-attr]
+        expected = parts()
+        assert rates(resumed, 2) == rates(expected, 5)
+
+
 def test_the_state_is_by_parameter_name_and_on_the_cpu():
     found = learner(model(), decay_by_name)
     step(found, 1)

@@ -125,7 +125,21 @@ class Learner:
                 plain.update(saved[name]["options"])
         self.optimizer.load_state_dict(packed)
         if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+            self.scheduler.load_state_dict(_for_groups(state["scheduler"], self.optimizer.param_groups))
+
+
+def _for_groups(saved: Any, groups: list[dict[str, Any]]) -> Any:
+    """The state of some actor's scheduler for the parameter groups of this one, which may be others: the rates that it
+    lists are those of its groups, and each parameter has brought its own along in its options."""
+    if not isinstance(saved, dict):
+        return saved
+    state = dict(saved)
+    for key, option in (("base_lrs", "initial_lr"), ("_last_lr", "lr")):
+        if key in state:
+            state[key] = [group.get(option, group["lr"]) for group in groups]
+    if isinstance(state.get("_schedulers"), list):  # of torch's SequentialLR and ChainedScheduler
+        state["_schedulers"] = [_for_groups(each, groups) for each in state["_schedulers"]]
+    return state
 
 
 def _to_cpu(value: Any) -> Any:
