@@ -28,7 +28,7 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 ROOT = Path(__file__).parents[2]
-CPUS = 6
+CPUS = 12
 START_S = 60.0
 
 
@@ -111,34 +111,56 @@ class Outcome:
         return "".join(self.chunks)
 
 
-def run_job(
-    client: JobSubmissionClient, script: str, *arguments: str, working_dir: Path = ROOT, home: Path | None = None
-) -> Outcome:
-    """`ray job submit --working-dir … -- python script arguments`, followed to its end."""
-    entrypoint = shlex.join([sys.executable, script, *arguments])
-    runtime_env = {"working_dir": str(working_dir), "env_vars": {"HOME": str(home)} if home else {}}
+def submit(client: JobSubmissionClient, working_dir: Path, home: Path, command: str) -> str:
+    """`ray job submit --working-dir … -- python …`; returns the job's id."""
+    entrypoint = shlex.join([sys.executable, *command.split()])
+    runtime_env = {"working_dir": str(working_dir), "env_vars": {"HOME": str(home)}}
     deadline = time.monotonic() + START_S
     while True:
         try:
-            job = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
-            break
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
         except RuntimeError as error:  # the dashboard answers before the agent that runs jobs has called it
             if "agent" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
 
-    async def follow() -> list[str]:
-        return [chunk async for chunk in client.tail_job_logs(job)]
 
-    chunks = asyncio.run(follow())
-    while not (info := client.get_job_info(job)).status.is_terminal() and time.monotonic() < deadline + START_S:
-        time.sleep(0.05)
+async def followed(client: JobSubmissionClient, job: str) -> Outcome:
+    """`ray job logs --follow`, to the end of the job."""
+    chunks = [chunk async for chunk in client.tail_job_logs(job)]
+    deadline = time.monotonic() + START_S
+    while not (info := client.get_job_info(job)).status.is_terminal() and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)  # the log ends a moment before the job does
     return Outcome(info.status, chunks, info.message or "")
 
 
-def test_the_main_job_succeeds_and_its_log_ends_with_the_table(client: JobSubmissionClient, tmp_path: Path):
-    arguments = f"--model mlp --pipeline 2 --epochs 1 --storage {tmp_path} --name submitted"
-    outcome = run_job(client, "jobs/train_digits.py", *arguments.split())
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def jobs(client: JobSubmissionClient, folder: Path) -> dict[str, Outcome]:
+    """All jobs at once, since most of a job's time is spent on starting."""
+    (folder / "example").mkdir()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = readme.partition("```python\n")[2].partition("```\n")[0]
+    (folder / "example" / "sine.py").write_text(example, encoding="utf-8")
+    digits = f"jobs/train_digits.py --model mlp --epochs 1 --storage {folder}"
+    ids = {
+        "digits": submit(client, ROOT, folder, f"{digits} --pipeline 2 --name digits"),
+        "too big": submit(client, ROOT, folder, f"{digits} --data 4 --pipeline 3"),
+        "example": submit(client, folder / "example", folder, "sine.py"),
+    }
+
+    async def follow() -> list[Outcome]:
+        return await asyncio.gather(*(followed(client, job) for job in ids.values()))
+
+    return dict(zip(ids, asyncio.run(follow()), strict=True))
+
+
+def test_the_main_job_succeeds_and_its_log_ends_with_the_table(jobs: dict[str, Outcome], folder: Path):
+    outcome = jobs["digits"]
     assert outcome.status == JobStatus.SUCCEEDED, outcome.log
     assert "Starting 2 stage actors and 1 train worker on Ray" in outcome.log
     first_progress = next(i for i, chunk in enumerate(outcome.chunks) if "epoch 1/1 " in chunk)
@@ -146,32 +168,25 @@ def test_the_main_job_succeeds_and_its_log_ends_with_the_table(client: JobSubmis
     assert first_progress < table, "progress is to be seen while the job runs"
     assert re.search(r"│ +1 │ \d\.\d{4} │ +\d\d\.\d\d% │ +[\d,]+ │", outcome.log), outcome.log
     assert re.search(r"test accuracy \d\d\.\d\d% after 1 epoch, loss \d\.\d{4}", outcome.log), outcome.log
-    assert (tmp_path / "submitted" / "checkpoint_00000023" / "model.pt").exists()
+    assert (folder / "digits" / "checkpoint_00000023" / "model.pt").exists()
 
 
-def test_a_job_that_cannot_work_fails_with_the_reason_in_its_log(client: JobSubmissionClient, tmp_path: Path):
-    arguments = f"--model mlp --data 2 --pipeline 3 --epochs 1 --storage {tmp_path}"
-    outcome = run_job(client, "jobs/train_digits.py", *arguments.split())
+def test_a_job_that_cannot_work_fails_with_the_reason_in_its_log(jobs: dict[str, Outcome]):
+    outcome = jobs["too big"]
     assert outcome.status == JobStatus.FAILED, outcome.log
     message = " ".join(outcome.log.split())
-    assert "InfeasiblePlanError" in message
-    assert "8" in message  # six stages and two workers
-    assert str(CPUS) in message
+    assert "InfeasiblePlanError: " in message
+    assert "16 CPUs" in message  # twelve stages and four workers
+    assert f"the cluster has {CPUS} " in message, message
     assert "Traceback" not in message
     assert "exit code 1" in outcome.message
 
 
-def test_the_example_of_readme_runs_as_it_stands(client: JobSubmissionClient, tmp_path: Path):
-    folder, home = tmp_path / "job", tmp_path / "home"
-    folder.mkdir()
-    home.mkdir()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = readme.partition("```python\n")[2].partition("```\n")[0]
-    (folder / "sine.py").write_text(example, encoding="utf-8")
-    outcome = run_job(client, "sine.py", working_dir=folder, home=home)
+def test_the_example_of_readme_runs_as_it_stands(jobs: dict[str, Outcome], folder: Path):
+    outcome = jobs["example"]
     assert outcome.status == JobStatus.SUCCEEDED, outcome.log
     assert "Starting 4 stage actors and 2 train workers on Ray" in outcome.log
     loss = re.search(r"^4 +160 +4 +([\d.e-]+)$", outcome.log, re.MULTILINE)
     assert loss is not None, outcome.log
     assert float(loss[1]) < 0.01
-    assert len(list(home.glob("ray_results/*/checkpoint_*/model.pt"))) == 5
+    assert len(list(folder.glob("ray_results/*/checkpoint_*/model.pt"))) == 5
