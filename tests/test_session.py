@@ -93,6 +93,14 @@ def trained_rows(run: Any, crash_after: int | None, inside: bool = True) -> list
     return found
 
 
+def test_a_checkpoint_behind_the_last_batch_of_an_epoch_goes_on_with_the_next_one(run: Any, tmp_path: Path):
+    """Saving every few steps hits the last batch sooner or later. The resumed run then entered that epoch with no
+    batch left, and a loop that reports its last step's loss behind the batches had none."""
+    trained_rows(run, STEPS_AN_EPOCH)
+    assert saved_position(tmp_path) == {"epoch": 1, "trained": {}}
+    assert {epoch for epoch, _ in trained_rows(run, None)} == set(range(1, EPOCHS))
+
+
 def test_a_fresh_run_goes_through_all_batches_of_all_epochs(run: Any):
     found = trained_rows(run, None)
     assert [epoch for epoch, _ in found] == [0] * STEPS_AN_EPOCH + [1] * STEPS_AN_EPOCH + [2] * STEPS_AN_EPOCH
@@ -191,11 +199,11 @@ def test_an_inner_loop_over_the_same_data_set_does_not_end_the_outer_one(run: An
     def loop() -> None:
         replica = make_replica()
         for _ in epochs(1):
-            for batch in batches("train", batch_size=BATCH):
+            for number, batch in enumerate(batches("train", batch_size=BATCH)):
                 train_on(replica, batch)
                 assert len(list(batches("train", batch_size=BATCH))) == STEPS_AN_EPOCH
                 report({}, replica)
-                assert saved_position(tmp_path)["epoch"] == 0
+                assert saved_position(tmp_path)["epoch"] == int(number == STEPS_AN_EPOCH - 1)
             report({}, replica)
             assert saved_position(tmp_path)["epoch"] == 1
 

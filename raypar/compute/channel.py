@@ -2,7 +2,7 @@
 
 A link carries raw tensors; torch.distributed makes one (`raypar.compute.process_links`), memory another. On
 top of it, this module knows what a message looks like. The shapes of a message are fixed by its kind and by the
-shape of its micro-batch (a `Signature`), so a header with structure, shapes and dtypes goes ahead of the
+shape of its micro-batch, so a header with structure, shapes and dtypes goes ahead of the
 first message of each such key, over Gloo, and never again: later receives are posted from what is
 known. The sender checks each message against the header that it once sent.
 

@@ -256,13 +256,13 @@ def _run_threads(target: Callable[[int], None], count: int, turns: Turns, patien
     threads = [
         threading.Thread(target=target, args=(rank,), name=f"replica {rank}", daemon=True) for rank in range(count)
     ]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join()
     except KeyboardInterrupt:
         turns.stop()  # a thread finds out at its next call of raypar
-        for thread in threads:
+        for thread in [thread for thread in threads if thread.ident is not None]:  # those that were started
             thread.join(patience)
         raise

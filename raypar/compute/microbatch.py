@@ -28,18 +28,6 @@ def shared(tensor: Any) -> Any:
     return Shared(tensor)
 
 
-@dataclass(frozen=True)
-class Signature:
-    """What fixes the shape of every value inside the model: equal signatures, equal shapes.
-
-    `rows` of the micro-batch, and a key that describes the rest of the batch (shapes behind the first
-    dimension, dtypes, mode).
-    """
-
-    rows: int
-    key: Any
-
-
 def rows_of(batch: Tree) -> int:
     """The number of rows (the size of dimension 0) of a batch. Raises DataError when its tensors differ."""
     sizes: dict[int, tuple[int, ...]] = {}

@@ -164,6 +164,7 @@ class Replica:
     def describe(self) -> list[dict[str, Any]]:
         """One entry an actor, of all replicas: replica, actor, its stages with the modules of each, device,
         node, process. All call it alike."""
+        self.wait()
         return [actor for of_replica in self._session.gather(self._actors.describe()) for actor in of_replica]
 
     def wait(self) -> None:

@@ -146,9 +146,13 @@ class Session(ABC):
 
     def position_to_save(self) -> Position:
         """The position that a checkpoint made now stands for. Inside `raypar.epochs`, when every loop over
-        batches that were trained on has ended, the epoch is over and a resumed run starts the next one."""
+        batches that were trained on has ended or has come to its last batch, the epoch is over and a resumed
+        run starts the next one: it never enters an epoch that has no batch left."""
         position = self.position
-        if self.epochs is not None and position.trained and not set(self.open_loops) & set(position.trained):
+        going_on = set(self.open_loops) & set(position.trained)
+        if self._trained is not None and self._trained[1] + 1 == self._trained[2]:
+            going_on.discard(self._trained[0])
+        if self.epochs is not None and position.trained and not going_on:
             return Position(position.epoch + 1)
         return position.copy()
 

@@ -148,10 +148,6 @@ class Stage:
             for source, leaves in saved.leaves.items()
         }
 
-    def gradients_due(self, microbatch: int, target: int) -> list[torch.Tensor]:
-        """The made tensors for which `target` sends a gradient: their shapes are those of the gradients."""
-        return self.saved[microbatch].made.get(target, [])
-
     @property
     def uses_inputs(self) -> bool:
         """Whether this stage needs the model's inputs, in some mode."""

@@ -9,10 +9,10 @@ import ray
 import ray.train
 import torch
 import torch.nn.functional as F
-import train_digits
-from models import CNN
 
 import raypar
+import train_digits
+from models import CNN
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA can use")
 
