@@ -438,7 +438,7 @@ def test_an_exception_in_the_loss_names_the_last_stage() -> None:
 
 def test_an_exception_in_the_optimizer_names_replica_and_actor() -> None:
     class Fails(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             raise ZeroDivisionError("by a learning rate of zero")
 
     engines = Engines(

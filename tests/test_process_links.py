@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from raypar.planning.errors import PeerLostError, TimeoutExceededError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts
 from support import reference
+from support.cases import OPTIMIZERS
 from support.processes import DIED, Processes, processes
 from support.work import (
     MODELS,
-    OPTIMIZERS,
     Failed,
     Fault,
     Trained,

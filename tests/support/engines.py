@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +18,10 @@ from raypar.compute.memory_links import MemoryWorld, take_turns
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.tree import Tree
 from raypar.planning.plan import Plan
-from support.reference import Batch, shares
+from support.reference import Batch, Outcome, shares, worst_difference
 
 CPU = torch.device("cpu")
+TOLERANCE = 1e-6
 Drive = Callable[[Sequence[Waiting]], list[Any]]
 Share = tuple[Tree, Tree]
 """The inputs and targets of one replica."""
@@ -82,6 +84,13 @@ class Engines:
                 assert not twice, f"two actors hold {twice}"
                 found.update({name: tensor.clone() for name, tensor in mine.items()})
         return {name: found[name] for name in self.all[0].part.names}
+
+
+def assert_equal(engines: Engines, losses: Sequence[float], needed: Outcome) -> None:
+    """Losses, and the weights of every replica, are those of a plain loop."""
+    assert losses == pytest.approx(needed.losses, abs=TOLERANCE, rel=0)
+    for replica in range(engines.plan.data):
+        assert worst_difference(engines.weights(replica), needed.weights) <= TOLERANCE
 
 
 def order_of(step: int, share: Share) -> Order:

@@ -25,16 +25,9 @@ from raypar.compute.transport import drive
 from raypar.planning.errors import RayparError
 from raypar.planning.plan import Plan
 from support import reference
+from support.cases import OPTIMIZERS, small, with_batch_norm
 from support.engines import CPU, order_of
 from support.processes import Me
-
-
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-
-
-def adamw(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(module.parameters(), lr=1e-3)
 
 
 class Partly(nn.Module):
@@ -56,18 +49,10 @@ class Partly(nn.Module):
         return found
 
 
-def small() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10))
-
-
 def frozen() -> nn.Module:
     model = small()
     model.get_submodule("1").requires_grad_(False)
     return model
-
-
-def with_batch_norm() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -78,7 +63,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "frozen": frozen,
     "with_batch_norm": with_batch_norm,
 }
-OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
 
 
 @dataclass(frozen=True)
