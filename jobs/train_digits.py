@@ -20,7 +20,6 @@ from typing import Any
 import ray.train
 import torch
 import torch.nn.functional as F
-from ray import cloudpickle
 from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
@@ -28,10 +27,6 @@ from rich.tree import Tree
 import models
 import raypar
 from prepare_digits import prepare
-
-# Ray's workers do not find the files beside a script that was submitted with --working-dir, so the models travel with
-# the train loop instead of being imported there.
-cloudpickle.register_pickle_by_value(models)  # type: ignore[no-untyped-call]  # Ray's own copy has no types
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {"cnn": models.CNN, "mlp": models.mlp}
 TRAIN_ROWS = 1437

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from ray.train.v2.api.result import Result
 from raypar.cluster.launch import Run, run_on_ray
 from raypar.cluster.placement import check_resources_per_stage, check_scaling
 from raypar.cluster.progress import ProgressDisplay
-from raypar.compute.checkpoint import Storage, newest_checkpoint
+from raypar.compute.checkpoint import Storage, absolute, newest_checkpoint
 from raypar.compute.data import check_datasets
 from raypar.compute.local import run_local
 from raypar.planning.errors import ConfigError, near_names
@@ -88,8 +89,11 @@ class Trainer:
         self.train_loop = train_loop
         self.plan = plan
         self.train_loop_config = train_loop_config
-        self.datasets = dict(datasets or {})
+        self.datasets = {name: absolute(path) for name, path in (datasets or {}).items()}
         self.run_config: RunConfig = given_run or RunConfig()
+        if self.run_config.storage_filesystem is None:
+            storage_path = absolute(self.run_config.storage_path)
+            self.run_config = dataclasses.replace(self.run_config, storage_path=storage_path)
         self.scaling_config = given_scaling
         self.torch_config = torch_config
         self.resources_per_stage = resources_per_stage

@@ -27,6 +27,7 @@ from ray.train.v2.api.config import FailureConfig  # what ray.train.FailureConfi
 from torch.distributed import DistError
 
 from raypar.planning.errors import (
+    ConfigError,
     PeerLostError,
     RayparError,
     RunError,
@@ -131,6 +132,8 @@ def _cause(error: BaseException, rank: int | None, timeout_s: float) -> RayparEr
         error = error.__cause__
     if isinstance(error, RayparError):
         return error
+    if isinstance(error, RayActorError) and rank is None and "creation task" in str(error):
+        return ConfigError(f"Ray Train's controller could not start: {death(error)}")
     if isinstance(error, _DEATHS):
         preempted = bool(getattr(error, "preempted", False))
         return WorkerDiedError(f"{who} died{_reclaimed(preempted)}: {death(error)}", replica=rank, preempted=preempted)

@@ -36,6 +36,7 @@ from raypar.cluster.board import Rows, Watch
 from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import Needs, check_feasible, is_feasible_now, needs_of, reserve
 from raypar.cluster.progress import ProgressDisplay
+from raypar.cluster.script_modules import send_script_modules
 from raypar.cluster.stage_actor import StageActor
 from raypar.cluster.worker import Job, run_worker
 from raypar.compute.checkpoint import Storage, newest_checkpoint, read_manifest
@@ -73,6 +74,7 @@ def run_on_ray(run: Run) -> Result:
     started is left.
     """
     with ray_session(run), ProgressDisplay() as display, _watching(display) as watch:
+        send_script_modules()
         needs = run.needs(gpus=_cluster_has_gpus(run))
         if not is_feasible_now(needs, capacity.current_capacity()):
             check_feasible(needs, capacity.full_capacity("GPU" if "GPU" in needs.total() else "CPU"))

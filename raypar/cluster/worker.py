@@ -140,7 +140,9 @@ class WorkerSession(Session):
 
     def publish(self, metrics: dict[str, Any], path: str | None) -> None:
         if self.rank == 0:
-            self.job.board.push.remote({"kind": "history", "rows": self.history})
+            with contextlib.suppress(Exception):  # it is in the checkpoint, too
+                pushed: Any = self.job.board.push.remote({"kind": "history", "rows": self.history})
+                ray.get(pushed, timeout=self.timeouts.stop)  # a loop may end here, and its process with it
         checkpoint = None
         if path is not None and self.rank == 0:
             checkpoint = ray.train.Checkpoint(path, self.storage.filesystem)

@@ -43,6 +43,14 @@ class Storage:
         return cls(f"{path.rstrip('/')}/{name}", fs)
 
 
+def absolute(path: Any) -> Any:
+    """A relative local path from the root on, since train workers run in other folders; URIs, and what is no path,
+    as they are."""
+    if not isinstance(path, str | os.PathLike) or "://" in os.fspath(path):
+        return path
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def resolve(path: str | os.PathLike[str], filesystem: Any = None) -> tuple[pafs.FileSystem, str]:
     """A path or URI as a file system and the path inside it."""
     text = os.fspath(path)

@@ -185,7 +185,7 @@ class Replica:
             raise self._saved(error, self._in_flight[0][1]) from None
         _, self._position = self._in_flight.popleft()
         self._session.step = output.step
-        self._session.committed(result.samples, result.loss, result.step)
+        self._session.committed(result.samples, result.loss, result.step, self._position)
         return result
 
     def _saved(self, error: NonFiniteError, failed: Position) -> NonFiniteError:

@@ -109,16 +109,16 @@ class Session(ABC):
             self.passed.pop(name, None)
         return self.position.copy()
 
-    def committed(self, samples: int, loss: float, step: int) -> None:
-        """Show progress after a committed step, a few times a second at most."""
+    def committed(self, samples: int, loss: float, step: int, position: Position) -> None:
+        """Show progress after a committed step, which has brought the run to `position`; a few times a second."""
         if self._rate.count(samples) and self.rank == 0:
-            index, total = (self._trained[1] + 1, self._trained[2]) if self._trained else (step, None)
+            name, _, total = self._trained if self._trained is not None else (None, 0, None)
             self.show_progress(
                 {
-                    "epoch": self.position.epoch,
+                    "epoch": position.epoch,
                     "epochs": self.epochs,
                     "step": step,
-                    "done": index,
+                    "done": position.trained.get(name) if name is not None else None,
                     "total": total,
                     "loss": loss,
                     "samples_per_s": self._rate.per_second,

@@ -35,6 +35,7 @@ class StageGraph:
     sends:    per later stage, the names of the values that go to it.
     makes:    the names of all values that it sends, in the order in which the graph returns them; the
               last stage returns the model's output behind them.
+    lends:    the names of its inputs and received values that later stages use too.
     """
 
     graph: fx.Graph
@@ -42,6 +43,7 @@ class StageGraph:
     receives: dict[int, list[str]] = field(default_factory=dict)
     sends: dict[int, list[str]] = field(default_factory=dict)
     makes: list[str] = field(default_factory=list)
+    lends: set[str] = field(default_factory=set)
 
 
 def open_modules(model: nn.Module, split: Sequence[str] | None, stages: int, given: Sequence[str] | None) -> set[str]:
@@ -110,6 +112,8 @@ def cut_graph(graph: fx.Graph, split: Sequence[str]) -> list[StageGraph]:
     for node in graph.nodes:  # what crosses which border; an input goes straight to its users
         users = sorted({stage_of[user] for user in node.users})
         for stage in users:
+            if stage != users[-1]:
+                parts[stage].lends.add(str(node.target) if node.op == "placeholder" else node.name)
             if node.op == "placeholder":
                 parts[stage].inputs.append(str(node.target))
             elif stage != stage_of[node]:

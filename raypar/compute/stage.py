@@ -21,7 +21,7 @@ from raypar.compute import tree
 from raypar.compute.split import StageGraph
 from raypar.compute.trace import binder, call
 from raypar.compute.tree import Tree
-from raypar.planning.errors import ModelError
+from raypar.planning.errors import ModelError, SplitError
 
 Values = list[Tree]
 """What crosses one border: one tree for each name in the stage graph's list."""
@@ -53,6 +53,8 @@ def part_of_model(model: nn.Module, part: StageGraph) -> StageCode:
     code = GraphModule(model, part.graph)
     sources = sorted(part.receives)
     bind = binder(model)
+    names = [*part.inputs, *(name for source in sources for name in part.receives[source])]
+    lent = [index for index, name in enumerate(names) if name in part.lends]
 
     def run(inputs: Tree, received: dict[int, Values]) -> tuple[Any, ...]:
         arguments = []
@@ -67,10 +69,23 @@ def part_of_model(model: nn.Module, part: StageGraph) -> StageCode:
                 arguments.append(bound[name])
         for source in sources:
             arguments += received[source]
+        before = [_versions(arguments[index]) for index in lent]
         made: tuple[Any, ...] = code(*arguments)
+        for index, versions in zip(lent, before, strict=True):
+            if _versions(arguments[index]) != versions:
+                raise SplitError(
+                    f"a stage changes {names[index]!r} in place (nn.ReLU(inplace=True), say), which a later stage uses "
+                    "too and would not see changed: choose `split` so that both are in one stage, or do not work in "
+                    "place there"
+                )
         return made
 
     return StageCode(run, bool(part.inputs), part.receives, part.sends, part.makes)
+
+
+def _versions(value: Tree) -> list[int]:
+    """What changes when a tensor of a value is changed in place."""
+    return [leaf._version for leaf in tree.leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 class _Enter(torch.autograd.Function):
