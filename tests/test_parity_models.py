@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from raypar.compute.memory_links import take_turns
 from raypar.compute.microbatch import shared
 from raypar.compute.randomness import mixed_seed
+from raypar.planning.errors import SplitError
 from raypar.planning.plan import Plan
 from support import reference
 from support.cases import PIPELINES, REPLICAS, adamw, name_of, sgd, small, small_split, with_batch_norm
@@ -123,6 +124,36 @@ def test_a_stage_may_begin_with_a_module_that_works_in_place(plan: Plan) -> None
     engines = Engines(plan, spec_of(relu_first, ("2", "4"), optimizer=sgd))
     losses = engines.train(batches)
     assert_equal(engines, losses, reference.train_on_full_batches(relu_first, batches, sgd, F.cross_entropy))
+
+
+class Lending(nn.Module):
+    """Changes in place what it uses again later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(784, 10)
+        self.relu = nn.ReLU(inplace=True)
+        self.two = nn.Linear(10, 10)
+        self.three = nn.Linear(10, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.one(images.flatten(1))
+        found: Tensor = self.three(self.two(self.relu(first))) + first
+        return found
+
+
+@pytest.mark.parametrize("plan", PIPELINES, ids=name_of)
+def test_a_value_that_a_later_stage_uses_too_may_not_be_changed_in_place(plan: Plan) -> None:
+    """In plain PyTorch, `first` is what the ReLU has left of it wherever it is used; a stage would not see that."""
+    batches = reference.images(3, 8)
+    split = Engines(plan, spec_of(Lending, ("relu", "three")))
+    with pytest.raises(SplitError, match=r"a stage changes 'one' in place .*choose `split`"):
+        split.train(batches)
+    with pytest.raises(SplitError, match=r"a stage changes 'one' in place"):
+        split.predict([batches[0][0]])
+    together = Engines(plan, spec_of(Lending, ("two", "three"), optimizer=sgd))
+    losses = together.train(batches)
+    assert_equal(together, losses, reference.train_on_full_batches(Lending, batches, sgd, F.cross_entropy))
 
 
 @pytest.mark.parametrize("plan", PIPELINES, ids=name_of)
