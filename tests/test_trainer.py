@@ -148,3 +148,28 @@ class TestLocal:
             local=True,
         ).fit()
         assert found == [{}]
+
+
+def test_relative_paths_are_those_of_the_driver(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_process: None
+) -> None:
+    """Train workers run in another folder: a relative storage_path or data set was once looked for there."""
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(
+        train,
+        plan=Plan(),
+        train_loop_config={"epochs": 1},
+        datasets={"train": rows.name},
+        run_config=ray.train.RunConfig(name="run", storage_path="runs"),
+        local=True,
+    )
+    assert trainer.datasets == {"train": str(rows)}
+    assert trainer.run_config.storage_path == str(tmp_path / "runs")
+    assert trainer.fit().path == str(tmp_path / "runs" / "run")
+
+
+def test_uris_stay_as_they_are() -> None:
+    config = ray.train.RunConfig(name="run", storage_path="s3://bucket/runs")
+    trainer = Trainer(train, plan=Plan(), datasets={"train": "s3://bucket/rows"}, run_config=config)
+    assert trainer.datasets == {"train": "s3://bucket/rows"}
+    assert trainer.run_config.storage_path == "s3://bucket/runs"

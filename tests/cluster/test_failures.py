@@ -18,6 +18,7 @@ from ray.train.v2._internal.exceptions import (
 from raypar.cluster.failures import Tally, as_raypar_error, death, retries_left, root_cause
 from raypar.cluster.fleet import stage_died
 from raypar.planning.errors import (
+    ConfigError,
     DataError,
     NonFiniteError,
     PeerLostError,
@@ -64,6 +65,14 @@ class TestRootCause:
         found = root_cause(ray.train.ControllerError(ActorDiedError()), None, 60)
         assert isinstance(found, WorkerDiedError)
         assert found.replica is None
+
+    def test_a_controller_that_could_not_start_is_not_tried_again(self) -> None:
+        """A train loop whose module the cluster cannot import was once called a dead worker, and tried again."""
+        died = RayActorError("0a", "The actor died because of an error raised in its creation task, No module 'mine'")
+        found = root_cause(died, None, 60)
+        assert isinstance(found, ConfigError)
+        assert not found.retryable
+        assert "No module 'mine'" in str(found)
 
     @pytest.mark.parametrize("error", [DataError("no column"), NonFiniteError("NaN", step=3, stage=1)])
     def test_what_will_come_again_is_told_rather_than_what_followed(self, error: RayparError) -> None:
