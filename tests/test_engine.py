@@ -275,8 +275,18 @@ def test_nan_in_the_batch_names_step_and_stage_and_leaves_no_trace(plan: Plan, r
         assert reference.worst_difference(engines.weights(), quiet.weights()) == 0
 
 
+def test_a_replica_without_a_row_learns_of_it_too() -> None:
+    engines = Engines(PLANS["2x3"], spec_of(three_stages, ("2", "4"), optimizer=momentum))
+    before = engines.weights(1)
+    (batch,) = reference.images(1, 4)
+    inputs, targets = with_nan_in(batch, row=0)
+    with pytest.raises(NonFiniteError, match=r"the batch itself .* stage 0"):
+        engines.train_step(1, [(inputs, targets), (inputs[:0], targets[:0])])
+    assert reference.worst_difference(engines.weights(1), before) == 0
+
+
 class Broken(nn.Module):
-    """Infinite while training, for the row that is marked."""
+    """Infinite while training."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * float("inf") if self.training else x

@@ -157,14 +157,14 @@ def test_a_replica_that_dies_is_a_lost_peer_to_the_other_one_within_seconds(
 def test_a_replica_that_is_stuck_ends_in_a_timeout_that_names_the_setting(pool: Processes, ddp: bool) -> None:
     fault = Fault("stick", replica=1, step=2, what="forward", microbatch=1)
     training = Training(Plan(data=2, microbatches=2), rows=((4, 4),) * 3, ddp=ddp, fault=fault)
-    calls = pool.begin(2, train, training, timeouts=Timeouts(start=30, peer=1))
+    calls = pool.begin(2, train, training, timeouts=Timeouts(start=30, peer=2))
     found = calls.answer(0)
     calls.tell(1, "go on")
     calls.answer(1)
     assert isinstance(found, Failed), found
     assert isinstance(found.error, TimeoutExceededError)
     assert "Timeouts(peer=…)" in str(found.error)
-    assert found.seconds < 1 + 5
+    assert found.seconds < 2 + 5
 
 
 # ---------------------------------------------------------------- buckets, in memory
