@@ -24,8 +24,8 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2.api.config import FailureConfig  # what ray.train.FailureConfig is, with its types
-from torch.distributed import DistError
 
+from raypar.compute.faults import failed_wait, is_of_connection
 from raypar.planning.errors import (
     ConfigError,
     PeerLostError,
@@ -51,14 +51,9 @@ def as_raypar_error(error: BaseException, replica: int) -> RayparError:
         return found
     if isinstance(found, _DEATHS):
         return PeerLostError(f"The train worker of replica {replica} lost a stage actor: {found}", replica=replica)
-    if _is_lost_connection(found):
-        return PeerLostError(f"The train worker of replica {replica} lost another one: {found}", replica=replica)
+    if is_of_connection(found):
+        return failed_wait(f"replica {replica}: the train worker's wait for those of other replicas", found, replica)
     return user_code_error(found, replica)
-
-
-def _is_lost_connection(error: BaseException) -> bool:
-    # Gloo reports a closed connection as a plain RuntimeError, with the place in its own sources.
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def unwrapped(error: BaseException) -> BaseException:
@@ -109,8 +104,8 @@ def _rank(error: RayparError) -> int:
         return 1
     if not error.retryable:
         return 2
-    order: tuple[type[RayparError], ...] = (UserCodeError, TimeoutExceededError, PeerLostError)
-    return next((3 + i for i, kind in enumerate(order) if isinstance(error, kind)), 6)
+    follows: tuple[type[RayparError], ...] = (TimeoutExceededError, PeerLostError)  # from something else, perhaps
+    return next((4 + i for i, kind in enumerate(follows) if isinstance(error, kind)), 3)
 
 
 def _causes(error: BaseException, timeout_s: float) -> Iterable[RayparError]:

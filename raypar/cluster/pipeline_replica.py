@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from raypar.cluster.failures import death, unwrapped
 from raypar.compute import microbatch
@@ -45,7 +45,7 @@ class PipelineActors:
     ) -> None:
         self.handles, self.plan, self.replica, self.timeouts = handles, plan, replica, timeouts
         spec_once = ray.put(spec)
-        built = self._call("build", spec_once, storage, restored)
+        built = self._call("build", spec_once, storage, restored, limit="start")
         self._names: dict[str, torch.Size] = built[0]["names"]
         self._uses_inputs = [answer["uses_inputs"] for answer in built]
         self._last = plan.actor_of_stage[-1]
@@ -98,17 +98,35 @@ class PipelineActors:
             calls.append(getattr(handle, method).remote(own))
         return calls
 
-    def _call(self, method: str, *arguments: Any) -> list[Any]:
-        return self._get([getattr(handle, method).remote(*arguments) for handle in self.handles])
+    def _call(self, method: str, *arguments: Any, limit: str = "peer") -> list[Any]:
+        """Call a method in which actors do not wait for each other, and so have no limits of their own; `limit` is the
+        field of Timeouts that counts."""
+        calls = [getattr(handle, method).remote(*arguments) for handle in self.handles]
+        try:
+            return self._get(calls, getattr(self.timeouts, limit))
+        except GetTimeoutError:
+            _, silent = ray.wait(calls, num_returns=len(calls), timeout=0)
+            stages = [stage for call in silent for stage in self._stages_of(calls.index(call))]
+            raise TimeoutExceededError(
+                f"replica {self.replica}, stage {', '.join(map(str, stages))}: no answer to {method!r} within the "
+                f"{getattr(self.timeouts, limit):g} s of Timeouts({limit}=…); the process is stuck or slow",
+                replica=self.replica,
+                stage=stages[0] if stages else None,
+            ) from None
 
-    def _get(self, calls: Sequence[Any]) -> list[Any]:
+    def _stages_of(self, actor: int) -> list[int]:
+        return [stage for stage, holder in enumerate(self.plan.actor_of_stage) if holder == actor]
+
+    def _get(self, calls: Sequence[Any], timeout: float | None = None) -> list[Any]:
         """The answers of all actors; or the error that the others' errors may have followed from.
 
-        Waits as long as the actors compute: their own waits have limits. Once one has failed, the others
-        get `timeouts.stop` seconds to say what happened to them.
+        In a step it waits as long as the actors compute: their own waits have limits. Once one has failed, the
+        others get `timeouts.stop` seconds to say what happened to them.
         """
         try:
-            return ray.get(list(calls))
+            return ray.get(list(calls), timeout=timeout)
+        except GetTimeoutError:
+            raise
         except (RayTaskError, RayActorError, RayparError):
             done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=self.timeouts.stop)
         errors = [error for error in (self._error_of(calls.index(call), call) for call in done) if error is not None]
@@ -118,7 +136,7 @@ class PipelineActors:
         try:
             ray.get(call)
         except RayActorError as error:
-            stages = [stage for stage, holder in enumerate(self.plan.actor_of_stage) if holder == actor]
+            stages = self._stages_of(actor)
             return StageDiedError(
                 f"the actor of replica {self.replica}, stage {', '.join(map(str, stages))} died: {death(error)}",
                 replica=self.replica,

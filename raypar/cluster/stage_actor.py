@@ -20,6 +20,7 @@ from raypar.compute.build import build_part, one_process_a_node
 from raypar.compute.channel import Waiting
 from raypar.compute.checkpoint import Storage, read
 from raypar.compute.engine import Engine, Order, StepResult, pairs
+from raypar.compute.faults import failed_wait, user_code
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.process_links import ProcessTransport, join_world, leave_world, open_store
 from raypar.compute.profile import measure_units
@@ -80,13 +81,16 @@ class StageActor:
 
     def build(self, spec: ModelSpec, storage: Storage, restored: str | None) -> dict[str, Any]:
         """Build this actor's part, fresh or from a checkpoint. Returns what the worker needs to know of it."""
-        with one_process_a_node():
-            part = build_part(spec, self.plan, self.actor, self.device)
-            snapshot = read(restored, storage.filesystem) if restored is not None else None
-        transport = ProcessTransport(self.plan, self.replica, self.actor, pairs(self.plan, part), self.timeouts)
-        self.engine = in_process.make_engine(
-            spec, self.plan, self.replica, self.actor, part, transport, self.device, snapshot=snapshot
-        )
+        held = [stage for stage, holder in enumerate(self.plan.actor_of_stage) if holder == self.actor]
+        what = f"replica {self.replica}, stage {', '.join(map(str, held))}: building the model and its optimizer"
+        with user_code(what, self.replica, held[0]):
+            with one_process_a_node():
+                part = build_part(spec, self.plan, self.actor, self.device)
+                snapshot = read(restored, storage.filesystem) if restored is not None else None
+            transport = ProcessTransport(self.plan, self.replica, self.actor, pairs(self.plan, part), self.timeouts)
+            self.engine = in_process.make_engine(
+                spec, self.plan, self.replica, self.actor, part, transport, self.device, snapshot=snapshot
+            )
         uses_inputs = any(stage.uses_inputs for stage in part.stages.values())
         return {"names": part.names, "uses_inputs": uses_inputs, "describe": self.describe()}
 
@@ -111,7 +115,9 @@ class StageActor:
         assert self.engine is not None, "a step before build()"
         try:
             return drive(call(self.engine))
-        except RayparError as error:
+        except Exception as found:
+            stage = next(iter(self.engine.part.stages))
+            error = found if isinstance(found, RayparError) else failed_wait("a step", found, self.replica, stage)
             self.failure = error
             if not isinstance(error, NonFiniteError):
                 self.engine = None

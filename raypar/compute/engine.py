@@ -12,17 +12,16 @@ An engine's calls are generators that yield what they wait for (see raypar.compu
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from raypar.compute import microbatch
 from raypar.compute.channel import Inbox, Outbox, Waiting, layout_of_gradients
+from raypar.compute.faults import failed_wait, user_code
 from raypar.compute.gradients import GradientSum
 from raypar.compute.learning import Learner
 from raypar.compute.part import Part
@@ -33,11 +32,6 @@ from raypar.compute.transport import Transport
 from raypar.compute.tree import Tree
 from raypar.planning.errors import (
     NonFiniteError,
-    PeerLostError,
-    RayparError,
-    RunError,
-    TimeoutExceededError,
-    UserCodeError,
 )
 from raypar.planning.plan import Plan
 from raypar.planning.program import Compute, Message, Post, Program, Release, Send, check, programs
@@ -227,7 +221,7 @@ class Engine:
                     yield from self.sums[stage].start(len(run.sizes))
                 except RuntimeError as error:
                     what = f"replica {self.replica}, stage {stage}: adding up the gradients over all replicas"
-                    raise _failed_wait(what, error, self.replica, stage) from error
+                    raise failed_wait(what, error, self.replica, stage) from error
 
     def _forward(
         self, run: _Pass, index: int, number: int, received: dict[int, Values], ready: dict[Message, Any]
@@ -306,7 +300,7 @@ class Engine:
             if not receives:
                 doing = f"sending {what} to stage {message.receiver}"
             place = f"replica {self.replica}, stage {stage}, micro-batch {message.microbatch}"
-            raise _failed_wait(f"{place}: {doing}", error, self.replica, stage) from error
+            raise failed_wait(f"{place}: {doing}", error, self.replica, stage) from error
 
     # ------------------------------------------------------------ the commit and what can go wrong
 
@@ -318,7 +312,7 @@ class Engine:
             yield self.everyone.sum(vector)
         except RuntimeError as error:
             stage = next(iter(self.part.stages))
-            raise _failed_wait(
+            raise failed_wait(
                 f"replica {self.replica}, stage {stage}: the commit", error, self.replica, stage
             ) from error
         return vector.tolist()
@@ -327,19 +321,17 @@ class Engine:
         """Play the forward passes of the failed step again, to name the first stage that is not finite."""
         run = self._start("search", order)
         run.finite = [True] * len(self.placement)
-        in_batch = not microbatch.is_finite(run.inputs)
+        in_batch = not microbatch.is_finite([run.inputs, run.targets])
         yield from self._play(run)
         self.learner.give_up()
         bad = yield from self._sum_over_all([float(in_batch), *(float(not ok) for ok in run.finite)])
         first = next((stage for stage, count in enumerate(bad[1:]) if count), None)
         what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-        where = (
-            f"the first values that are not finite come out of stage {first}"
-            if first is not None
-            else "all stages' outputs are finite"
-        )
+        where = "all stages' outputs are finite"
+        if first is not None:
+            where = f"the first values that are not finite come out of stage {first}"
         if bad[0]:
-            where = f"the batch itself holds values that are not finite, and so does stage {first}'s output"
+            where += "; the batch itself holds values that are not finite"
         raise NonFiniteError(
             f"{what} at step {order.step}: {where}. The step was not committed. Look at that batch or stage, lower "
             "the learning rate, or set max_grad_norm.",
@@ -347,24 +339,12 @@ class Engine:
             stage=first,
         )
 
-    @contextmanager
-    def _user_code(self, what: str, stage: int | None = None, number: int | None = None) -> Iterator[None]:
+    def _user_code(
+        self, what: str, stage: int | None = None, number: int | None = None
+    ) -> AbstractContextManager[None]:
         """Give an exception of the user's model, loss or optimizer an address."""
-        try:
-            yield
-        except RayparError:
-            raise
-        except Exception as error:
-            place = f"replica {self.replica}, " + (
-                f"stage {stage}, micro-batch {number}" if stage is not None else f"actor {self.actor}"
-            )
-            if isinstance(error, RuntimeError) and _of_connection(error):  # DDP reduces within the backward pass
-                stage = stage if stage is not None else next(iter(self.part.stages))
-                raise _failed_wait(f"{place}: {what}, over all replicas", error, self.replica, stage) from error
-            trace = "".join(traceback.format_exception(error))
-            raise UserCodeError(
-                f"{place}: {what} raised {type(error).__name__}: {error}\n{trace}", replica=self.replica, stage=stage
-            ) from error
+        where = f"stage {stage}, micro-batch {number}" if stage is not None else f"actor {self.actor}"
+        return user_code(f"replica {self.replica}, {where}: {what}", self.replica, stage)
 
 
 def pairs(plan: Plan, part: Part) -> set[tuple[int, int]]:
@@ -378,23 +358,6 @@ def pairs(plan: Plan, part: Part) -> set[tuple[int, int]]:
                 if mode == "train":
                     found.add((placement[target], placement[source]))
     return found
-
-
-def _failed_wait(what: str, error: RuntimeError, replica: int, stage: int) -> RunError:
-    """What a failed wait of torch.distributed means: a limit that has passed, or a peer that is gone."""
-    reason = str(error).strip().splitlines()[0]
-    if "timed out" in reason.lower() or "timeout" in reason.lower():
-        return TimeoutExceededError(
-            f"{what} took longer than Timeouts(peer=…) allows; the other side is stuck or slow ({reason})",
-            replica=replica,
-            stage=stage,
-        )
-    return PeerLostError(f"{what} failed, since the other side is gone ({reason})", replica=replica, stage=stage)
-
-
-def _of_connection(error: RuntimeError) -> bool:
-    """Whether an error is one of torch.distributed; Gloo's are plain RuntimeErrors that name its source file."""
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "NCCL" in str(error)
 
 
 def _total(values: list[torch.Tensor]) -> float:

@@ -28,19 +28,25 @@ def mixed_seed(*numbers: int) -> int:
 
 
 def seed_pass(device: torch.device, seed: int, step: int, microbatch: int, stage: int) -> None:
-    """Seed what one forward pass may draw from: torch's generators of the CPU and of `device`."""
+    """Seed what one forward pass may draw from: the generators of Python, NumPy, and torch on the CPU and `device`."""
     value = mixed_seed(seed, step, microbatch, stage)
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(value)
 
 
 def save_state() -> Any:
-    """The state of the global generators of torch (CPU), NumPy and Python, for `restore_state`."""
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+    """The state of the global generators of Python, NumPy and torch, for `restore_state`."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
 
 
 def restore_state(state: Any) -> None:
-    torch.set_rng_state(state[0])
-    np.random.set_state(state[1])
-    random.setstate(state[2])
+    cpu, cuda, numpy, python = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+    np.random.set_state(numpy)
+    random.setstate(python)

@@ -99,8 +99,9 @@ class Timeouts:
 
     start: until the stage actors and train workers are placed and answer; on a cluster that scales by
            itself this includes the start of new machines. Default 900.
-    peer:  for one message or reduction from another actor inside a step; longer than the slowest step,
-           since a peer may compute that long before it sends. Default 600.
+    peer:  for one message or reduction from another process: inside a step, and where replicas wait for each
+           other (report, sum). Longer than the slowest step, and than a checkpoint takes to be written, since a
+           peer may be busy that long before it sends. Default 600.
     stop:  for processes to end by themselves before they are killed. Default 10.
     """
 
