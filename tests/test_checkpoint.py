@@ -188,6 +188,37 @@ def test_a_wrong_byte_is_named_with_its_file(storage: Storage):
     assert checkpoint.read_manifest(path, storage.filesystem)["step"] == 2
 
 
+@pytest.mark.parametrize("name", ["model.pt", "training.pt"])
+def test_a_run_resumes_from_the_one_before_a_checkpoint_that_is_damaged_inside(
+    storage: Storage, name: str, caplog: pytest.LogCaptureFixture
+):
+    """A file of the right size with a wrong byte once made every resume fail, until somebody deleted it by hand."""
+    before, newest = (checkpoint.write(storage, snapshot(step)) for step in (1, 2))
+    assert checkpoint.checkpoint_to_resume(storage) == newest
+    content = Path(newest, name).read_bytes()
+    Path(newest, name).write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+    assert not caplog.records
+    assert checkpoint.checkpoint_to_resume(storage) == before
+    assert f"checkpoint_00000002/{name} is damaged" in caplog.text
+
+
+def test_without_an_undamaged_checkpoint_a_run_starts_anew(storage: Storage):
+    assert checkpoint.checkpoint_to_resume(storage) is None
+    path = checkpoint.write(storage, snapshot(1))
+    Path(path, "model.pt").write_bytes(bytes(Path(path, "model.pt").stat().st_size))
+    assert checkpoint.checkpoint_to_resume(storage) is None
+
+
+def test_what_was_written_just_now_is_kept_behind_a_damaged_checkpoint_of_a_later_step(storage: Storage):
+    for step in (5, 7, 9):
+        path = checkpoint.write(storage, snapshot(step))
+    damaged, written = path, f"{storage.path}/checkpoint_00000007"
+    Path(damaged, "model.pt").write_bytes(bytes(Path(damaged, "model.pt").stat().st_size))
+    checkpoint.keep_newest(storage, 1, written)
+    assert names(storage) == ["checkpoint_00000007", "checkpoint_00000009"]
+    assert checkpoint.checkpoint_to_resume(storage) == written
+
+
 def test_a_checkpoint_of_a_newer_raypar_is_refused_with_both_formats(storage: Storage):
     path = checkpoint.write(storage, snapshot(2))
     manifest = json.loads(Path(path, "checkpoint.json").read_text())

@@ -20,7 +20,7 @@ from raypar.cluster.pipeline_replica import PipelineActors
 from raypar.compute import microbatch
 from raypar.compute.actors import Actors
 from raypar.compute.build import bucket_sums, build_part, ddp_sum, one_process_a_node
-from raypar.compute.checkpoint import Storage, newest_checkpoint, read
+from raypar.compute.checkpoint import Storage, checkpoint_to_resume, read
 from raypar.compute.gradients import Collective
 from raypar.compute.in_process import InProcessActors, make_engine
 from raypar.compute.part import Cut, ModelSpec
@@ -54,7 +54,7 @@ def run_worker(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     try:
         session = WorkerSession(job, rank)
-        session.restore(session.gather(newest_checkpoint(job.storage) if rank == 0 else None)[0])
+        session.restore(session.gather(checkpoint_to_resume(job.storage) if rank == 0 else None)[0])
         enter(session)
         job.train_loop()
         if session.wait_for_steps is not None:

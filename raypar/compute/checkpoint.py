@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ import pyarrow.fs as pafs
 import torch
 
 from raypar.planning.errors import CheckpointError
+
+logger = logging.getLogger("raypar")
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint_(\d{8})(?:_(\d+))?")
@@ -160,6 +163,23 @@ def newest_checkpoint(storage: Storage) -> str | None:
     return next((path for path in reversed(list_checkpoints(storage)) if _is_whole(path, storage.filesystem)), None)
 
 
+def checkpoint_to_resume(storage: Storage) -> str | None:
+    """The path of the newest checkpoint of which every byte is as it was written; reads whole files. A newer one that
+    is damaged is passed over with a warning that names what is damaged."""
+    for path in reversed(list_checkpoints(storage)):
+        if not _is_whole(path, storage.filesystem):
+            continue
+        try:
+            manifest = read_manifest(path, storage.filesystem)
+            for name in manifest["files"]:
+                _verify(path, name, manifest, storage.filesystem)
+        except CheckpointError as error:
+            logger.warning("Not resuming from the newest checkpoint, but from the one before it: %s", error)
+        else:
+            return path
+    return None
+
+
 def _is_whole(path: str, filesystem: pafs.FileSystem) -> bool:
     try:
         files = read_manifest(path, filesystem)["files"]
@@ -169,15 +189,16 @@ def _is_whole(path: str, filesystem: pafs.FileSystem) -> bool:
     return all(info.size == entry["bytes"] for info, entry in zip(infos, files.values(), strict=True))
 
 
-def keep_newest(storage: Storage, count: int | None) -> None:
-    """Delete all but the newest `count` whole checkpoints (None: keep all)."""
+def keep_newest(storage: Storage, count: int | None, written: str | None = None) -> None:
+    """Delete all but the newest `count` whole checkpoints (None: keep all). The one that was `written` just now stays
+    in any case: behind a damaged checkpoint of a later step it is not the newest."""
     if count is None:
         return
     kept = 0
     for path in reversed(list_checkpoints(storage)):
         if kept < max(count, 1) and _is_whole(path, storage.filesystem):
             kept += 1
-        else:
+        elif path != written:
             storage.filesystem.delete_dir(path)
 
 
@@ -202,14 +223,30 @@ def read_manifest(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
     return manifest
 
 
+def _verify(path: str, name: str, manifest: dict[str, Any], filesystem: pafs.FileSystem) -> None:
+    """Raise CheckpointError where a file of a checkpoint is not what was written; holds little of it at a time."""
+    found = hashlib.sha256()
+    try:
+        with filesystem.open_input_stream(f"{path}/{name}") as stream:
+            while piece := stream.read(1 << 24):
+                found.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path}/{name} cannot be read: {error}") from error
+    _compare(path, name, manifest, found.hexdigest())
+
+
+def _compare(path: str, name: str, manifest: dict[str, Any], found: str) -> None:
+    if found != manifest["files"][name]["sha256"]:
+        raise CheckpointError(f"{path}/{name} is damaged: its SHA-256 differs from the one in checkpoint.json")
+
+
 def _load(path: str, name: str, manifest: dict[str, Any], filesystem: pafs.FileSystem) -> Any:
     try:
         with filesystem.open_input_stream(f"{path}/{name}") as stream:
             content = stream.read()
     except OSError as error:
         raise CheckpointError(f"{path}/{name} cannot be read: {error}") from error
-    if hashlib.sha256(content).hexdigest() != manifest["files"][name]["sha256"]:
-        raise CheckpointError(f"{path}/{name} is damaged: its SHA-256 differs from the one in checkpoint.json")
+    _compare(path, name, manifest, hashlib.sha256(content).hexdigest())
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 

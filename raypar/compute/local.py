@@ -22,7 +22,7 @@ import torch
 from raypar.compute import randomness
 from raypar.compute.build import build_part
 from raypar.compute.channel import Waiting
-from raypar.compute.checkpoint import Storage, keep_newest, newest_checkpoint, read
+from raypar.compute.checkpoint import Storage, checkpoint_to_resume, keep_newest, read
 from raypar.compute.in_process import InProcessActors, make_engine
 from raypar.compute.memory_links import MemoryWorld, take_turns
 from raypar.compute.part import Cut, ModelSpec
@@ -173,7 +173,7 @@ class LocalSession(Session):
         if self.rank == 0:
             self.run.history = list(self.history)
             if path is not None:
-                keep_newest(self.storage, self.run.keep)
+                keep_newest(self.storage, self.run.keep, path)
 
     def show_progress(self, progress: dict[str, Any]) -> None:
         if self.run.on_progress is not None:
@@ -206,14 +206,19 @@ def run_local(
     storage: Storage,
     keep: int | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run a train loop for every replica in this process, from the run's newest checkpoint where there is one.
 
-    keep: how many checkpoints stay (None: all). Returns the history of metrics of the first replica.
-    Raises what the first loop that failed raised.
+    keep: how many checkpoints stay (None: all).
+    say:  is told from which checkpoint the run goes on.
+
+    Returns the history of metrics of the first replica. Raises what the first loop that failed raised.
     """
     run = _Run(plan, storage, timeouts, keep, on_progress)
-    newest = newest_checkpoint(storage)
+    newest = checkpoint_to_resume(storage)
+    if newest is not None and say is not None:
+        say(f"Going on from {newest}")
     before = randomness.save_state()
     errors: dict[int, BaseException] = {}
 
