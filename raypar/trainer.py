@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -31,7 +33,8 @@ class Trainer:
     plan:                how many replicas, how many stages, which schedule.
     train_loop_config:   a dict for the loop. Default: none.
     datasets:            name to Parquet file or folder, local or a URI; read with `raypar.batches(name, …)`.
-    run_config:          ray.train.RunConfig. The same name and storage path as an earlier run resume it.
+    run_config:          ray.train.RunConfig. The same name and storage path as an earlier run resume it. Without a
+                         name each `fit()` is a run of its own: it gets a new name and resumes nothing.
                          `failure_config` says how often a failed run restarts by itself (default: not at all,
                          but always after a reclaimed machine).
     scaling_config:      ray.train.ScalingConfig; `num_workers` is the plan's `data` and may be left out. Without
@@ -110,16 +113,17 @@ class Trainer:
         process of the run is left.
         """
         check_datasets(self.datasets)
-        return self._fit_locally() if self.local else self._fit_on_ray()
+        config = _with_own_name(self.run_config)
+        return self._fit_locally(config) if self.local else self._fit_on_ray(config)
 
-    def _fit_on_ray(self) -> Result:
+    def _fit_on_ray(self, config: RunConfig) -> Result:
         return run_on_ray(
             Run(
                 train_loop=_bound(self.train_loop, self.train_loop_config),
                 plan=self.plan,
                 datasets=self.datasets,
-                storage=self._storage(),
-                run_config=self.run_config,
+                storage=_storage(config),
+                run_config=config,
                 scaling_config=self.scaling_config,
                 torch_config=self.torch_config,
                 resources_per_stage=self.resources_per_stage,
@@ -127,9 +131,9 @@ class Trainer:
             )
         )
 
-    def _fit_locally(self) -> Result:
-        storage = self._storage()
-        checkpoints = self.run_config.checkpoint_config
+    def _fit_locally(self, config: RunConfig) -> Result:
+        storage = _storage(config)
+        checkpoints = config.checkpoint_config
         with ProgressDisplay() as display:
             history = run_local(
                 _bound(self.train_loop, self.train_loop_config),
@@ -139,6 +143,7 @@ class Trainer:
                 storage,
                 checkpoints.num_to_keep if checkpoints is not None else None,
                 display.update,
+                display.say,
             )
         newest = newest_checkpoint(storage)
         return Result(
@@ -150,11 +155,20 @@ class Trainer:
             _storage_filesystem=storage.filesystem,
         )
 
-    def _storage(self) -> Storage:
-        config = self.run_config
-        assert config.storage_path is not None  # RunConfig fills in its defaults
-        assert config.name is not None
-        return Storage.open(config.storage_path, config.name, config.storage_filesystem)
+
+def _with_own_name(config: RunConfig) -> RunConfig:
+    """The config of one `fit()`. Where no name was given RunConfig has filled in one with the time in seconds, which
+    the next run of the same script may get as well: it would resume this one."""
+    assert config.name is not None  # RunConfig fills in its defaults
+    if re.fullmatch(r"ray_train_run-\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", config.name) is None:
+        return config
+    return dataclasses.replace(config, name=f"{config.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _storage(config: RunConfig) -> Storage:
+    assert config.storage_path is not None  # RunConfig fills in its defaults
+    assert config.name is not None
+    return Storage.open(config.storage_path, config.name, config.storage_filesystem)
 
 
 def _check_type(name: str, value: Any, kind: type, needed: str) -> None:

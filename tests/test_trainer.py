@@ -129,6 +129,50 @@ class TestLocal:
         resumed = self.fit(rows, epochs=3)
         assert list(resumed.metrics_dataframe["epoch"]) == [0, 1, 2]
 
+    def test_a_resumed_run_says_from_which_checkpoint(self, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        first = self.fit(rows, epochs=1)
+        assert "Going on" not in capsys.readouterr().err
+        self.fit(rows, epochs=2)
+        assert first.checkpoint is not None
+        assert f"Going on from {first.checkpoint.path}" in capsys.readouterr().err
+
+    def test_runs_without_a_name_never_resume_each_other(self, rows: Path) -> None:
+        """RunConfig's own default name is the time in seconds: four runs of a sweep within one second were one run, of
+        which the last three found nothing left to do. Neither does a Trainer go on where its own last fit() was."""
+
+        def trainer() -> Trainer:
+            config = ray.train.RunConfig(storage_path=str(rows.parent))
+            return Trainer(
+                train,
+                plan=Plan(),
+                train_loop_config={"epochs": 1},
+                datasets={"train": rows},
+                run_config=config,
+                local=True,
+            )
+
+        once = trainer()
+        results = [each.fit() for each in (once, once, trainer(), trainer())]
+        assert len({result.path for result in results}) == 4
+        assert [list(result.metrics_dataframe["epoch"]) for result in results] == [[0]] * 4
+
+    def test_a_run_that_was_named_by_itself_can_be_resumed_by_that_name(self, rows: Path) -> None:
+        def fit(config: ray.train.RunConfig, epochs: int) -> ray.train.Result:
+            return Trainer(
+                train,
+                plan=Plan(),
+                train_loop_config={"epochs": epochs},
+                datasets={"train": rows},
+                run_config=config,
+                local=True,
+            ).fit()
+
+        first = fit(ray.train.RunConfig(storage_path=str(rows.parent)), epochs=1)
+        name = Path(first.path).name
+        again = fit(ray.train.RunConfig(name=name, storage_path=str(rows.parent)), epochs=2)
+        assert again.path == first.path
+        assert list(again.metrics_dataframe["epoch"]) == [0, 1]
+
     def test_a_train_loop_without_arguments(self, rows: Path) -> None:
         calls = []
         Trainer(
