@@ -324,6 +324,15 @@ def test_a_report_with_a_replica_waits_for_its_steps_and_saves_them(inside: Fake
     assert (found.step, found.history, found.plan["data"]) == (1, [row], 2)
 
 
+def test_a_report_without_a_replica_waits_for_the_steps_under_way_too(inside: FakeSession, replica: Replica, log: Log):
+    """Its row once bore the number of the last step that somebody had waited for: 3 behind five steps."""
+    replica.train_step(X, Y)
+    replica.train_step(X, Y)
+    report({})
+    assert inside.published == [({"step": 2, "epoch": 0}, None)]
+    assert log == ["start 1", "start 2", "end 1", "end 2"]
+
+
 def test_a_metric_may_bear_the_name_of_what_stands_beside_it(inside: FakeSession):
     report({"epoch": 7})
     assert inside.history == [{"step": 0, "epoch": 7}]

@@ -30,7 +30,8 @@ class StepOutput:
     grad_norm: of the whole model's gradient, before clipping.
     samples:   rows of the global batch.
     lr:        the learning rate of the first parameter group in this step; None where nothing is trained.
-    skipped:   True where the step changed nothing, since the global batch had no row.
+    skipped:   True where the step changed nothing, since the global batch had no row, or its rows no weight (the
+               sum of the weights that loss_fn returned was 0).
     """
 
     def __init__(self, step: int, wait: Callable[[], StepResult]) -> None:
@@ -218,8 +219,8 @@ def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:
     session = current("report")
     if not isinstance(metrics, dict):
         raise UsageError(f"raypar.report({metrics!r}): needed a dict of metrics by name")
-    if replica is not None:
-        replica.wait()
+    if session.wait_for_steps is not None:
+        session.wait_for_steps()
     row = {name: _plain(name, value) for name, value in metrics.items()}
     row = {"step": session.step, "epoch": session.position.epoch, **row}
     session.history.append(row)
