@@ -297,6 +297,57 @@ def test_a_parameter_that_forward_uses_by_hand_belongs_to_the_stage_that_uses_it
     assert torch.equal(run_stages(model, parts, x), model(x))
 
 
+class Masked(nn.Module):
+    """Uses one buffer behind each of its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0, 0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x) * self.mask) * self.mask) + self.mask  # type: ignore[no-any-return]
+
+
+def test_a_buffer_that_several_stages_read_belongs_to_the_first_of_them_and_crosses_to_the_others():
+    model, x = Masked(), torch.rand(2, 4)
+    parts = cut(model, ["b", "c"])
+    assert owners(model, [parts])["mask"] == 0
+    assert [part.sends for part in parts] == [{1: ["mask", "mul"], 2: ["mask"]}, {2: ["mul_1"]}, {}]
+    assert torch.equal(run_stages(model, parts, x), model(x))
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_buffer_that_crosses_must_not_be_changed_in_place_by_its_owner_nor_by_a_receiver(where: int):
+    class Counts(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x) * self.mask
+            if where == 0:
+                self.mask.mul_(0.9)
+            z = self.b(y) * self.mask
+            if where == 1:
+                self.mask.mul_(0.9)
+            return z
+
+    model = Counts()
+    parts = cut(model, ["b"])
+    with pytest.raises(SplitError, match=r"a stage changes 'mask' in place .* another stage uses"):
+        run_stages(model, parts, torch.rand(2, 4))
+
+
+def test_a_buffer_that_one_stage_alone_changes_in_place_is_changed():
+    class Averages(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            self.mask.mul_(0.9).add_(0.1 * y.detach().mean(0))
+            return self.b(y - self.mask)  # type: ignore[no-any-return]
+
+    model, plain, x = Averages(), Averages(), torch.rand(2, 4)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(run_stages(model, cut(model, ["b"]), x), plain(x))
+    assert torch.equal(model.mask, plain.mask)  # type: ignore[arg-type]
+
+
 def test_a_parameter_that_two_stages_share_is_refused():
     model = Tied()
     with pytest.raises(SplitError, match=r"'embed\.weight' is used by stages \[0, 1\]: .* must belong to one stage"):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -214,6 +216,131 @@ def test_a_forward_that_uses_arguments_without_names_is_refused_and_one_that_onl
     with pytest.raises(SplitError, match=r"Starred cannot be .* its forward uses \*more, which has no fixed number"):
         trace(Starred())
     assert module_calls(trace(TakesAnything())) == ["fc"]
+
+
+# ---------------------------------------------------------------- what a graph would lose without a word
+
+
+class UsesBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.full((4,), 4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        for column in range(self.scale.shape[0]):
+            y = y + self.scale[column].sqrt()
+        return y / self.scale.sqrt()
+
+
+def test_what_is_computed_from_a_buffer_is_computed_in_each_step_and_not_once_while_tracing():
+    model, x = UsesBuffer(), torch.rand(2, 4)
+    code = fx.GraphModule(model, trace(model))
+    assert isinstance(model.scale, Tensor)
+    model.scale.fill_(9.0)
+    assert torch.equal(code(x), model(x))
+
+
+def test_a_branch_on_the_values_of_a_buffer_cannot_be_traced():
+    class Branches(UsesBuffer):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if self.scale.sum() > 0 else -x
+
+    with pytest.raises(SplitError, match=r'"return x if self\.scale\.sum\(\) > 0 else -x"'):
+        trace(Branches())
+
+
+class WithoutGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.frozen(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+class LowPrecision(WithoutGradient):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.frozen(x)
+        return self.head(x.float())  # type: ignore[no-any-return]
+
+
+class Noisy(WithoutGradient):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.frozen(x) + torch.randn(4))  # type: ignore[no-any-return]
+
+
+class NoisyFromNumPy(WithoutGradient):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.frozen(x) * float(np.random.rand()))  # type: ignore[no-any-return]
+
+
+class SkipsAtRandom(WithoutGradient):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.frozen(x) if random.random() < 0.5 else x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("build", "line", "why"),
+    [
+        (WithoutGradient, "x = self.frozen(x)", r"grad mode \(no_grad"),
+        (LowPrecision, "x = self.frozen(x)", "autocast"),
+        (Noisy, "torch.randn(4)", "a random number is drawn"),
+        (NoisyFromNumPy, "np.random.rand()", "a random number is drawn"),
+        (SkipsAtRandom, "random.random()", "a random number is drawn"),
+    ],
+)
+def test_a_mode_or_a_random_number_that_the_graph_would_not_hold_is_refused_at_its_line(
+    build: Callable[[], nn.Module], line: str, why: str
+):
+    with pytest.raises(SplitError, match=f"cannot be split .*{re.escape(line)}.*{why}.*a module of its own"):
+        trace(build())
+
+
+def test_such_code_inside_a_module_and_random_functions_of_a_value_are_no_hindrance():
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = WithoutGradient()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(self.inner(x)) + torch.rand_like(x)
+
+    assert described(trace(Dropped())) == ["inner", "dropout", "rand_like", "add"]
+    with torch.no_grad():  # what is on all the time is not a change
+        trace(Dropped())
+
+
+def doubled(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+def test_hooks_on_the_model_itself_are_refused():
+    model = Nested()
+    model.register_forward_hook(doubled)
+    with pytest.raises(SplitError, match=r"Nested cannot be split into stages: it has hooks, which would be lost"):
+        trace(model)
+
+
+def test_a_forward_that_was_set_on_the_model_itself_is_refused():
+    model = Nested()
+    model.forward = lambda x: x  # type: ignore[method-assign, assignment]
+    with pytest.raises(SplitError, match=r"Nested cannot be .* it has a forward of the instance's own"):
+        trace(model)
+
+
+def test_a_sequential_with_hooks_stays_whole_and_cannot_be_opened():
+    model, x = Nested(), torch.rand(2, 4)
+    model.body[1].register_forward_hook(doubled)
+    graph = trace(model)
+    assert module_calls(graph) == ["body.0", "body.1", "block"]
+    assert torch.equal(fx.GraphModule(model, graph)(x), model(x))
+    with pytest.raises(SplitError, match=r"its module 'body\.1', which must be opened to cut inside it, has hooks"):
+        trace(model, descend=["body", "body.1"])
 
 
 # ---------------------------------------------------------------- small helpers

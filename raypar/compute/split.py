@@ -8,7 +8,8 @@ code included, belongs to the stage before:
                         split=["conv2", "fc2"]
 
 A value that a later stage uses crosses the border between them, straight from the stage that makes it
-to each stage that uses it; an input of the model goes straight to the stages that use it.
+to each stage that uses it; an input of the model goes straight to the stages that use it. A parameter or
+buffer that forward uses by hand belongs to the first stage that does, and crosses to the others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from raypar.compute.trace import attribute, module_calls, trace
+from raypar.compute.trace import attribute, has_hooks, module_calls, trace
 from raypar.planning.errors import SplitError, near_names
 
 Edge = tuple[int, int]
@@ -35,7 +36,8 @@ class StageGraph:
     sends:    per later stage, the names of the values that go to it.
     makes:    the names of all values that it sends, in the order in which the graph returns them; the
               last stage returns the model's output behind them.
-    lends:    the names of its inputs and received values that later stages use too.
+    lends:    the names of its inputs, received values, parameters and buffers that other stages use too, so
+              that it must not change them in place.
     """
 
     graph: fx.Graph
@@ -66,14 +68,19 @@ def open_modules(model: nn.Module, split: Sequence[str] | None, stages: int, giv
         calls = module_calls(graph)
         if len(calls) >= stages:
             return opened
-        deeper = {name for name in calls if any(True for _ in attribute(model, name).children())}
-        deeper = {name for name in deeper if not type(attribute(model, name)).__module__.startswith("torch.nn")}
+        deeper = {name for name in calls if can_be_opened(attribute(model, name))}
         if not deeper:
             raise SplitError(
                 f"the plan has {stages} stages, but {type(model).__name__} has only {len(calls)} modules to share "
                 f"among them ({', '.join(calls)}): set Plan(pipeline=…) or placement to at most {len(calls)} stages"
             )
         opened |= deeper
+
+
+def can_be_opened(module: nn.Module) -> bool:
+    """Whether tracing may look into a module: it is the user's own, with modules inside and without hooks."""
+    of_torch = type(module).__module__.startswith("torch.nn") and type(module) is not nn.Sequential
+    return any(True for _ in module.children()) and not of_torch and not has_hooks(module)
 
 
 def check_split(graph: fx.Graph, split: Sequence[str], stages: int) -> list[str]:
@@ -121,6 +128,9 @@ def cut_graph(graph: fx.Graph, split: Sequence[str]) -> list[StageGraph]:
                 parts[stage_of[node]].sends.setdefault(stage, []).append(node.name)
                 if node.name not in parts[stage_of[node]].makes:
                     parts[stage_of[node]].makes.append(node.name)
+                if node.op == "get_attr":
+                    parts[stage_of[node]].lends.add(str(node.target))
+                    parts[stage].lends.add(node.name)
 
     by_name = {node.name: node for node in graph.nodes}
     inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}

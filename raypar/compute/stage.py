@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from raypar.compute import tree
 from raypar.compute.split import StageGraph
-from raypar.compute.trace import binder, call
+from raypar.compute.trace import attribute, binder, call
 from raypar.compute.tree import Tree
 from raypar.planning.errors import ModelError, SplitError
 
@@ -55,6 +55,7 @@ def part_of_model(model: nn.Module, part: StageGraph) -> StageCode:
     bind = binder(model)
     names = [*part.inputs, *(name for source in sources for name in part.receives[source])]
     lent = [index for index, name in enumerate(names) if name in part.lends]
+    own = [str(node.target) for node in part.graph.nodes if node.op == "get_attr" and str(node.target) in part.lends]
 
     def run(inputs: Tree, received: dict[int, Values]) -> tuple[Any, ...]:
         arguments = []
@@ -69,12 +70,14 @@ def part_of_model(model: nn.Module, part: StageGraph) -> StageCode:
                 arguments.append(bound[name])
         for source in sources:
             arguments += received[source]
-        before = [_versions(arguments[index]) for index in lent]
+        watched = [(names[index], arguments[index]) for index in lent]
+        watched += [(name, attribute(model, name)) for name in own]
+        before = [_versions(value) for _, value in watched]
         made: tuple[Any, ...] = code(*arguments)
-        for index, versions in zip(lent, before, strict=True):
-            if _versions(arguments[index]) != versions:
+        for (name, value), versions in zip(watched, before, strict=True):
+            if _versions(value) != versions:
                 raise SplitError(
-                    f"a stage changes {names[index]!r} in place (nn.ReLU(inplace=True), say), which a later stage uses "
+                    f"a stage changes {name!r} in place (nn.ReLU(inplace=True), say), which another stage uses "
                     "too and would not see changed: choose `split` so that both are in one stage, or do not work in "
                     "place there"
                 )

@@ -3,7 +3,8 @@
 torch.fx runs `forward` once with stand-ins for the inputs and records what is called. Modules are not looked
 into, so their control flow, hooks, dropout and train/eval mode stay theirs; only `nn.Sequential` and
 what `descend` names are opened. What happens between the modules (ReLU, pooling, view) becomes nodes
-of its own.
+of its own. What a graph cannot hold there (a `torch.no_grad()`, a random tensor, a hook) is refused, for it
+would be lost without a word.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from raypar.compute import randomness
 from raypar.compute.tree import Tree
 from raypar.planning.errors import ModelError, SplitError
 
@@ -55,13 +57,115 @@ def call(model: nn.Module, inputs: Tree) -> Any:
     return model(inputs)
 
 
+class _Lost(Exception):
+    """Something in a forward that a graph would not hold."""
+
+
+class _Buffer(fx.Proxy):
+    """A stand-in for a buffer: its values are those of the step, its shape and type those of the trace."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, buffer: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self._buffer = buffer
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._buffer.shape
+
+    @property
+    def ndim(self) -> int:
+        return self._buffer.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._buffer.dtype
+
+    def size(self, dim: int | None = None) -> Any:
+        return self._buffer.size() if dim is None else self._buffer.size(dim)
+
+    def dim(self) -> int:
+        return self._buffer.dim()
+
+    def numel(self) -> int:
+        return self._buffer.numel()
+
+    def __len__(self) -> int:
+        return len(self._buffer)
+
+
 class _Tracer(fx.Tracer):
-    def __init__(self, descend: Collection[str]) -> None:
+    """watch_random: refuse, at its line, the first call behind one that drew a random number."""
+
+    def __init__(self, descend: Collection[str], *, watch_random: bool = False) -> None:
         super().__init__()
         self.descend = descend
+        self.modes = _modes()
+        self.random = _generators() if watch_random else None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) is not nn.Sequential and module_qualified_name not in self.descend
+        opens = type(m) is nn.Sequential and not has_hooks(m)
+        return not opens and module_qualified_name not in self.descend
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
+            for name, buffer in self.root.named_buffers():
+                if buffer is attr_val:
+                    if name not in parameter_proxy_cache:
+                        parameter_proxy_cache[name] = self.create_proxy(
+                            "get_attr", name, (), {}, proxy_factory_fn=lambda node: _Buffer(node, self, attr_val)
+                        )
+                    return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        now = _modes()
+        changed = [name for name, was in self.modes.items() if now[name] != was]
+        if changed and kind.startswith("call_"):
+            raise _Lost(f"code runs inside a change of torch's {' and '.join(changed)}")
+        if self.random is not None and self.random != _generators():
+            raise _Lost("a random number is drawn, which would be the same in every step")
+        return super().create_node(kind, *args, **kwargs)
+
+
+def _modes() -> dict[str, Any]:
+    """What `with torch.…:` blocks around code change, by name."""
+    types = ("cpu", "cuda")
+    return {
+        "grad mode (no_grad, enable_grad)": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "autocast": [(torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types],
+    }
+
+
+def _generators() -> tuple[Any, ...]:
+    """The state of all generators of random numbers, to be compared."""
+    cpu, cuda, numpy, python = randomness.save_state()
+    return (
+        cpu.tolist(),
+        None if cuda is None else cuda.tolist(),
+        [str(part) for part in numpy],
+        numpy[1].tolist(),
+        python,
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to be called when `module` is."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def _refuse_what_tracing_passes_over(model: nn.Module, descend: Collection[str]) -> None:
+    """Hooks of the modules that are opened, and a forward that is set on the model itself."""
+    for name in ("", *sorted(descend)):
+        module = attribute(model, name) if name else model
+        what = f"its module {name!r}, which must be opened to cut inside it," if name else "it"
+        if has_hooks(module) or "forward" in vars(module):
+            found = "hooks" if has_hooks(module) else "a forward of the instance's own"
+            raise SplitError(
+                f"{type(model).__name__} cannot be split into stages: {what} has {found}, which would be lost. "
+                "Needed: that code in a forward, or hooks on modules that stay whole (modules are not looked into), or "
+                "pipeline=1"
+            )
 
 
 def trace(model: nn.Module, given: Collection[str] | None = None, descend: Collection[str] = ()) -> fx.Graph:
@@ -77,8 +181,19 @@ def trace(model: nn.Module, given: Collection[str] | None = None, descend: Colle
     if given is None:
         given = [name for name, p in parameters.items() if p.default is p.empty]
     fixed = {name: p.default for name, p in parameters.items() if name not in given and p.default is not p.empty}
+    _refuse_what_tracing_passes_over(model, descend)
+    kept, before = randomness.save_state(), _generators()
     try:
         graph = _Tracer(descend).trace(model, concrete_args=fixed or None)
+        if _generators() != before:  # once more, to find the line; another thread may have drawn as well
+            randomness.restore_state(kept)
+            graph = _Tracer(descend, watch_random=True).trace(model, concrete_args=fixed or None)
+    except _Lost as lost:
+        raise SplitError(
+            f"{type(model).__name__} cannot be split into stages: at {_user_line(lost)} {lost}, and the stages "
+            "would not do it. Needed: move such code into a module of its own (modules are not looked into), or set "
+            "pipeline=1."
+        ) from None
     except Exception as error:
         raise SplitError(
             f"{type(model).__name__} cannot be split into stages: torch.fx could not trace its forward at "
