@@ -180,6 +180,32 @@ def test_an_input_that_a_batch_lacks_is_named() -> None:
         second.run((torch.ones(1, 2),), {0: [torch.ones(1, 2)]})
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, a: Tensor, mask: Tensor | None = None, scale: float = 2.0) -> Tensor:
+        found = self.one(a) * scale
+        return self.two(found if mask is None else found * mask)  # type: ignore[no-any-return]
+
+
+def test_an_argument_that_was_traced_with_its_default_cannot_be_passed_later() -> None:
+    """It was ignored: the losses were those of a model without the mask."""
+    model, a, mask = Scaled(), torch.randn(3, 2), torch.zeros(3, 2)
+    parts = cut_model(model, Cut(("two",)), 2)["train"]
+    first = part_of_model(model, parts[0])
+    for inputs in ((a, mask), {"a": a, "mask": mask}):
+        with pytest.raises(
+            ModelError, match=r"passes the argument 'mask' .* default None, so that it would be ignored"
+        ):
+            first.run(inputs, {})
+    with pytest.raises(ModelError, match=r"passes the argument 'scale' .* give parallelize example_inputs of the form"):
+        first.run({"a": a, "scale": 3.0}, {})
+    (passed,) = first.run({"a": a, "mask": None, "scale": 2.0}, {})  # what changes nothing may be passed
+    assert torch.equal(passed, first.run(a, {})[0])
+
+
 def test_a_stage_runs_the_modules_of_the_model_itself() -> None:
     model = Two()
     first, _ = parts_of(model)

@@ -31,6 +31,7 @@ class StageGraph:
     """The part of a traced model that is one stage.
 
     graph:    its nodes; the placeholders are first `inputs`, then all of `receives`.
+    takes:    names of the model's inputs that some stage may use; the others keep their defaults.
     inputs:   names of the model's inputs that it uses.
     receives: per earlier stage, the names of the values that come from it.
     sends:    per later stage, the names of the values that go to it.
@@ -41,6 +42,7 @@ class StageGraph:
     """
 
     graph: fx.Graph
+    takes: list[str] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
     receives: dict[int, list[str]] = field(default_factory=dict)
     sends: dict[int, list[str]] = field(default_factory=dict)
@@ -111,7 +113,8 @@ def check_split(graph: fx.Graph, split: Sequence[str], stages: int) -> list[str]
 def cut_graph(graph: fx.Graph, split: Sequence[str]) -> list[StageGraph]:
     """Cut a graph at the (checked, ordered) names of `split`; one StageGraph a stage."""
     stage_of = _assign(graph, split)
-    parts = [StageGraph(fx.Graph()) for _ in range(len(split) + 1)]
+    takes = [str(node.target).lstrip("*") for node in graph.nodes if node.op == "placeholder"]
+    parts = [StageGraph(fx.Graph(), takes) for _ in range(len(split) + 1)]
     env: list[dict[fx.Node, fx.Node]] = [{} for _ in parts]
     last = len(parts) - 1
     output = next(node for node in graph.nodes if node.op == "output")

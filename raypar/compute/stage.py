@@ -9,6 +9,7 @@ backward pass takes up the made values where the forward pass left them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,12 +56,21 @@ def part_of_model(model: nn.Module, part: StageGraph) -> StageCode:
     bind = binder(model)
     names = [*part.inputs, *(name for source in sources for name in part.receives[source])]
     lent = [index for index, name in enumerate(names) if name in part.lends]
+    defaults = {name: p.default for name, p in inspect.signature(model.forward).parameters.items()}
+    fixed = {name: default for name, default in defaults.items() if name not in part.takes}
     own = [str(node.target) for node in part.graph.nodes if node.op == "get_attr" and str(node.target) in part.lends]
 
     def run(inputs: Tree, received: dict[int, Values]) -> tuple[Any, ...]:
         arguments = []
         if part.inputs:
             bound = bind(inputs)
+            for name in fixed.keys() & bound.keys():
+                if not _is_same(bound[name], fixed[name]):
+                    raise ModelError(
+                        f"this batch passes the argument {name!r} of the model's forward, which was traced with its "
+                        f"default {fixed[name]!r}, so that it would be ignored: give parallelize example_inputs of the "
+                        "form that you train with"
+                    )
             for name in part.inputs:
                 if name not in bound:
                     raise ModelError(
@@ -84,6 +94,12 @@ def part_of_model(model: nn.Module, part: StageGraph) -> StageCode:
         return made
 
     return StageCode(run, bool(part.inputs), part.receives, part.sends, part.makes)
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    """Whether an argument is what it is when it is not passed."""
+    plain = isinstance(default, bool | int | float | str) and type(value) is type(default)
+    return value is default or (plain and value == default)
 
 
 def _versions(value: Tree) -> list[int]:
