@@ -17,6 +17,7 @@ from models import CNN
 from raypar.compute.checkpoint import Storage, newest_checkpoint, read, read_state_dict
 from raypar.compute.data import batches
 from raypar.compute.local import run_local
+from raypar.compute.microbatch import shared
 from raypar.compute.parallelize import parallelize
 from raypar.compute.replica import Replica, report
 from raypar.compute.session import current, epochs
@@ -553,3 +554,47 @@ def test_all_replicas_cut_alike_though_only_one_of_them_measures(new_runs: Calla
     plan = Plan(data=2, pipeline=2)
     found = list(holders(new_runs, plan, split=None, example_inputs=torch.zeros(16, 1, 28, 28)))
     assert found[:2] == found[2:]
+
+
+class WithTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(FEATURES, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)) @ table)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("split", [None, ["b"]])
+@pytest.mark.parametrize("arrays", [False, True])
+def test_example_inputs_may_be_all_that_a_batch_may_be(
+    new_runs: Callable[[Plan], Runs], split: list[str] | None, arrays: bool
+):
+    """NumPy arrays and raypar.shared inside the inputs fit train_step, but ended in a TypeError here."""
+    plan = Plan(pipeline=2)
+    inputs: Any = (X, shared(torch.eye(8)))
+    if arrays:
+        inputs = {"x": X.numpy(), "table": shared(np.eye(8, dtype=np.float32))}
+    losses: list[float] = []
+
+    def loop() -> None:
+        replica = make_replica(WithTable, plan, split=split, example_inputs=inputs)
+        losses.append(replica.train_step(inputs, Y).loss)
+
+    new_runs(plan)(loop)
+    assert 0 < losses[0] < 3
+
+
+def test_an_argument_that_tracing_did_not_know_is_refused_at_the_first_step(new_runs: Callable[[Plan], Runs]):
+    class WithMask(WithTable):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            hidden = torch.tanh(self.a(x))
+            return self.b(hidden if mask is None else hidden * mask)  # type: ignore[no-any-return]
+
+    plan = Plan(pipeline=2)
+
+    def loop() -> None:
+        make_replica(WithMask, plan, split=["b"]).train_step((X, torch.ones(12, 8)), Y).loss  # noqa: B018
+
+    with pytest.raises(ModelError, match=r"passes the argument 'mask' .* give parallelize example_inputs"):
+        new_runs(plan)(loop)

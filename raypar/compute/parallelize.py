@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raypar.compute import randomness
+from raypar.compute import microbatch, randomness, tree
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.profile import choose_cut
 from raypar.compute.replica import Replica
@@ -34,7 +34,8 @@ def parallelize(
     """Build the model on the actors of this replica, fresh, or restored from the run's newest checkpoint.
 
     build_model:    returns the model; called in each process that will hold a part of it, always with the
-                    same seed, so that all build the same weights.
+                    same seed, so that all build the same weights. The first train worker calls it once more on
+                    torch's meta device, where weights have no values, to see where the model can be cut.
     loss_fn:        (output, targets) -> the mean over the rows, a scalar; or a pair (sum, weight), for a mean
                     over something else, such as valid tokens.
     optimizer:      called with the part of the model that a process holds, whose parameters and modules have the names
@@ -48,7 +49,9 @@ def parallelize(
     weights:        a .safetensors or .pt file with the whole model's state dict to start from.
     seed:           of the weights and of the random numbers in training.
 
-    Called once in a train loop, by all replicas alike. Raises SplitError, ModelError, CheckpointError.
+    Called once in a train loop, by all replicas alike. Raises SplitError, ModelError, CheckpointError. A model
+    that cannot be cut is refused before its weights exist. Whether all values can cross the stages' borders is
+    known then only with `example_inputs` and a forward that runs on the meta device; else the first step tells.
     """
     session = current("parallelize")
     if session.wait_for_steps is not None:
@@ -67,6 +70,8 @@ def parallelize(
         os.path.abspath(weights) if weights is not None else None,
         seed,
     )
+    if example_inputs is not None:
+        example_inputs = _plain_tensors(example_inputs)
     placement = session.plan.actor_of_stage
     chosen: Cut | RayparError | None = None
     if session.rank == 0:  # one replica decides: measured times differ, and all must cut alike
@@ -84,3 +89,10 @@ def parallelize(
         raise chosen
     assert chosen is not None
     return Replica(session, session.start_actors(dataclasses.replace(spec, cut=chosen)))
+
+
+def _plain_tensors(inputs: Any) -> Any:
+    """Inputs as the model gets them: NumPy arrays as tensors, and what is inside `raypar.shared`."""
+    found, structure = tree.flatten(microbatch.to_tensors(inputs, torch.device("cpu")))
+    found = [leaf.value if isinstance(leaf, microbatch.Shared) else leaf for leaf in found]
+    return tree.unflatten(found, structure)
