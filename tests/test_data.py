@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypar.compute import tree
+from raypar.compute import data, tree
 from raypar.compute.checkpoint import Storage
 from raypar.compute.data import Batch, Table, batches, check_datasets
 from raypar.compute.local import run_local
@@ -52,6 +52,26 @@ def shares(
 
 def rows_of(of_epoch: Batches) -> list[list[int]]:
     return [batch["row"].tolist() for batch in of_epoch]
+
+
+def test_a_data_set_is_read_once_for_each_choice_of_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each epoch and each evaluation read and decoded the whole file again."""
+    path = write(tmp_path / "rows.parquet", a=pa.array([1, 2]), b=pa.array([3, 4]))
+    read: list[Any] = []
+
+    def counting(name: str, path: Any, columns: Any) -> Table:
+        read.append(columns)
+        return Table(name, path, columns)
+
+    monkeypatch.setattr(data, "Table", counting)
+
+    def loop() -> None:
+        for _ in epochs(3):
+            assert [set(batch) for batch in batches("train", batch_size=2)] == [{"a", "b"}]
+            assert [set(batch) for batch in batches("train", batch_size=1, columns=["a"])] == [{"a"}, {"a"}]
+
+    run_local(loop, Plan(), {"train": path}, Timeouts(), Storage.open("/dev/null", "run"))
+    assert read == [None, ["a"]]
 
 
 # ---------------------------------------------------------------- columns as tensors

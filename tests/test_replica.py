@@ -13,7 +13,7 @@ from raypar.compute.checkpoint import Storage, read
 from raypar.compute.engine import Order, StepResult
 from raypar.compute.microbatch import shared
 from raypar.compute.replica import Replica, report
-from raypar.compute.session import Position, Session, enter
+from raypar.compute.session import Loop, Position, Session, enter
 from raypar.compute.timing import Timing
 from raypar.planning.errors import CheckpointError, DataError, NonFiniteError, UsageError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts
@@ -372,7 +372,7 @@ def test_a_loss_that_is_not_finite_saves_the_last_committed_step_and_names_the_c
 
     def steps(first: int, last: int) -> None:
         for number in range(first, last + 1):
-            session.batch = ("train", number - 1, 9)
+            session.open_loops = [Loop("train", 9, {"batch_size": 3}, newest=number - 1)]
             replica.train_step(X, Y)
 
     steps(1, 2)
@@ -382,7 +382,10 @@ def test_a_loss_that_is_not_finite_saves_the_last_committed_step_and_names_the_c
         steps(3, 5)
     assert (caught.value.step, caught.value.stage) == (3, 1)
     found = read(str(caught.value.checkpoint), session.storage.filesystem)
-    assert (found.step, found.position) == (2, {"epoch": 0, "trained": {"train": 2}})
+    assert (found.step, found.position) == (
+        2,
+        {"epoch": 0, "trained": {"train": 2}, "batching": {"train": {"batch_size": 3}}},
+    )
     assert len(list(Path(session.storage.path).iterdir())) == 1
 
 
@@ -392,12 +395,12 @@ def test_a_loss_that_is_not_finite_in_the_first_step_of_an_epoch_saves_that_epoc
     errors[3] = NonFiniteError("the loss became nan at step 3.", step=3, stage=None)
     for epoch, index in ((0, 0), (0, 1), (1, 0), (1, 1)):
         session.position = session.position if epoch == session.position.epoch else Position(epoch)
-        session.batch = ("train", index, 2)
+        session.open_loops = [Loop("train", 2, {"batch_size": 3}, newest=index)]
         replica.train_step(X, Y)
     with pytest.raises(NonFiniteError) as caught:
         replica.wait()
     found = read(str(caught.value.checkpoint), session.storage.filesystem)
-    assert (found.step, found.position) == (2, {"epoch": 1, "trained": {}})
+    assert (found.step, found.position) == (2, {"epoch": 1, "trained": {}, "batching": {}})
 
 
 def test_a_loss_that_is_not_finite_is_told_also_where_nothing_can_be_saved(

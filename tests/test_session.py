@@ -62,7 +62,8 @@ def saved_position(tmp_path: Path) -> dict[str, Any]:
     path = newest_checkpoint(storage)
     assert path is not None
     found: dict[str, Any] = read_manifest(path, storage.filesystem)["position"]
-    return found
+    assert found["batching"].keys() == found["trained"].keys()
+    return {"epoch": found["epoch"], "trained": found["trained"]}
 
 
 # ---------------------------------------------------------------- epochs and batches after a resume
@@ -227,8 +228,10 @@ def test_without_epochs_each_loop_gets_all_batches_but_for_the_first_one_after_a
                     report({}, replica)
             found.append(steps)
 
-    run(loop)
-    run(loop)
+    with pytest.warns(UserWarning, match="outside raypar.epochs"):
+        run(loop)
+    with pytest.warns(UserWarning, match="outside raypar.epochs"):
+        run(loop)
     assert found == [4, 4, 4, left, 4, 4]
 
 
@@ -279,6 +282,127 @@ def test_steps_on_data_of_the_users_own_leave_the_position_alone(run: Any, tmp_p
 
     run(loop)
     assert saved_position(tmp_path) == {"epoch": 0, "trained": {}}
+
+
+# ---------------------------------------------------------------- several loops at once, other arguments
+
+
+def crash_and_go_on(run: Any, body: Callable[[Replica, list[Any], bool], None]) -> tuple[list[Any], list[Any]]:
+    """What `body` has seen in a run that crashed, and in the one that went on from it."""
+    seen: tuple[list[Any], list[Any]] = ([], [])
+    with pytest.raises(Crash):
+        run(lambda: body(make_replica(), seen[0], True))
+    run(lambda: body(make_replica(), seen[1], False))
+    return seen
+
+
+def test_a_step_on_the_batches_of_two_loops_counts_for_both(run: Any, tmp_path: Path):
+    """Only the data set whose batch came last was counted: a resumed run paired the first batch of one with the third
+    of the other."""
+
+    def body(replica: Replica, seen: list[Any], crash: bool) -> None:
+        for _ in epochs(1):
+            pairs = zip(*(batches(name, batch_size=BATCH, shuffle=False) for name in ("train", "test")), strict=True)
+            for one, other in pairs:
+                train_on(replica, one)
+                seen.append((one["row"][0].item(), other["row"][0].item()))
+                report({}, replica)
+                if crash and len(seen) == 2:
+                    assert saved_position(tmp_path) == {"epoch": 0, "trained": {"train": 2, "test": 2}}
+                    raise Crash
+
+    assert crash_and_go_on(run, body) == ([(0, 100), (2, 102)], [(4, 104), (6, 106)])
+    assert saved_position(tmp_path) == {"epoch": 1, "trained": {}}
+
+
+def test_a_loop_that_was_never_finished_does_not_hold_up_the_epoch(run: Any, tmp_path: Path):
+    """A first batch fetched by hand, to look at it, leaves a loop open for as long as its iterator lives."""
+
+    def loop() -> None:
+        replica = make_replica()
+        for _ in epochs(1):
+            iterator = batches("train", batch_size=BATCH)
+            next(iterator)
+            for number, batch in enumerate(batches("train", batch_size=BATCH)):
+                train_on(replica, batch)
+                report({}, replica)
+                if number == 1:
+                    assert saved_position(tmp_path) == {"epoch": 0, "trained": {"train": 2}}
+            report({}, replica)
+            assert saved_position(tmp_path) == {"epoch": 1, "trained": {}}
+            next(iterator)
+
+    run(loop)
+
+
+@pytest.mark.parametrize("changed", [{"batch_size": 3}, {"seed": 1}, {"shuffle": False}])
+def test_an_epoch_is_not_resumed_with_other_batches(run: Any, changed: dict[str, Any]):
+    """Behind two batches of 2 rows, with batch_size=3, the resumed run went on at row 6: two rows were never seen."""
+
+    def body(replica: Replica, seen: list[Any], crash: bool) -> None:
+        for _ in epochs(1):
+            for batch in batches("train", **{"batch_size": BATCH} | ({} if crash else changed)):
+                train_on(replica, batch)
+                seen.append(batch)
+                report({}, replica)
+                if crash and len(seen) == 2:
+                    raise Crash
+
+    with pytest.raises(
+        UsageError,
+        match=r"goes on behind batch 2 of an epoch with batch_size=2, shuffle=True, seed=0; found batch_size=",
+    ):
+        crash_and_go_on(run, body)
+
+
+def test_the_next_epoch_may_have_other_batches(run: Any):
+    def body(replica: Replica, seen: list[Any], crash: bool) -> None:
+        for _ in epochs(2):
+            for batch in batches("train", batch_size=BATCH if crash else 3, seed=int(crash)):
+                train_on(replica, batch)
+                seen.append(len(batch["row"]))
+            report({}, replica)
+            if crash:
+                raise Crash
+
+    assert crash_and_go_on(run, body) == ([2, 2, 2, 1], [3, 3, 1])
+
+
+def test_a_loop_that_evaluates_first_does_not_use_up_what_the_training_one_passes_over(run: Any):
+    """It did, and the resumed run trained on the batches of the epoch a second time."""
+
+    def body(replica: Replica, seen: list[Any], crash: bool) -> None:
+        for _ in epochs(1):
+            list(batches("train", batch_size=BATCH, shuffle=False))
+            for batch in batches("train", batch_size=BATCH, shuffle=False):
+                train_on(replica, batch)
+                seen.append(batch["row"][0].item())
+                report({}, replica)
+                if crash and len(seen) == 2:
+                    raise Crash
+
+    assert crash_and_go_on(run, body) == ([0, 2], [4, 6])
+
+
+def test_a_second_pass_outside_epochs_is_warned_of_once_since_it_has_the_order_of_the_first(run: Any):
+    """With `for epoch in range(5)` all epochs have the same order of rows, and nothing said so."""
+
+    def loop(**options: Any) -> Callable[[], None]:
+        def train() -> None:
+            replica = make_replica()
+            for _ in range(4):
+                list(batches("test", batch_size=BATCH))
+                for batch in batches("train", batch_size=BATCH, **options):
+                    train_on(replica, batch)
+
+        return train
+
+    with pytest.warns(
+        UserWarning, match=r"second pass over raypar\.batches\('train'\) outside raypar\.epochs"
+    ) as found:
+        run(loop(), Plan(data=2))
+    assert [Path(each.filename).name for each in found] == [Path(__file__).name]
+    run(loop(shuffle=False))  # a warning would be an error here
 
 
 # ---------------------------------------------------------------- the history

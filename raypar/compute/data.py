@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from raypar.compute.checkpoint import resolve
-from raypar.compute.session import Session, current
+from raypar.compute.session import Loop, Session, current
 from raypar.compute.tree import like_dict
 from raypar.planning.errors import DataError, UsageError, near_names
 
@@ -136,10 +136,16 @@ def batches(
     columns:    names of the columns to read; None: all.
 
     Yields a dict of CPU tensors by column, rows first: a fixed-shape tensor column as its shape, a list of
-    fixed size as one dimension. After a resume the first loop over a data set passes over the batches that
-    committed steps have trained on.
+    fixed size as one dimension. The columns are read once and stay in memory.
 
-    Raises DataError for an unknown name or column, a column that holds no numbers, or nulls.
+    After a resume within an epoch, loops over a data set pass over the batches that steps have trained on, until a
+    step trains on that data set again: a loop that evaluates on the same rows stands behind the one that trains.
+    What a step has trained on is the newest batch of each loop around it, of both in
+    `for a, b in zip(batches("a", …), batches("b", …))`. So train on each batch before the next one is taken: those
+    that were fetched ahead count as trained on, and a resumed run leaves them out.
+
+    Raises DataError for an unknown name or column, a column that holds no numbers, or nulls; UsageError where a
+    resumed epoch would go on with another batch_size, shuffle or seed.
     """
     session = current("batches")
     if name not in session.datasets:
@@ -148,7 +154,10 @@ def batches(
         )
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise UsageError(f"batches({name!r}, batch_size={batch_size!r}): needed a whole number of at least 1")
-    table = Table(name, session.datasets[name], columns)
+    wanted = (name, None if columns is None else tuple(columns))
+    if wanted not in session.tables:
+        session.tables[wanted] = Table(name, session.datasets[name], columns)
+    table: Table = session.tables[wanted]
     if drop_last and table.rows < batch_size:
         raise DataError(
             f"batches({name!r}, batch_size={batch_size}, drop_last=True): the data set has {table.rows} rows, so that "
@@ -164,14 +173,13 @@ def _batches(
     order = np.arange(table.rows)
     if shuffle:
         order = np.random.default_rng([seed, session.position.epoch]).permutation(table.rows)
-    around = session.batch if session.open_loops else None
-    session.open_loops.append(name)
+    loop = Loop(name, count, {"batch_size": batch_size, "shuffle": bool(shuffle), "seed": int(seed)})
+    start = session.begin_loop(loop)
     try:
-        for index in range(session.passed.get(name, 0), count):
-            session.batch = (name, index, count)
+        for index in range(start, count):
+            session.next_batch(loop, index)
             rows = order[index * batch_size : (index + 1) * batch_size]
             yield table.take(np.array_split(rows, session.size)[session.rank])
-        session.passed.pop(name, None)
+        session.full_pass(loop)
     finally:
-        session.open_loops.remove(name)
-        session.batch = around
+        session.end_loop(loop)

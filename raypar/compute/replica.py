@@ -214,6 +214,10 @@ def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:
     metrics: numbers by name; those of the first replica are kept, with `step` and `epoch` beside them.
     All replicas call it alike; it waits for the steps under way and for all replicas.
 
+    Inside `raypar.epochs` a checkpoint stands for the next epoch once no loop over `raypar.batches` that trains has a
+    batch left, else for the next batch of this one. So where an epoch has several such loops one after the other,
+    save within them or behind the last: a checkpoint made between two of them leaves out the second one on resume.
+
     Raises CheckpointError when the checkpoint cannot be written; the run can go on without it.
     """
     session = current("report")

@@ -7,7 +7,9 @@ A session is made by local mode or by a train worker before the user's loop star
 from __future__ import annotations
 
 import time
+import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -27,15 +29,34 @@ from raypar.planning.plan import Plan, Timeouts
 class Position:
     """Where a run is in its data.
 
-    epoch:   the epoch that goes on, or the next one, from 0.
-    trained: of each data set, the batches of this epoch that optimizer steps have used.
+    epoch:    the epoch that goes on, or the next one, from 0.
+    trained:  of each data set, the batches of this epoch that optimizer steps have used.
+    batching: of each of these, the arguments of `batches` that decide which rows those were.
     """
 
     epoch: int = 0
     trained: dict[str, int] = field(default_factory=dict)
+    batching: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def copy(self) -> Position:
-        return Position(self.epoch, dict(self.trained))
+        return Position(self.epoch, dict(self.trained), dict(self.batching))
+
+
+@dataclass(eq=False)
+class Loop:
+    """A loop over the batches of a data set that has begun and not ended.
+
+    count:    the batches of a whole epoch.
+    batching: as in Position.
+    newest:   the index of the batch that the loop has got last.
+    trained:  how many of the epoch's batches were used when the last step was taken within this loop; 0 before any.
+    """
+
+    name: str
+    count: int
+    batching: dict[str, Any]
+    newest: int = -1
+    trained: int = 0
 
 
 class Session(ABC):
@@ -55,10 +76,11 @@ class Session(ABC):
         self.restored: str | None = None
         self.wait_for_steps: Callable[[], None] | None = None  # of the replica, once there is one
         self.epochs: int | None = None
-        self.batch: tuple[str, int, int | None] | None = None  # data set, index, how many in the epoch
-        self.open_loops: list[str] = []  # the data sets over whose batches a loop runs now
-        self.passed: dict[str, int] = {}  # batches that the first loop after a resume passes over
-        self._trained: tuple[str, int, int | None] | None = None  # the batch of the newest step
+        self.open_loops: list[Loop] = []  # the one that got its newest batch last stands last
+        self.passed: dict[str, int] = {}  # batches of each data set that are passed over until it is trained on again
+        self.tables: dict[Any, Any] = {}  # what `batches` has read, so that it reads it once
+        self.full_passes: Counter[str] = Counter()  # over each data set, outside `epochs`
+        self._trained: Loop | None = None  # the innermost loop around the newest step
         self._rate = Rate()
 
     def restore(self, path: str | None) -> None:
@@ -100,26 +122,63 @@ class Session(ABC):
 
     # ------------------------------------------------------------ what both share
 
+    def begin_loop(self, loop: Loop) -> int:
+        """A loop over batches begins; returns the index of its first batch. Raises UsageError where it would go on
+        in the midst of an epoch whose batches held other rows."""
+        start = self.passed.get(loop.name, 0)
+        before = self.position.batching.get(loop.name, loop.batching)
+        if start and before != loop.batching:
+            raise UsageError(
+                f"batches({loop.name!r}): the run goes on behind batch {start} of an epoch with {_arguments(before)}; "
+                f"found {_arguments(loop.batching)}, which would repeat rows or leave some out; needed the same until "
+                "that epoch is over"
+            )
+        self.open_loops.append(loop)
+        return start
+
+    def next_batch(self, loop: Loop, index: int) -> None:
+        loop.newest = index
+        self.open_loops.remove(loop)
+        self.open_loops.append(loop)
+
+    def end_loop(self, loop: Loop) -> None:
+        self.open_loops.remove(loop)
+
+    def full_pass(self, loop: Loop) -> None:
+        """A loop has come to its end. Warns, once a data set, of a second epoch that raypar knows nothing of."""
+        if self.passed.get(loop.name, 0) >= loop.count:
+            del self.passed[loop.name]  # there was nothing left to train on
+        if loop.trained and loop.batching["shuffle"] and self.epochs is None:
+            self.full_passes[loop.name] += 1
+            if self.full_passes[loop.name] == 2 and self.rank == 0:
+                warnings.warn(
+                    f"found a second pass over raypar.batches({loop.name!r}) outside raypar.epochs: every pass has the "
+                    "same order of rows, and a resumed run begins with the first pass again; needed: for epoch in "
+                    "raypar.epochs(…), or shuffle=False",
+                    stacklevel=3,  # the line of the user's loop
+                )
+
     def trained_on_batch(self) -> Position:
-        """Count the batch that a step uses; returns the position behind that step."""
-        self._trained = self.batch
-        if self.batch is not None:
-            name, index, _ = self.batch
-            self.position.trained[name] = index + 1
-            self.passed.pop(name, None)
+        """Count what a step uses, the newest batch of each open loop; returns the position behind that step."""
+        for loop in {loop.name: loop for loop in self.open_loops}.values():
+            loop.trained = loop.newest + 1
+            self.position.trained[loop.name] = loop.trained
+            self.position.batching[loop.name] = loop.batching
+            self.passed.pop(loop.name, None)
+        self._trained = self.open_loops[-1] if self.open_loops else None
         return self.position.copy()
 
     def committed(self, samples: int, loss: float, step: int, position: Position) -> None:
         """Show progress after a committed step, which has brought the run to `position`; a few times a second."""
         if self._rate.count(samples) and self.rank == 0:
-            name, _, total = self._trained if self._trained is not None else (None, 0, None)
+            loop = self._trained
             self.show_progress(
                 {
                     "epoch": position.epoch,
                     "epochs": self.epochs,
                     "step": step,
-                    "done": position.trained.get(name) if name is not None else None,
-                    "total": total,
+                    "done": position.trained.get(loop.name) if loop is not None else None,
+                    "total": loop.count if loop is not None else None,
                     "loss": loss,
                     "samples_per_s": self._rate.per_second,
                 }
@@ -149,12 +208,14 @@ class Session(ABC):
         batches that were trained on has ended or has come to its last batch, the epoch is over and a resumed
         run starts the next one: it never enters an epoch that has no batch left."""
         position = self.position
-        going_on = set(self.open_loops) & set(position.trained)
-        if self._trained is not None and self._trained[1] + 1 == self._trained[2]:
-            going_on.discard(self._trained[0])
+        going_on = any(0 < loop.trained < loop.count for loop in self.open_loops)
         if self.epochs is not None and position.trained and not going_on:
             return Position(position.epoch + 1)
         return position.copy()
+
+
+def _arguments(batching: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in batching.items())
 
 
 class Rate:
@@ -196,7 +257,8 @@ def current(call: str) -> Session:
 
 def epochs(count: int) -> Iterator[int]:
     """The epochs still to do, numbered from 0: all of `range(count)` in a fresh run, those behind the last
-    checkpoint after a resume. A checkpoint made within an epoch resumes that epoch at its next batch."""
+    checkpoint after a resume. A checkpoint made within an epoch resumes that epoch at its next batch; `report` says
+    when an epoch counts as over."""
     session = current("epochs")
     if not isinstance(count, int) or count < 0:
         raise UsageError(f"raypar.epochs({count!r}): needed a whole number of epochs, 0 or more")
