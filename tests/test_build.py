@@ -65,6 +65,25 @@ def test_what_is_no_module_is_refused():
         build_whole(spec(lambda: {"weights": 1}))  # type: ignore[arg-type, return-value]
 
 
+class Counting(nn.Linear):
+    """Keeps something in its state dict that is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(pipeline=2)])
+def test_extra_state_which_no_checkpoint_would_restore_is_refused_by_its_name(plan: Plan):
+    """It ended in an AttributeError: 'dict' object has no attribute 'shape'."""
+    split = ("1",) if plan.pipeline > 1 else ()
+    made = spec(lambda: nn.Sequential(nn.Linear(2, 2), Counting(2, 2)), split)
+    with pytest.raises(ModelError, match=r"holds '1\._extra_state', a dict that is neither a parameter nor a buffer"):
+        build_part(made, plan, 0, CPU)
+
+
 # ---------------------------------------------------------------- the part of an actor
 
 

@@ -48,8 +48,8 @@ def one_process_a_node() -> Iterator[None]:
 def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) -> Part:
     """Build the model, keep what `actor` holds, move it to `device` and free the rest."""
     model = build_whole(spec)
-    names = {name: tensor.shape for name, tensor in model.state_dict().items()}
     placement = plan.actor_of_stage
+    names = _shapes(model, len(placement))
     cuts = {} if len(placement) == 1 else cut_model(model, spec.cut, len(placement))
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     owner = owners(model, list(cuts.values())) if cuts else {name: 0 for name, _ in everything}
@@ -67,6 +67,22 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
         stages[stage] = Stage(stage, codes, stage == len(placement) - 1, spec.loss_fn)
     edges = {mode: edges_of(cuts[mode]) if cuts else set() for mode in ("train", "eval")}
     return Part(model, stages, owner, edges, names)
+
+
+def _shapes(model: nn.Module, stages: int) -> dict[str, torch.Size]:
+    """The names of the model's state dict, with their shapes. Raises ModelError for what is no tensor, and where there
+    are several stages for what is no parameter or buffer, since no stage owns it."""
+    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    known = {name for name, _ in everything}
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or (stages > 1 and name not in known):
+            raise ModelError(
+                f"the model's state dict holds {name!r}, a {type(value).__name__} that is neither a parameter nor a "
+                "buffer (from get_extra_state, say), which raypar could not restore: needed all state in parameters "
+                "and buffers (register_buffer), or without get_extra_state"
+            )
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def cut_model(model: nn.Module, cut: Cut, stages: int) -> dict[str, list[StageGraph]]:
@@ -87,16 +103,19 @@ def _drop_others(model: nn.Module, others: set[str]) -> None:
     """Remove the parameters and buffers of other actors, and every module that held nothing else."""
     for prefix, module in list(model.named_modules()):
         dot = f"{prefix}." if prefix else ""
-        for tensors in (module._parameters, module._buffers):
-            for name in [name for name in tensors if dot + name in others]:
-                del tensors[name]
+        own = [
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        ]
+        for name in [name for name, _ in own if dot + name in others]:
+            delattr(module, name)
     kept = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     for prefix, module in list(model.named_modules()):
         for name in [name for name, _ in module.named_children()]:
             full = f"{prefix}.{name}" if prefix else name
             held_others = any(other.startswith(full + ".") for other in others)
             if held_others and not any(own.startswith(full + ".") for own in kept):
-                del module._modules[name]
+                delattr(module, name)
 
 
 def bucket_sums(part: Part, transport: Transport) -> dict[int, GradientSum]:
