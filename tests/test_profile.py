@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,10 +188,13 @@ def test_inputs_that_do_not_fit_forward_are_refused_before_weights_are_allocated
         choose_cut(spec(OnMetaOnly(CNN)), (0, 1), ["conv2"], (IMAGES, IMAGES), never)
 
 
-def test_a_model_that_cannot_be_built_without_storage_is_built_for_real():
+def test_a_model_that_cannot_be_built_without_storage_is_built_for_real_while_no_other_process_of_the_machine_builds():
     def build() -> nn.Module:
         model = mlp()
         assert model[1].weight.sum().item() != 7
+        lock = Path(tempfile.gettempdir()) / f"raypar-build-{os.getuid()}.lock"
+        with lock.open("w") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return model
 
     assert choose_cut(spec(build), (0, 1), ["3"], IMAGES, never).split == ("3",)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from raypar.compute import tree
-from raypar.compute.build import build_whole, cut_model
+from raypar.compute.build import build_whole, cut_model, one_process_a_node
 from raypar.compute.channel import check_can_cross
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.split import check_split, open_modules, owners
@@ -41,7 +41,10 @@ def choose_cut(
     stages = len(placement)
     if stages == 1 and not split:
         return Cut()
-    model = on_meta(spec.build_model) or build_whole(spec)
+    model = on_meta(spec.build_model)
+    if model is None:
+        with one_process_a_node():
+            model = build_whole(spec)
     given = None if example_inputs is None else tuple(bind_inputs(model, example_inputs))
     opened = tuple(sorted(open_modules(model, split, stages, given)))
     graph = trace(model, given, opened)
