@@ -48,6 +48,20 @@ def test_a_pass_that_is_repeated_drops_the_same_values_and_another_pass_drops_ot
     restore_state(kept)
 
 
+def test_python_and_numpy_draw_other_numbers_in_each_pass_and_the_same_when_it_is_repeated():
+    """They were once given back but not seeded: a model that drops layers by random.random() dropped the same ones in
+    every step."""
+
+    def numbers(step: int) -> tuple[float, float]:
+        seed_pass(CPU, 0, step, 0, 0)
+        return random.random(), float(np.random.rand())
+
+    kept = save_state()
+    assert numbers(1) == numbers(1)
+    assert len({numbers(step) for step in range(20)}) == 20
+    restore_state(kept)
+
+
 def test_the_global_generators_go_on_where_they_were_kept():
     def numbers() -> tuple[list[float], float, float]:
         return torch.rand(3).tolist(), float(np.random.rand()), random.random()

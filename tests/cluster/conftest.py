@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,14 @@ import ray
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """Ray with 12 logical CPUs on this machine, however many it has: processes are placed, not measured."""
-    ray.init(num_cpus=12, include_dashboard=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    """Ray with 12 logical CPUs on this machine, however many it has: processes are placed, not measured. Its workers
+    import what the tests import."""
+    root = Path(__file__).parents[2]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", os.pathsep.join(map(str, (root, root / "jobs", root / "tests"))))
+        ray.init(num_cpus=12, include_dashboard=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture

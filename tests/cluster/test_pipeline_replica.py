@@ -1,0 +1,125 @@
+"""Replicas on real Ray: the numbers of a plain loop, and errors with an address from the actors behind them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.train
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import raypar
+from models import CNN
+from raypar import Plan, Timeouts, Trainer
+from raypar.cluster.pipeline_replica import PipelineActors
+from raypar.compute.checkpoint import Storage
+from raypar.planning.errors import TimeoutExceededError, UserCodeError
+from support import reference
+
+STEPS, ROWS, LR = 5, 32, 0.1
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.rand(ROWS, 1, 28, 28, generator=generator), torch.randint(0, 10, (ROWS,), generator=generator))
+        for _ in range(STEPS)
+    ]
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=LR, momentum=0.9)
+
+
+def train(config: dict[str, Any]) -> None:
+    replica = raypar.parallelize(CNN, loss_fn=F.cross_entropy, optimizer=sgd, split=config["split"])
+    rank = ray.train.get_context().get_world_rank()
+    share = slice(rank * ROWS // config["data"], (rank + 1) * ROWS // config["data"])
+    losses = [replica.train_step(x[share], y[share]).loss for x, y in batches()]
+    images, labels = batches()[0]
+    found = replica.eval_step(images[share], labels[share])
+    raypar.report({"losses": losses, "eval": found.loss, "rows": found.samples}, replica)
+
+
+def fit(loop: Callable[..., None], plan: Plan, storage: Path, config: dict[str, Any], **options: Any) -> Any:
+    run_config = ray.train.RunConfig(name="run", storage_path=str(storage))
+    return Trainer(loop, plan=plan, train_loop_config=config, run_config=run_config, **options).fit()
+
+
+@pytest.mark.parametrize(
+    ("plan", "split"),
+    [
+        (Plan(data=2, microbatches=2), None),
+        (Plan(data=2, pipeline=2, microbatches=4), ["conv2"]),
+        (Plan(pipeline=2, placement=[0, 1, 0], microbatches=4, schedule="gpipe"), ["conv2", "fc2"]),
+    ],
+    ids=["data", "data and pipeline", "placement 0 1 0"],
+)
+def test_five_steps_on_ray_equal_a_plain_loop(
+    plan: Plan, split: list[str] | None, tmp_path: Path, nothing_left: None
+) -> None:
+    result = fit(train, plan, tmp_path, {"split": split, "data": plan.data})
+
+    torch.manual_seed(0)
+    plain = CNN()
+    optimizer = sgd(plain)
+    losses = []
+    for images, labels in batches():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(plain(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert result.metrics["losses"] == pytest.approx(losses, abs=1e-6)
+    images, labels = batches()[0]
+    assert result.metrics["eval"] == pytest.approx(F.cross_entropy(plain(images), labels).item(), abs=1e-6)
+    assert result.metrics["rows"] == ROWS
+    assert reference.worst_difference(raypar.read_state_dict(result.checkpoint), plain.state_dict()) <= 1e-6
+
+
+class Silent:
+    """A stage actor that is built, and then never answers again."""
+
+    def build(self, *arguments: Any) -> dict[str, Any]:
+        return {"names": {}, "uses_inputs": True, "describe": {}}
+
+    def state(self) -> None:
+        threading.Event().wait()
+
+
+def test_an_actor_that_stands_still_is_named_when_its_state_is_asked_for(tmp_path: Path, nothing_left: None) -> None:
+    """A step's waits have limits of their own; a call in which actors do not wait for each other had none."""
+    remote: Any = ray.remote(num_cpus=0)(Silent)
+    handles = [remote.remote(), remote.remote()]
+    storage = Storage.open(tmp_path, "run")
+    spec: Any = None
+    plan = Plan(pipeline=2, placement=[0, 1, 0])
+    actors = PipelineActors(handles, plan, 3, Timeouts(peer=1, stop=1), spec, storage, None)
+    with pytest.raises(
+        TimeoutExceededError, match=r"replica 3, stage 0, 2, 1: no answer to 'state'.*Timeouts\(peer=…\)"
+    ):
+        actors.state()
+    for handle in handles:
+        ray.kill(handle)
+
+
+def test_an_exception_of_the_optimizer_function_names_replica_and_stage(tmp_path: Path, nothing_left: None) -> None:
+    def loop() -> None:
+        def optimizer(module: nn.Module) -> torch.optim.Optimizer:
+            if any(name.startswith("fc") for name, _ in module.named_parameters()):
+                raise KeyError("no rate for fc1")
+            return sgd(module)
+
+        raypar.parallelize(CNN, loss_fn=F.cross_entropy, optimizer=optimizer, split=["fc1"])
+
+    with pytest.raises(
+        UserCodeError, match=r"replica 0, stage 1: building .* raised KeyError: 'no rate for fc1'"
+    ) as error:
+        fit(loop, Plan(pipeline=2), tmp_path, {})
+    assert (error.value.replica, error.value.stage) == (0, 1)

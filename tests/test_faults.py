@@ -1,0 +1,54 @@
+"""What an exception means, and whose it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from raypar.compute.faults import failed_wait, is_of_connection, user_code
+from raypar.planning.errors import DataError, PeerLostError, RunError, TimeoutExceededError, UserCodeError
+
+CLOSED = RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+LATE = RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/buffer.cc:91] Timed out waiting 2000ms for recv")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (CLOSED, PeerLostError, "the other side is gone"),
+        (dist.DistNetworkError("broken pipe"), PeerLostError, "the other side is gone"),
+        (LATE, TimeoutExceededError, "longer than Timeouts"),
+        (RuntimeError("out of memory"), RunError, "failed: RuntimeError: out of memory"),
+    ],
+)
+def test_a_failed_exchange_says_where_and_why(error: Exception, kind: type[RunError], words: str) -> None:
+    """Any RuntimeError was once a lost peer, one of memory too, which then hid behind the losses it had caused."""
+    found = failed_wait("replica 1, stage 2: the commit", error, replica=1, stage=2)
+    assert type(found) is kind
+    assert str(found).startswith("replica 1, stage 2: the commit")
+    assert words in str(found)
+    assert (found.replica, found.stage) == (1, 2)
+
+
+def test_only_errors_of_torch_distributed_are_of_the_connection() -> None:
+    assert is_of_connection(CLOSED)
+    assert not is_of_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_of_connection(ValueError("/gloo/"))
+
+
+def test_an_exception_of_user_code_keeps_its_cause_and_its_traceback() -> None:
+    with pytest.raises(UserCodeError) as caught, user_code("replica 0, stage 1: forward", 0, 1):
+        raise KeyError("weights")
+    assert "replica 0, stage 1: forward raised KeyError: 'weights'" in str(caught.value)
+    assert 'raise KeyError("weights")' in str(caught.value)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_errors_of_raypar_pass_unchanged() -> None:
+    with pytest.raises(DataError, match="no rows"), user_code("forward", 0):
+        raise DataError("no rows")
+
+
+def test_a_reduction_within_user_code_that_loses_its_peer_is_no_fault_of_the_user() -> None:
+    with pytest.raises(PeerLostError), user_code("replica 0, stage 0: backward", 0, 0):
+        raise CLOSED
