@@ -303,6 +303,109 @@ def test_the_state_is_a_copy_that_later_steps_do_not_change():
     assert torch.equal(state["exp_avg"], kept)
 
 
+def rates_by_group(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        [{"params": [p], "lr": 0.1 if name.startswith("0") else 0.01} for name, p in module.named_parameters()],
+        momentum=0.9,
+    )
+
+
+def cyclic(optimizer: torch.optim.Optimizer) -> Any:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.CyclicLR(optimizer, [rate / 10 for rate in rates], rates, 3)
+
+
+def chained_cyclic(optimizer: torch.optim.Optimizer) -> Any:
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    return torch.optim.lr_scheduler.ChainedScheduler([cyclic(optimizer), constant])
+
+
+def halves(at: int) -> list[nn.Module]:
+    parts: list[nn.Module] = [model(), model()]
+    for index in range(4):
+        del parts[index < at]._modules[str(index)]
+    return parts
+
+
+@pytest.mark.parametrize("make", [cyclic, chained_cyclic])
+@pytest.mark.parametrize("at", [3, 1])
+def test_a_scheduler_with_values_for_each_group_goes_on_under_the_same_cut_and_under_another(
+    make: MakeScheduler, at: int
+):
+    """Each actor once got the first one's max_lrs: other rates where its groups were as many, a ValueError of torch
+    where they were not."""
+
+    def rates(found: list[Learner]) -> dict[str, float]:
+        return {name: entry["options"]["lr"] for each in found for name, entry in each.state()["optimizer"].items()}
+
+    before, plain = ([learner(part, rates_by_group, make) for part in halves(3)] for _ in range(2))
+    for number in range(2):
+        for each in before + plain:
+            step(each, number)
+    states = [each.state() for each in before]
+    merged = {"optimizer": states[0]["optimizer"] | states[1]["optimizer"], "scheduler": states[0]["scheduler"]}
+    resumed = [learner(part, rates_by_group, make) for part in halves(at)]
+    for each in resumed:
+        each.load_state(pickle.loads(pickle.dumps(merged)))
+    for number in range(2, 8):
+        assert rates(resumed) == rates(plain)
+        for each in resumed + plain:
+            step(each, number)
+    assert len(set(rates(plain).values())) == 2
+
+
+def test_a_scheduler_whose_groups_cannot_be_mapped_is_refused():
+    found = learner(model(), rates_by_group, cyclic)
+    step(found, 1)
+    with pytest.raises(CheckpointError, match=r"values of '\w+' that differ among the parameters of one group here"):
+        learner(model(), lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9), cyclic).load_state(
+            found.state()
+        )
+
+
+def test_another_scheduler_is_refused_where_its_groups_need_what_was_not_saved():
+    found = learner(model(), rates_by_group, chained_cyclic)
+
+    def longer(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.ChainedScheduler([cyclic(optimizer)])
+
+    with pytest.raises(CheckpointError, match="2 schedulers in one, found 1"):
+        learner(model(), rates_by_group, longer).load_state(found.state())
+
+
+def test_another_optimizer_than_the_saved_one_is_refused():
+    """It was a KeyError of torch's at the first step: SGD keeps no 'exp_avg'."""
+    found = learner(model(), lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9))
+    step(found, 1)
+    with pytest.raises(CheckpointError, match=r"for the parameter '0\.weight' is SGD, found AdamW; needed: optimizer="):
+        learner(model()).load_state(found.state())
+
+
+def head_only(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for name, p in module.named_parameters() if name.startswith("3")], lr=0.1)
+
+
+def test_an_optimizer_that_selects_nothing_of_a_part_means_that_the_part_is_not_stepped():
+    """optimizer= is called with each actor's part: over the head alone it failed on the actors without the head, where
+    one optimizer over the whole model works."""
+    body, head = halves(3)
+    owner = {name: int(name.startswith("3")) for name in model().state_dict()}
+    spec = ModelSpec(lambda: body, F.mse_loss, head_only, cosine)
+    first = Learner(Part(body, {}, owner, {}, {}), spec)
+    last = Learner(Part(head, {}, owner, {}, {}), spec)
+    kept = {name: value.clone() for name, value in body.state_dict().items()}
+    assert step(first, 1)[0] is None
+    assert step(last, 1)[0] == 0.1
+    assert all(torch.equal(value, kept[name]) for name, value in body.state_dict().items())
+    first.load_state(last.state())
+    assert first.state() == {"optimizer": {}, "scheduler": None}
+
+
+def test_an_optimizer_that_selects_nothing_of_the_whole_model_is_an_error_as_in_plain_pytorch():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        learner(model(), lambda m: torch.optim.SGD([], lr=0.1))
+
+
 def test_a_state_that_lacks_a_parameter_is_refused():
     found = learner(model())
     step(found, 1)

@@ -24,7 +24,8 @@ class Learner:
         self.module = part.module
         self.max_grad_norm = spec.max_grad_norm
         self.parameters = [p for p in part.module.parameters() if p.requires_grad]
-        self.optimizer = _make_optimizer(spec.optimizer, part.module) if self.parameters else None
+        whole = set(part.owner.values()) <= set(part.stages)
+        self.optimizer = _make_optimizer(spec.optimizer, part.module, whole=whole) if self.parameters else None
         self.scheduler: Scheduler = None
         if self.optimizer is not None and spec.lr_scheduler is not None:
             self.scheduler = _make_scheduler(spec.lr_scheduler, self.optimizer)
@@ -82,6 +83,8 @@ class Learner:
             if self.max_grad_norm is not None:
                 scale *= min(1.0, self.max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
             if gradients and scale != 1.0:
+                # Documented by torch, in spite of its name. One kernel for all gradients, where a loop of mul_ would
+                # launch one for each between the last backward pass and the optimizer's own (foreach) step.
                 torch._foreach_mul_(gradients, scale)
             self.optimizer.step()
             if self.scheduler is not None:
@@ -96,58 +99,124 @@ class Learner:
     # ------------------------------------------------------------ state, by parameter name
 
     def state(self) -> dict[str, Any]:
-        """{"optimizer": {name: {"state", "options"}}, "scheduler": …}, on the CPU. A parameter's options
-        are those of its group (learning rate, weight decay …), so that it can go to any other group."""
+        """{"optimizer": {name: entry}, "scheduler": …}, on the CPU. An entry is of one parameter, so that it can go to
+        any other group on any other actor: {"class": the optimizer's, "state", "options": of its group (learning rate,
+        weight decay …), "scheduler": what the scheduler keeps for its group}."""
         if self.optimizer is None:
             return {"optimizer": {}, "scheduler": None}
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        kind, groups = type(self.optimizer).__name__, self.optimizer.param_groups
+        schedule = self.scheduler.state_dict() if self.scheduler is not None else None
         found = {}
-        for group in self.optimizer.param_groups:
+        for number, group in enumerate(groups):
             options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            kept = _kept_for_group(schedule, number, len(groups))
             for parameter in group["params"]:
                 state = {key: _to_cpu(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
-                found[names[id(parameter)]] = {"state": state, "options": options}
-        return {"optimizer": found, "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None}
+                entry = {"class": kind, "state": state, "options": options, "scheduler": kept}
+                found[names[id(parameter)]] = entry
+        return {"optimizer": found, "scheduler": schedule}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` of any actors has given, this actor's own parameters only."""
+        """Take over what `state` of any actors has given, this actor's own parameters only. Raises CheckpointError
+        where that is of another optimizer, or of parameter groups that cannot be mapped to these."""
         if self.optimizer is None:
             return
-        saved = state["optimizer"]
+        saved, kind = state["optimizer"], type(self.optimizer).__name__
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         packed = self.optimizer.state_dict()
+        brought: list[list[dict[str, Any]]] = []
         for group, plain in zip(self.optimizer.param_groups, packed["param_groups"], strict=True):
+            brought.append([])
             for parameter, index in zip(group["params"], plain["params"], strict=True):
                 name = names[id(parameter)]
                 if name not in saved:
                     raise CheckpointError(f"the checkpoint has no optimizer state for the parameter {name!r}")
+                before = saved[name]["class"]
+                if before != kind:
+                    raise CheckpointError(
+                        f"the checkpoint's optimizer for the parameter {name!r} is {before}, found {kind}; needed: "
+                        f"optimizer= gives {before} again, or a run with another name that begins with these weights, "
+                        "parallelize(…, weights='…/model.pt')"
+                    )
                 packed["state"][index] = saved[name]["state"]
                 plain.update(saved[name]["options"])
+                brought[-1].append(saved[name]["scheduler"])
         self.optimizer.load_state_dict(packed)
         if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(_for_groups(state["scheduler"], self.optimizer.param_groups))
+            self.scheduler.load_state_dict(_for_groups(state["scheduler"], self.scheduler.state_dict(), brought))
 
 
-def _for_groups(saved: Any, groups: list[dict[str, Any]]) -> Any:
-    """The state of some actor's scheduler for the parameter groups of this one, which may be others: the rates that it
-    lists are those of its groups, and each parameter has brought its own along in its options."""
-    if not isinstance(saved, dict):
+# A scheduler's state has lists with one value for each parameter group (base_lrs, _last_lr, CyclicLR's max_lrs), and
+# other actors have other groups. So each parameter brings the values of its group along, and what is no such list is
+# the same on all actors.
+
+
+def _kept_for_group(state: Any, number: int, count: int) -> dict[str, Any]:
+    """What the state of a scheduler holds for one of its groups."""
+    kept: dict[str, Any] = {}
+    for key, value in state.items() if isinstance(state, dict) else ():
+        if key == "_schedulers" and isinstance(value, list):  # of torch's SequentialLR and ChainedScheduler
+            kept[key] = [_kept_for_group(each, number, count) for each in value]
+        elif isinstance(value, list) and len(value) == count:
+            kept[key] = _to_cpu(value[number])
+    return kept
+
+
+def _for_groups(saved: Any, own: Any, brought: list[list[dict[str, Any]]]) -> Any:
+    """The state of some actor's scheduler for the groups of this one.
+
+    own:     this actor's scheduler as it was made; says which lists have one value a group.
+    brought: for each group, what its parameters have brought along.
+    """
+    if not isinstance(saved, dict) or not isinstance(own, dict):
         return saved
     state = dict(saved)
-    for key, option in (("base_lrs", "initial_lr"), ("_last_lr", "lr")):
-        if key in state:
-            state[key] = [group.get(option, group["lr"]) for group in groups]
-    if isinstance(state.get("_schedulers"), list):  # of torch's SequentialLR and ChainedScheduler
-        state["_schedulers"] = [_for_groups(each, groups) for each in state["_schedulers"]]
+    for key in saved.keys() & own.keys():
+        if not isinstance(own[key], list) or not isinstance(saved[key], list):
+            continue
+        if key == "_schedulers":
+            if len(saved[key]) != len(own[key]):
+                raise _no_map(f"{len(saved[key])} schedulers in one, found {len(own[key])}")
+            inner = [[[kept[key][number] for kept in group] for group in brought] for number in range(len(own[key]))]
+            state[key] = [_for_groups(*each) for each in zip(saved[key], own[key], inner, strict=True)]
+        elif len(own[key]) == len(brought):
+            state[key] = [_value(key, *each) for each in zip(own[key], brought, strict=True)]
     return state
+
+
+def _value(key: str, own: Any, brought: list[dict[str, Any]]) -> Any:
+    """The value of one group; a group without parameters keeps the one that it was made with."""
+    values = [kept[key] for kept in brought if key in kept]
+    if len(values) != len(brought):
+        raise _no_map(f"no value of {key!r} for each parameter group")
+    if any(value != values[0] for value in values):
+        raise _no_map(f"values of {key!r} that differ among the parameters of one group here, {values}")
+    return values[0] if values else own
+
+
+def _no_map(found: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint's lr_scheduler has {found}; needed: optimizer= puts each parameter into a group with the same "
+        "settings as when the checkpoint was written, and lr_scheduler= gives the same scheduler"
+    )
 
 
 def _to_cpu(value: Any) -> Any:
     return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
-def _make_optimizer(make: Callable[[nn.Module], torch.optim.Optimizer], module: nn.Module) -> torch.optim.Optimizer:
-    optimizer = make(module)
+def _make_optimizer(
+    make: Callable[[nn.Module], torch.optim.Optimizer], module: nn.Module, *, whole: bool
+) -> torch.optim.Optimizer | None:
+    """The optimizer of an actor; None where it selects parameters (by name, say) of which the actor holds none.
+    With the `whole` model that is an error, as in plain PyTorch."""
+    try:
+        optimizer = make(module)
+    except ValueError as error:
+        if whole or "empty parameter list" not in str(error):  # torch's own words
+            raise
+        return None
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ModelError(f"optimizer(module) returned {type(optimizer).__name__}, needed a torch.optim.Optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
