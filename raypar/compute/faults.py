@@ -12,8 +12,10 @@ from raypar.planning.errors import PeerLostError, RayparError, RunError, Timeout
 
 
 def is_of_connection(error: BaseException) -> bool:
-    """Whether an error is one of torch.distributed. Gloo's are plain RuntimeErrors that name its source file."""
-    named = isinstance(error, RuntimeError) and ("/gloo/" in str(error) or "NCCL" in str(error))
+    """Whether an error is one of torch.distributed. Gloo's are plain RuntimeErrors that name its source file, but for
+    what else was under way when a wait on the same pair had run into its limit."""
+    texts = ("/gloo/", "timeout caused pair closure", "NCCL")
+    named = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return named or isinstance(error, dist.DistError)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -114,13 +115,21 @@ class DDPSum:
             find_unused_parameters=True,  # any model: what a step does not use keeps no gradient, as in plain PyTorch
             gradient_as_bucket_view=True,
         )
-        self.ddp.register_comm_hook(group, _add_only)
+        self.failures = _Failures()
+        self.ddp.register_comm_hook(_Reduction(group, self.failures), _add_only)
 
     def call(self, inputs: Tree) -> Any:
         return self.ddp(inputs)
 
-    def around(self, is_last: bool) -> AbstractContextManager[None]:
-        return nullcontext() if is_last else self.ddp.no_sync()
+    @contextmanager
+    def around(self, is_last: bool) -> Iterator[None]:
+        with nullcontext() if is_last else self.ddp.no_sync():
+            try:
+                yield
+            except RuntimeError as error:
+                if self.failures.any:  # else it is the model's own
+                    raise dist.DistError(str(error)) from error
+                raise
 
     def start(self, rows: int) -> Waiting:
         if not rows:
@@ -128,10 +137,41 @@ class DDPSum:
         yield from ()
 
 
-def _add_only(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+class _Failures:
+    """Whether a reduction within DDP's backward pass has failed, which raises that as it would any error.
+
+    Holds no process group: torch drops it in a thread of that group, which cannot wait for its own end.
+    """
+
+    def __init__(self) -> None:
+        self.any = False
+
+    @contextmanager
+    def noticed(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:
+            self.any = True
+            raise
+
+    def first_of(self, done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+        with self.noticed():
+            return done.value()[0]
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """What DDP's hook works with."""
+
+    group: dist.ProcessGroup
+    failures: _Failures
+
+
+def _add_only(reduction: _Reduction, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    with reduction.failures.noticed():
+        work = dist.all_reduce(bucket.buffer(), group=reduction.group, async_op=True)
     assert work is not None
-    future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: done.value()[0])
+    future: torch.futures.Future[torch.Tensor] = work.get_future().then(reduction.failures.first_of)
     return future
 
 

@@ -52,7 +52,7 @@ class Processes:
     def __init__(self) -> None:
         # A fork server imports once what takes long (an optimizer imports torch._dynamo); processes start in no time.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch._dynamo", "torch.nn.parallel", "torch.fx"])
+        self.context.set_forkserver_preload(["torch._dynamo", "torch.nn.parallel", "ray.train.torch"])
         self.running: list[tuple[Any, Connection]] = []
 
     def _start(self) -> tuple[Any, Connection]:
