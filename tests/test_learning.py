@@ -381,6 +381,20 @@ def test_another_optimizer_than_the_saved_one_is_refused():
         learner(model()).load_state(found.state())
 
 
+def test_a_state_from_before_these_were_kept_can_be_loaded_where_there_is_no_scheduler():
+    ours, again = model(), model()
+    found = learner(ours)
+    step(found, 1)
+    state = found.state()
+    for entry in state["optimizer"].values():
+        del entry["class"], entry["scheduler"]
+    again.load_state_dict(ours.state_dict())
+    resumed = learner(again)
+    resumed.load_state(state)
+    assert step(found, 2) == step(resumed, 2)
+    assert equal(ours, again)
+
+
 def head_only(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for name, p in module.named_parameters() if name.startswith("3")], lr=0.1)
 

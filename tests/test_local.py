@@ -357,3 +357,27 @@ def test_as_many_checkpoints_stay_as_are_to_be_kept(tmp_path: Path, keep: int | 
 
     run(loop, storage=storage, keep=keep)
     assert [int(Path(path).name.removeprefix("checkpoint_")) for path in list_checkpoints(storage)] == left
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    storage = Storage.open(tmp_path, "run")
+    steps: list[int] = []
+    said: list[str] = []
+
+    def loop() -> None:
+        replica = make_replica()
+        for _ in range(2):
+            steps.append(replica.train_step(X, X).step)
+            report({}, replica)
+
+    run(loop, 1, storage, say=said.append)
+    first, second = list_checkpoints(storage)
+    content = Path(second, "model.pt").read_bytes()
+    Path(second, "model.pt").write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+    run(loop, 1, storage, keep=1, say=said.append)
+    assert steps == [1, 2, 2, 3]
+    assert said == [f"Going on from {first}"]
+    assert f"{second}/model.pt is damaged" in caplog.text
+    assert [Path(path).name for path in list_checkpoints(storage)] == ["checkpoint_00000003"]

@@ -132,7 +132,7 @@ class Learner:
                 name = names[id(parameter)]
                 if name not in saved:
                     raise CheckpointError(f"the checkpoint has no optimizer state for the parameter {name!r}")
-                before = saved[name]["class"]
+                before = saved[name].get("class", kind)  # not in checkpoints of earlier versions
                 if before != kind:
                     raise CheckpointError(
                         f"the checkpoint's optimizer for the parameter {name!r} is {before}, found {kind}; needed: "
@@ -141,7 +141,7 @@ class Learner:
                     )
                 packed["state"][index] = saved[name]["state"]
                 plain.update(saved[name]["options"])
-                brought[-1].append(saved[name]["scheduler"])
+                brought[-1].append(saved[name].get("scheduler", {}))
         self.optimizer.load_state_dict(packed)
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(_for_groups(state["scheduler"], self.scheduler.state_dict(), brought))
