@@ -92,6 +92,115 @@ def test_blocks_are_opened_where_there_are_too_few_modules():
     assert cut == Cut(split=("features.fc1", "head"), opened=("features",), given=("x",))
 
 
+class Backbone(nn.Module):
+    def __init__(self, layers: int = 6, width: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+class Net(nn.Module):
+    """Two modules for two stages, one of which does all the work."""
+
+    def __init__(self, backbone: Callable[[], nn.Module] = Backbone) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone(), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))  # type: ignore[no-any-return]
+
+
+WIDE = torch.zeros(4, 64)
+
+
+def by_size(cut: Cut) -> list[float]:
+    """Measures a Net: each of the backbone's layers takes a second, the backbone six, the head next to nothing."""
+    units = ["first", *cut.split]
+    return [0.01 if unit == "head" else 1.0 if cut.opened else 6.0 for unit in units]
+
+
+def test_a_module_that_is_larger_than_a_fair_share_is_opened_though_there_are_enough_modules():
+    """A backbone with a head was cut between the two: 1,575,936 parameters here, 1,539 there."""
+    asked: list[Cut] = []
+
+    def measure(cut: Cut) -> list[float]:
+        asked.append(cut)
+        return by_size(cut)
+
+    cut = choose_cut(spec(Net), (0, 1), None, WIDE, measure)
+    assert cut == Cut(("backbone.layers.3",), ("backbone",), ("x",))
+    assert [units.opened for units in asked] == [(), ("backbone",)]
+    with pytest.warns(UserWarning, match="by the number of parameters"):
+        assert choose_cut(spec(Net), (0, 1), None, None, never).split == ("backbone.layers.3",)
+
+
+def test_modules_that_share_fairly_stay_closed_and_are_measured_once():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = Backbone(), Backbone()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x))  # type: ignore[no-any-return]
+
+    assert choose_cut(spec(Pair), (0, 1), None, WIDE, measured(3, 3.2)) == Cut(("two",), (), ("x",))
+
+
+class LooksAtValues(Backbone):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+class TiedBackbone(Backbone):
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.layers[1].weight = self.layers[0].weight
+
+
+class Hooked(Backbone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+@pytest.mark.parametrize("backbone", [LooksAtValues, TiedBackbone, Hooked])
+def test_a_module_that_cannot_be_cut_inside_stays_whole_and_a_warning_says_that_the_stages_are_lopsided(
+    backbone: Callable[[], nn.Module],
+):
+    def measure(cut: Cut) -> list[float]:
+        return [3.0, 3.0, 0.01] if cut.opened else [6.0, 0.01]
+
+    with pytest.warns(UserWarning, match=r"far from balanced: one of the 2 .* takes 100% of the time with split="):
+        cut = choose_cut(spec(lambda: Net(backbone)), (0, 1), None, WIDE, measure)
+    assert cut == Cut(("head",), (), ("x",))
+
+
+def test_a_module_whose_inside_cannot_be_measured_stays_whole():
+    def measure(cut: Cut) -> list[float]:
+        if cut.opened:
+            raise SplitError("a stage changes 'x' in place")
+        return by_size(cut)
+
+    with pytest.warns(UserWarning, match="far from balanced"):
+        assert choose_cut(spec(Net), (0, 1), None, WIDE, measure).split == ("head",)
+
+
+def test_opening_a_module_that_brings_no_better_balance_is_not_kept():
+    def measure(cut: Cut) -> list[float]:
+        return [0.01, 0.01, 6.0, 0.01, 0.01, 0.01, 0.01] if cut.opened else [6.0, 0.01]
+
+    with pytest.warns(UserWarning, match="far from balanced"):
+        assert choose_cut(spec(Net), (0, 1), None, WIDE, measure).opened == ()
+
+
+def test_stages_on_one_actor_are_in_balance_whatever_they_cost():
+    assert choose_cut(spec(Net), (0, 0), None, WIDE, by_size) == Cut(("head",), (), ("x",))
+
+
 def test_the_names_of_the_arguments_that_batches_pass_come_from_example_inputs():
     class WithMask(nn.Module):
         def __init__(self) -> None:
@@ -212,6 +321,7 @@ def test_code_that_looks_at_values_has_its_borders_checked_at_the_first_step_ins
 # ---------------------------------------------------------------- real measurements
 
 
+@pytest.mark.filterwarnings("ignore:the stages are far from balanced")  # times of a busy machine
 def test_the_convolutions_are_measured_to_take_most_of_the_time_and_are_what_a_cut_separates():
     images = torch.zeros(64, 1, 28, 28)  # as many as make the convolutions far slower than anything else
 

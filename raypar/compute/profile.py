@@ -14,15 +14,24 @@ from raypar.compute import tree
 from raypar.compute.build import build_whole, cut_model, one_process_a_node
 from raypar.compute.channel import check_can_cross
 from raypar.compute.part import Cut, ModelSpec
-from raypar.compute.split import check_split, open_modules, owners
+from raypar.compute.split import can_be_opened, check_split, open_modules, owners
 from raypar.compute.stage import Stage, Values, part_of_model
 from raypar.compute.trace import attribute, bind_inputs, module_calls, on_meta, trace
 from raypar.compute.tree import Tree
-from raypar.planning.errors import RayparError
+from raypar.planning.errors import RayparError, SplitError
 from raypar.planning.partition import balanced_cuts
 
 ROUNDS = 3
 """Times that each module is measured; the fastest counts, since noise only ever adds."""
+
+OPENINGS = 4
+"""Times that modules which are too large are opened, and all is measured again."""
+
+NEAR = 1.1
+"""A slowest actor within this ratio of the mean is in balance, and a gain below it is not worth an opened module."""
+
+LOPSIDED = 5
+"""A slowest actor above this multiple of the mean of the others is warned of."""
 
 
 def choose_cut(
@@ -47,35 +56,97 @@ def choose_cut(
             model = build_whole(spec)
     given = None if example_inputs is None else tuple(bind_inputs(model, example_inputs))
     opened = tuple(sorted(open_modules(model, split, stages, given)))
-    graph = trace(model, given, opened)
-    if split is None:
-        split = _balanced(model, Cut((), opened, given), module_calls(graph), placement, example_inputs, measure)
-    cut = Cut(tuple(check_split(graph, split, stages)), opened, given)
+    if split is not None:
+        cut = Cut(tuple(check_split(trace(model, given, opened), split, stages)), opened, given)
+        _check(model, cut, stages, example_inputs)
+        return cut
+    candidates = _balanced(model, Cut((), opened, given), placement, example_inputs, measure)
+    while True:
+        cut, shares = candidates.pop()
+        try:
+            _check(model, cut, stages, example_inputs)
+        except SplitError:
+            if not candidates:
+                raise
+        else:
+            break
+    others = (sum(shares) - max(shares)) / max(1, len(shares) - 1)
+    if example_inputs is not None and len(shares) > 1 and max(shares) > LOPSIDED * others:
+        warnings.warn(
+            f"the stages are far from balanced: one of the {len(shares)} stage actors takes "
+            f"{max(shares):.0%} of the time with split={list(cut.split)}, the best that was found. Name the "
+            "modules at which a new stage begins, inside larger ones too, by parallelize(split=…), or use fewer stages",
+            stacklevel=3,  # the line that calls parallelize
+        )
+    return cut
+
+
+def _check(model: nn.Module, cut: Cut, stages: int, example_inputs: Tree) -> None:
+    """Refuse a cut through something that belongs to one stage, or with a border that a value cannot cross."""
     cuts = cut_model(model, cut, stages)
     owners(model, list(cuts.values()))
     if example_inputs is not None:
         _check_borders(model, cut, stages, example_inputs)
-    return cut
 
 
 def _balanced(
     model: nn.Module,
-    cut: Cut,
-    calls: list[str],
+    whole: Cut,
     placement: Sequence[int],
     example_inputs: Tree,
     measure: Callable[[Cut], list[float]],
-) -> list[str]:
+) -> list[tuple[Cut, list[float]]]:
+    """Cuts in balance, each with its actors' shares of the cost. The first opens no more than `whole.opened`;
+    each further one opens modules that are too large for a fair share, and is better balanced for it."""
     if example_inputs is None:
-        costs = [float(sum(p.numel() for p in attribute(model, name).parameters())) for name in calls]
         warnings.warn(
             "the model is split by the number of parameters of its modules, which says little about their time: give "
             "parallelize example_inputs to balance the stages by measured time, or split to choose yourself",
             stacklevel=4,  # the line that calls parallelize
         )
-    else:
-        costs = measure(Cut(tuple(calls[1:]), cut.opened, cut.given))
-    return [calls[start] for start in balanced_cuts(costs, placement)[1:]]
+    found: list[tuple[Cut, list[float]]] = []
+    opened = whole.opened
+    for _ in range(OPENINGS + 1):
+        calls = module_calls(trace(model, whole.given, opened))
+        try:
+            if example_inputs is None:
+                costs = [float(sum(p.numel() for p in attribute(model, name).parameters())) for name in calls]
+            else:
+                costs = measure(Cut(tuple(calls[1:]), opened, whole.given))
+        except Exception:  # a cut inside the opened modules does not work: they stay whole
+            if not found:
+                raise
+            break
+        starts = balanced_cuts(costs, placement)
+        total = sum(costs) or 1.0
+        loads = dict.fromkeys(placement, 0.0)
+        for actor, start, end in zip(placement, starts, [*starts[1:], len(costs)], strict=True):
+            loads[actor] += sum(costs[start:end])
+        cut = Cut(tuple(calls[start] for start in starts[1:]), opened, whole.given)
+        shares = [load / total for load in loads.values()]
+        if not found or max(shares) < max(found[-1][1]) / NEAR:
+            found.append((cut, shares))
+        if max(shares) <= NEAR / len(shares):
+            break
+        deeper = opened
+        for name, cost in zip(calls, costs, strict=True):
+            if cost > total / len(placement) and _can_trace(model, name, deeper, whole.given):
+                deeper = tuple(sorted({*deeper, name}))
+        if deeper == opened:
+            break
+        opened = deeper
+    return found
+
+
+def _can_trace(model: nn.Module, name: str, opened: Sequence[str], given: Sequence[str] | None) -> bool:
+    """Whether the module `name` can be opened besides the others."""
+    if not can_be_opened(attribute(model, name)):
+        return False
+    try:
+        trace(model, given, [*opened, name])
+    except SplitError:
+        return False
+    return True
 
 
 def _chain(model: nn.Module, cut: Cut, visit: Callable[[Stage, dict[int, Values]], dict[int, Values]]) -> list[Stage]:
