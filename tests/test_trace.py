@@ -315,6 +315,25 @@ def test_such_code_inside_a_module_and_random_functions_of_a_value_are_no_hindra
         trace(Dropped())
 
 
+def test_a_forward_that_counts_its_calls_is_refused_and_one_that_keeps_a_number_is_not():
+    """The graph held the count of the first call for ever."""
+
+    class Decays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.calls, self.factor = nn.Linear(4, 4), 0, float("nan")
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.fc(x) / self.calls  # type: ignore[no-any-return]
+
+    with pytest.raises(SplitError, match=r"Decays cannot be .* its forward changes its attribute 'calls'"):
+        trace(Decays())
+    with pytest.raises(SplitError, match=r"changes its attribute '0\.calls'"):
+        trace(nn.Sequential(Decays()), descend=["0"])
+    assert module_calls(trace(nn.Sequential(Decays()))) == ["0"]
+
+
 def doubled(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output * 2
 

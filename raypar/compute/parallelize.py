@@ -45,7 +45,8 @@ def parallelize(
     example_inputs: inputs as train_step will get them, a few rows; for tracing, and for measuring the
                     modules where `split` is None.
     split:          names of the modules at which a new stage begins; one less than the plan has stages.
-                    Default: in balance, by measured time, or by the number of parameters without example_inputs.
+                    Default: in balance, by measured time, or by the number of parameters without example_inputs;
+                    modules larger than a fair share are cut inside where torch.fx can trace their forward.
     weights:        a .safetensors or .pt file with the whole model's state dict to start from.
     seed:           of the weights and of the random numbers in training.
 

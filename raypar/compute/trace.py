@@ -148,6 +148,18 @@ def _generators() -> tuple[Any, ...]:
     )
 
 
+def _numbers(model: nn.Module, descend: Collection[str]) -> dict[str, str]:
+    """The plain attributes of the model and of the modules that are opened, such as a count of calls."""
+    opened = [("", model), *((f"{name}.", attribute(model, name)) for name in descend)]
+    plain = (bool, int, float, str)
+    return {
+        prefix + name: repr(value)
+        for prefix, module in opened
+        for name, value in vars(module).items()
+        if isinstance(value, plain)
+    }
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is to be called when `module` is."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -182,7 +194,7 @@ def trace(model: nn.Module, given: Collection[str] | None = None, descend: Colle
         given = [name for name, p in parameters.items() if p.default is p.empty]
     fixed = {name: p.default for name, p in parameters.items() if name not in given and p.default is not p.empty}
     _refuse_what_tracing_passes_over(model, descend)
-    kept, before = randomness.save_state(), _generators()
+    kept, before, numbers = randomness.save_state(), _generators(), _numbers(model, descend)
     try:
         graph = _Tracer(descend).trace(model, concrete_args=fixed or None)
         if _generators() != before:  # once more, to find the line; another thread may have drawn as well
@@ -200,6 +212,14 @@ def trace(model: nn.Module, given: Collection[str] | None = None, descend: Colle
             f"{_user_line(error)}: {type(error).__name__}: {error}. Needed: a forward without control flow on tensor "
             "values; move such code into a module of its own (modules are not looked into), or set pipeline=1."
         ) from error
+    now = _numbers(model, descend)
+    changed = [name for name, number in numbers.items() if now.get(name) != number]
+    if changed:
+        raise SplitError(
+            f"{type(model).__name__} cannot be split into stages: its forward changes its attribute {changed[0]!r}, "
+            "which the stages would not do. Needed: a buffer for what changes from step to step, or that code in a "
+            "module of its own (modules are not looked into), or pipeline=1."
+        )
     _drop_checks_of_fixed_arguments(graph, fixed)
     for node in graph.nodes:
         if node.op == "placeholder" and str(node.target).startswith("*") and node.users:
