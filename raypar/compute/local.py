@@ -90,10 +90,15 @@ class Turns:
         """The loop of `rank` is over; whoever waits for it in `meet` finds out when its turn comes."""
         with self.changed:
             self.ended.add(rank)
+            self.changed.notify_all()
             if self.arrived:
                 self.results = dict.fromkeys(self.arrived, _ended(min(self.arrived), rank))
                 self.arrived.clear()
             self._pass_on(rank)
+
+    def wait_until_ended(self, count: int) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.ended) == count)
 
     def stop(self) -> None:
         with self.changed:
@@ -264,10 +269,10 @@ def _run_threads(target: Callable[[int], None], count: int, turns: Turns, patien
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
-    except KeyboardInterrupt:
+        turns.wait_until_ended(count)  # not join: Python takes a thread for ended whose join was interrupted
+    except BaseException:  # Ctrl-C, or whatever else a signal handler raises here, such as a test's time limit
         turns.stop()  # a thread finds out at its next call of raypar
+        raise
+    finally:
         for thread in [thread for thread in threads if thread.ident is not None]:  # those that were started
             thread.join(patience)
-        raise
