@@ -138,7 +138,8 @@ class Engine:
         return StepResult(order.step, mean, norm, int(samples), lr, skipped=not weight)
 
     def eval_step(self, order: Order) -> Waiting:
-        """Forward passes alone; returns the loss's (sum, weight) over this replica, on every actor."""
+        """Forward passes alone; returns the loss's (sum, weight) over this replica on the actor of the last stage, and
+        (0, 0) elsewhere."""
         run = self._start("eval", order)
         yield from self._play(run)
         return _total([loss for loss, _ in run.sums]), _total([weight for _, weight in run.sums])
