@@ -190,8 +190,8 @@ def stage_died(
     return StageDiedError(
         f"The {_actor_name(plan, infos, first).removeprefix('the ')} {died}: {death(dead[first])}{also}",
         replica=replica,
-        stage=_stages_of(plan, actor)[0],
-        stages=_stages_of(plan, actor),
+        stage=plan.stages_of(actor)[0],
+        stages=plan.stages_of(actor),
         actor=actor,
         preempted=preempted,
     )
@@ -199,14 +199,10 @@ def stage_died(
 
 def _actor_name(plan: Plan, infos: Sequence[Sequence[Mapping[str, Any]]], rank: int) -> str:
     replica, actor = divmod(rank, plan.pipeline)
-    stages = _stages_of(plan, actor)
+    stages = plan.stages_of(actor)
     held = f"stage {stages[0]}" if len(stages) == 1 else f"stages {', '.join(map(str, stages))}"
     where = f", pid {infos[replica][actor]['pid']} on {infos[replica][actor]['node_ip']}" if infos else ""
     return f"the actor of {held} of replica {replica} (actor {actor}{where})"
-
-
-def _stages_of(plan: Plan, actor: int) -> list[int]:
-    return [stage for stage, holder in enumerate(plan.actor_of_stage) if holder == actor]
 
 
 def _actor_options(resources: Mapping[str, float]) -> dict[str, Any]:

@@ -106,16 +106,13 @@ class PipelineActors:
             return self._get(calls, getattr(self.timeouts, limit))
         except GetTimeoutError:
             _, silent = ray.wait(calls, num_returns=len(calls), timeout=0)
-            stages = [stage for call in silent for stage in self._stages_of(calls.index(call))]
+            stages = [stage for call in silent for stage in self.plan.stages_of(calls.index(call))]
             raise TimeoutExceededError(
                 f"replica {self.replica}, stage {', '.join(map(str, stages))}: no answer to {method!r} within the "
                 f"{getattr(self.timeouts, limit):g} s of Timeouts({limit}=…); the process is stuck or slow",
                 replica=self.replica,
                 stage=stages[0] if stages else None,
             ) from None
-
-    def _stages_of(self, actor: int) -> list[int]:
-        return [stage for stage, holder in enumerate(self.plan.actor_of_stage) if holder == actor]
 
     def _get(self, calls: Sequence[Any], timeout: float | None = None) -> list[Any]:
         """The answers of all actors; or the error that the others' errors may have followed from.
@@ -136,7 +133,7 @@ class PipelineActors:
         try:
             ray.get(call)
         except RayActorError as error:
-            stages = self._stages_of(actor)
+            stages = self.plan.stages_of(actor)
             return StageDiedError(
                 f"the actor of replica {self.replica}, stage {', '.join(map(str, stages))} died: {death(error)}",
                 replica=self.replica,

@@ -81,7 +81,7 @@ class StageActor:
 
     def build(self, spec: ModelSpec, storage: Storage, restored: str | None) -> dict[str, Any]:
         """Build this actor's part, fresh or from a checkpoint. Returns what the worker needs to know of it."""
-        held = [stage for stage, holder in enumerate(self.plan.actor_of_stage) if holder == self.actor]
+        held = self.plan.stages_of(self.actor)
         what = f"replica {self.replica}, stage {', '.join(map(str, held))}: building the model and its optimizer"
         with user_code(what, self.replica, held[0]):
             with one_process_a_node():

@@ -61,7 +61,7 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
         model.load_state_dict(found)
     model.to(device)
     stages = {}
-    for stage in [stage for stage, holder in enumerate(placement) if holder == actor]:
+    for stage in plan.stages_of(actor):
         codes = {mode: part_of_model(model, parts[stage]) for mode, parts in cuts.items()}
         codes = codes or {mode: whole_model(model) for mode in ("train", "eval")}
         stages[stage] = Stage(stage, codes, stage == len(placement) - 1, spec.loss_fn)

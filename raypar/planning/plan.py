@@ -92,6 +92,10 @@ class Plan:
         """The actor of each stage, also where `placement` is None."""
         return self.placement if self.placement is not None else tuple(range(self.pipeline))
 
+    def stages_of(self, actor: int) -> list[int]:
+        """The stages that an actor holds, in order."""
+        return [stage for stage, holder in enumerate(self.actor_of_stage) if holder == actor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timeouts:
