@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from raypar.planning.errors import ConfigError, PlanError
-from raypar.planning.plan import SCHEDULE_NAMES, Plan, Timeouts
+from raypar.planning.plan import PRECISION_NAMES, RECOMPUTE_NAMES, SCHEDULE_NAMES, Plan, Timeouts
 from raypar.planning.schedule import SCHEDULES
 
 
 def test_the_default_plan_is_one_process():
     plan = Plan()
     assert (plan.data, plan.pipeline, plan.microbatches, plan.schedule, plan.placement) == (1, 1, 1, "1f1b", None)
+    assert (plan.recompute, plan.precision, plan.compile) == ("never", "fp32", False)
 
 
 @pytest.mark.parametrize(("pipeline", "microbatches"), [(1, 1), (2, 8), (3, 12)])
@@ -60,7 +61,7 @@ def test_a_number_cannot_be_left_open(field: str):
 
 
 def test_an_unknown_field_is_refused_with_the_near_name():
-    with pytest.raises(PlanError, match=r"Plan has no field 'pipelines': did you mean 'pipeline'\?"):
+    with pytest.raises(PlanError, match=r"Plan has no field 'pipelines': did you mean 'pipeline'"):
         Plan(pipelines=2)  # type: ignore[call-arg]
 
 
@@ -82,6 +83,31 @@ def test_a_schedule_is_a_name(value: Any):
 
 def test_each_schedule_that_a_plan_can_name_exists():
     assert tuple(SCHEDULES) == SCHEDULE_NAMES
+
+
+@pytest.mark.parametrize(
+    ("field", "known"), [("recompute", RECOMPUTE_NAMES), ("precision", PRECISION_NAMES), ("compile", (True, False))]
+)
+def test_recomputing_precision_and_compilation_can_be_chosen(field: str, known: tuple[Any, ...]):
+    for value in known:
+        assert getattr(Plan(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("recompute", "exceptlast", r"Plan\(recompute='exceptlast'\): unknown recompute; did you mean 'except_last'\?"),
+        ("recompute", True, r"Plan\(recompute=True\): unknown recompute; known: 'never', 'always', 'except_last'"),
+        ("precision", "bfloat16", r"Plan\(precision='bfloat16'\): unknown precision; did you mean 'bf16'"),
+        ("precision", None, r"unknown precision; known: 'fp32', 'bf16', 'fp16'"),
+        ("precision", ["fp32"], r"unknown precision"),
+        ("compile", "yes", r"Plan\(compile='yes'\): compile must be True or False"),
+        ("compile", 1, r"Plan\(compile=1\)"),
+    ],
+)
+def test_what_is_none_of_the_known_values_is_refused_with_the_near_ones(field: str, value: Any, message: str):
+    with pytest.raises(PlanError, match=message):
+        Plan(**{field: value})
 
 
 @pytest.mark.parametrize(

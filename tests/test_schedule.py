@@ -37,7 +37,14 @@ def compute(schedule: Schedule) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("action", "text"), [(Action(2, "F", 0), "2F0"), (Action(0, "B", 3), "0B3"), (Action(11, "B", 128), "11B128")]
+    ("action", "text"),
+    [
+        (Action(2, "F", 0), "2F0"),
+        (Action(0, "B", 3), "0B3"),
+        (Action(11, "B", 128), "11B128"),
+        (Action(2, "I", 0), "2I0"),
+        (Action(2, "W", 0), "2W0"),
+    ],
 )
 def test_an_action_prints_as_a_word_and_parses_back(action: Action, text: str):
     assert str(action) == text
@@ -47,7 +54,7 @@ def test_an_action_prints_as_a_word_and_parses_back(action: Action, text: str):
 
 @pytest.mark.parametrize("text", ["", "F0", "2F", "2X0", "2f0", "2 F 0", "-1F0", "2F0 2F1", "2F0.5"])
 def test_anything_else_is_no_action(text: str):
-    with pytest.raises(ScheduleError, match=re.escape(f"found the action {text!r}; needed stage, F or B")):
+    with pytest.raises(ScheduleError, match=re.escape(f"found the action {text!r}; needed stage, kind (F, B, I or W)")):
         Action.parse(text)
 
 
@@ -150,6 +157,27 @@ def test_a_forward_pass_comes_after_that_of_the_stage_before_and_a_backward_pass
     assert dependencies(Action(2, "F", 5), stages=3) == [Action(1, "F", 5)]
     assert dependencies(Action(2, "B", 5), stages=3) == [Action(2, "F", 5)]
     assert dependencies(Action(1, "B", 5), stages=3) == [Action(1, "F", 5), Action(2, "B", 5)]
+
+
+def test_a_backward_pass_in_two_parts_waits_for_what_a_whole_one_waits_for_and_its_second_part_for_its_first():
+    split = {(1, 5), (2, 5)}
+    assert dependencies(Action(2, "I", 5), 3, split) == [Action(2, "F", 5)]
+    assert dependencies(Action(1, "I", 5), 3, split) == [Action(1, "F", 5), Action(2, "I", 5)]
+    assert dependencies(Action(1, "W", 5), 3, split) == [Action(1, "I", 5)]
+
+
+def test_a_backward_pass_waits_for_the_first_part_alone_of_one_that_is_split():
+    assert dependencies(Action(0, "B", 5), 2, {(1, 5)}) == [Action(0, "F", 5), Action(1, "I", 5)]
+    assert dependencies(Action(0, "I", 5), 2, {(0, 5)}) == [Action(0, "F", 5), Action(1, "B", 5)]
+    assert dependencies(Action(0, "B", 6), 2, {(1, 5)}) == [Action(0, "F", 6), Action(1, "B", 6)]
+
+
+def test_a_schedule_knows_which_of_its_backward_passes_are_split():
+    rows = ("0F0 0F1 0B0 0B1", "1F0 1I0 1W0 1F1 1B1")
+    mixed = Schedule("mixed", (0, 1), 2, tuple(tuple(map(Action.parse, row.split())) for row in rows))
+    assert mixed.split == {(1, 0)}
+    assert start_times(mixed, lambda action: 1.0)[Action(0, "B", 0)] == 3  # one tick before 1W0 ends
+    assert gpipe((0, 1), 2).split == frozenset()
 
 
 def test_each_action_starts_as_early_as_its_actor_and_its_inputs_allow():

@@ -9,6 +9,8 @@ from typing import Any, Self
 from raypar.planning.errors import ConfigError, PlanError, near_names
 
 SCHEDULE_NAMES = ("gpipe", "1f1b")
+RECOMPUTE_NAMES = ("never", "always", "except_last")
+PRECISION_NAMES = ("fp32", "bf16", "fp16")
 
 
 def _check_fields(cls: type[Any], given: dict[str, Any], error: type[ConfigError]) -> None:
@@ -21,6 +23,11 @@ def _check_fields(cls: type[Any], given: dict[str, Any], error: type[ConfigError
 def _whole_number(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise PlanError(f"Plan({name}={value!r}): {name} must be a whole number of at least {least}.")
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise PlanError(f"Plan({name}={value!r}): unknown {name}; {near_names(str(value), known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,14 @@ class Plan:
                   (one forward, one backward: fewest activations kept; Narayanan et al. 2019), the default.
     placement:    placement[i] is the actor that holds stage i, so there are len(placement) stages.
                   (0, 1, 0) puts stages 0 and 2 on one GPU. Default None: stage i on actor i.
+    recompute:    which micro-batches keep no activations between their forward and backward pass but run the
+                  forward pass again: less memory for about a third more compute. "never" (the default),
+                  "always", or "except_last": all but the last one of each stage, whose backward pass often
+                  follows at once (the checkpoint modes of torchgpipe).
+    precision:    "fp32" (the default: as the model is written), "bf16" (autocast to bfloat16) or "fp16" (autocast
+                  to float16, with a loss scale that all stages and replicas share). Weights, their gradients and
+                  the optimizer's state keep their own type.
+    compile:      whether each stage's module goes through torch.compile. Default False.
 
     Raises PlanError for a field that is unknown, out of range, or contradicts another one.
     """
@@ -46,6 +61,9 @@ class Plan:
     microbatches: int = None  # type: ignore[assignment]  # always a number once the plan is made
     schedule: str = "1f1b"
     placement: tuple[int, ...] | None = None
+    recompute: str = "never"
+    precision: str = "fp32"
+    compile: bool = False
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         if args:
@@ -59,10 +77,11 @@ class Plan:
         if self.microbatches is None:
             object.__setattr__(self, "microbatches", 1 if self.pipeline == 1 else 4 * self.pipeline)
         _whole_number("microbatches", self.microbatches, 1)
-        if self.schedule not in SCHEDULE_NAMES:
-            raise PlanError(
-                f"Plan(schedule={self.schedule!r}): unknown schedule; {near_names(str(self.schedule), SCHEDULE_NAMES)}"
-            )
+        _one_of("schedule", self.schedule, SCHEDULE_NAMES)
+        _one_of("recompute", self.recompute, RECOMPUTE_NAMES)
+        _one_of("precision", self.precision, PRECISION_NAMES)
+        if not isinstance(self.compile, bool):
+            raise PlanError(f"Plan(compile={self.compile!r}): compile must be True or False.")
         if self.placement is not None:
             object.__setattr__(self, "placement", self._checked_placement(self.placement))
 

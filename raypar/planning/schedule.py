@@ -1,8 +1,10 @@
 """Schedules as data: which actor computes what, in which order.
 
 A schedule lists compute only, one row an actor, in a notation that prints and parses back: `2F0` is the
-forward pass of stage 2 on micro-batch 0, `2B0` its backward pass. Sends and receives are added by
-`raypar.planning.program`. Drawn as clock ticks (`print(schedule)`), 1F1B with two stages:
+forward pass of stage 2 on micro-batch 0, `2B0` its backward pass. A backward pass may be cut in two: `2I0` computes
+the gradients of the stage's inputs, for which the stage before waits, and `2W0`, any time later, those of its
+weights. Sends and receives are added by `raypar.planning.program`. Drawn as clock ticks (`print(schedule)`), 1F1B with
+two stages:
 
     tick     0    1    2    3    4    5    6    7
     actor 0  0F0  0F1  .    0B0  0F2  0B1  .    0B2
@@ -12,8 +14,9 @@ forward pass of stage 2 on micro-batch 0, `2B0` its backward pass. Sends and rec
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from raypar.planning.errors import PlanError, ScheduleError, near_names
@@ -21,7 +24,11 @@ from raypar.planning.plan import Plan
 
 
 class Action(NamedTuple):
-    """One pass of one stage over one micro-batch; kind "F" is forward, "B" backward."""
+    """One pass of one stage over one micro-batch.
+
+    kind: "F" forward; "B" backward; or in its place "I", backward for the inputs alone, and "W", backward for the
+    weights alone.
+    """
 
     stage: int
     kind: str
@@ -33,9 +40,11 @@ class Action(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Action:
         """The action that `str(action)` wrote. Raises ScheduleError for anything else."""
-        found = re.fullmatch(r"(\d+)([FB])(\d+)", text.strip())
+        found = re.fullmatch(r"(\d+)([FBIW])(\d+)", text.strip())
         if found is None:
-            raise ScheduleError(f"found the action {text!r}; needed stage, F or B, and micro-batch, as in 2F0")
+            raise ScheduleError(
+                f"found the action {text!r}; needed stage, kind (F, B, I or W) and micro-batch, as in 2F0"
+            )
         return cls(int(found[1]), found[2], int(found[3]))
 
 
@@ -51,12 +60,20 @@ class Schedule:
     def __str__(self) -> str:
         return draw(self)
 
+    @cached_property
+    def split(self) -> frozenset[tuple[int, int]]:
+        """(stage, micro-batch) of each backward pass that is cut into I and W."""
+        return frozenset((action.stage, action.microbatch) for row in self.rows for action in row if action.kind == "I")
+
 
 # ---------------------------------------------------------------- what must come before what
 
 
-def dependencies(action: Action, stages: int) -> list[Action]:
+def dependencies(action: Action, stages: int, split: Container[tuple[int, int]] = ()) -> list[Action]:
     """The actions that must end before `action` starts.
+
+    split: (stage, micro-batch) of each backward pass that is cut into I and W, as `Schedule.split` says; the stage
+           before waits for such a one's I alone.
 
     Stages are numbered along the flow of data, so a chain of all stages is at least as strict as any
     graph of them: what holds for the chain holds for skip edges too.
@@ -64,9 +81,11 @@ def dependencies(action: Action, stages: int) -> list[Action]:
     stage, kind, microbatch = action
     if kind == "F":
         return [Action(stage - 1, "F", microbatch)] if stage else []
+    if kind == "W":
+        return [Action(stage, "I", microbatch)]
     before = [Action(stage, "F", microbatch)]
     if stage + 1 < stages:
-        before.append(Action(stage + 1, "B", microbatch))
+        before.append(Action(stage + 1, "I" if (stage + 1, microbatch) in split else "B", microbatch))
     return before
 
 
@@ -86,7 +105,7 @@ def start_times(schedule: Schedule, duration: Callable[[Action], float]) -> dict
         for actor, row in enumerate(schedule.rows):
             while position[actor] < len(row):
                 action = row[position[actor]]
-                before = dependencies(action, stages)
+                before = dependencies(action, stages, schedule.split)
                 if any(other not in ends for other in before):
                     break
                 starts[action] = max([clock[actor], *(ends[other] for other in before)])
