@@ -13,7 +13,11 @@ That is the order in which the receiver uses them, so each receive can be posted
 its use: a message then arrives while the actor still computes something else, and room is needed for the
 messages of two actions alone. A send starts after its action, or as soon as the one that the receiver uses
 before it is made; no action waits for it. Its tensors are released once a message has come back that the
-other side can only have sent after it had used them, the last ones at the end of the step.
+other side can only have sent after it had used them. Where none comes back (GPipe, passes forward only), a send
+is waited for when so many later ones have followed that the other side has long had it, unless it is behind by as many.
+
+A backward pass may be split: `2I0` makes the gradients for the inputs, which are sent, `2W0` those of the weights,
+which nobody waits for (Qi et al. 2023, https://arxiv.org/abs/2401.10241).
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ Edge = tuple[int, int]
 
 
 class Message(NamedTuple):
-    """What one action sends to another stage: activations after "F", gradients after "B"."""
+    """What one action sends to another stage. Kind "F": activations, after a forward pass; kind "B": gradients, after
+    a backward pass, be it whole (B) or for the inputs alone (I)."""
 
     sender: int
     kind: str
@@ -65,8 +70,7 @@ class Send(NamedTuple):
 
 
 class Release(NamedTuple):
-    """Let go of the tensors of `message`: the other side has received it, since something that it sent
-    later has arrived here. Waiting for it takes no time."""
+    """Let go of the tensors of `message`, once the other side has received it."""
 
     message: Message
 
@@ -77,41 +81,71 @@ Program = tuple[Instruction, ...]
 
 @dataclass(frozen=True)
 class Bounds:
-    """The most that each actor holds at any time: saved activations (of one stage and micro-batch each)
-    and receive buffers (of one message each)."""
+    """The most that each actor holds at any time: saved activations (of one stage and micro-batch each, from its
+    forward pass to the end of its backward pass, W included), receive buffers and sent tensors (of one message each).
+    """
 
     activations: tuple[int, ...]
     receive_buffers: tuple[int, ...]
+    sent: tuple[int, ...]
 
 
 def programs(schedule: Schedule, edges: Iterable[Edge]) -> tuple[Program, ...]:
     """Add sends and receives to a schedule, from the edges of the stage graph."""
+    return _checked(schedule, edges)[0]
+
+
+def check(schedule: Schedule, edges: Iterable[Edge]) -> Bounds:
+    """Prove that a schedule can be run, and count what it holds at most.
+
+    Proves that each action occurs exactly once and on the actor of its stage, and, by playing the programs
+    through with channels where a send ends only when its receive is posted and everything before it in
+    the channel has been delivered, that all programs end. Raises ScheduleError otherwise.
+    """
+    return _checked(schedule, edges)[1]
+
+
+def _checked(schedule: Schedule, edges: Iterable[Edge]) -> tuple[tuple[Program, ...], Bounds]:
+    _check_table(schedule)
+    start_times(schedule, lambda action: 1.0)  # the order of compute alone has no circle
     edges = sorted(set(edges))
+    bad = [edge for edge in edges if not 0 <= edge[0] < edge[1] < len(schedule.placement)]
+    if bad:
+        raise ScheduleError(f"the edge {bad[0]} does not lead from an earlier stage to a later one")
+    lag = len(schedule.rows) + 1  # a value that skips all actors but two is used as many passes after it was sent
+    try:
+        found = _add_messages(schedule, edges, lag)
+        return found, _play(schedule, found)
+    except ScheduleError:  # two actors may each be so far behind in what the other sends: then nobody waits for a send
+        found = _add_messages(schedule, edges, schedule.microbatches * len(schedule.placement))
+        return found, _play(schedule, found)
+
+
+def _add_messages(schedule: Schedule, edges: list[Edge], lag: int) -> tuple[Program, ...]:
     placement = schedule.placement
     later = {s: [t for u, t in edges if u == s and placement[t] != placement[s]] for s in range(len(placement))}
     earlier = {t: [s for s, v in edges if v == t and placement[s] != placement[t]] for t in range(len(placement))}
 
     def sent(action: Action) -> list[Message]:
-        targets = later[action.stage] if action.kind == "F" else earlier[action.stage]
-        return [Message(action.stage, action.kind, action.microbatch, target) for target in targets]
+        if action.kind == "W":
+            return []
+        kind, targets = ("F", later) if action.kind == "F" else ("B", earlier)
+        return [Message(action.stage, kind, action.microbatch, target) for target in targets[action.stage]]
 
     def needed(action: Action) -> list[Message]:
-        sources = earlier[action.stage] if action.kind == "F" else later[action.stage]
-        return [Message(source, action.kind, action.microbatch, action.stage) for source in sources]
+        if action.kind == "W":
+            return []
+        kind, sources = ("F", earlier) if action.kind == "F" else ("B", later)
+        return [Message(source, kind, action.microbatch, action.stage) for source in sources[action.stage]]
 
-    position = {action: index for row in schedule.rows for index, action in enumerate(row)}
+    made_at = {message: index for row in schedule.rows for index, action in enumerate(row) for message in sent(action)}
     used = {message: index for row in schedule.rows for index, action in enumerate(row) for message in needed(action)}
 
     # the order of each channel is the order in which its receiver uses the messages, whenever they were made
     channels: dict[tuple[int, int], list[Message]] = defaultdict(list)
-    for actor, row in enumerate(schedule.rows):
-        for message in [message for action in row for message in sent(action)]:
-            receiver = placement[message.receiver]
-            if message not in used:
-                raise ScheduleError(
-                    f"the schedule {schedule.name!r} sends {message}, which actor {receiver} never uses"
-                )
-            channels[actor, receiver].append(message)
+    for message in made_at:
+        actor, receiver = placement[message.sender], placement[message.receiver]
+        channels[actor, receiver].append(message)
     for messages in channels.values():
         messages.sort(key=used.__getitem__)
 
@@ -132,40 +166,25 @@ def programs(schedule: Schedule, edges: Iterable[Edge]) -> tuple[Program, ...]:
             program += [Post(message) for message in sorted(posts[index], key=rank.__getitem__)]
             needs = sorted(needed(action), key=lambda message: rank.get(message, -1))
             program.append(Compute(action, tuple(needs)))
-            for message in needs:
-                proof = position[Action(message.sender, message.kind, message.microbatch)]
+            for message in needs:  # what its sender had used before it made this has arrived there
                 mine = unreleased[placement[message.sender]]
-                while mine and used[mine[0]] <= proof:
+                while mine and used[mine[0]] <= made_at[message]:
                     program.append(Release(mine.popleft()))
             made.update(sent(action))
             for to, waiting in unsent.items():
                 while waiting and waiting[0] in made:
                     program.append(Send(waiting[0]))
                     unreleased[to].append(waiting.popleft())
+                    if len(unreleased[to]) > lag:
+                        program.append(Release(unreleased[to].popleft()))
         program += [Release(message) for left in unreleased.values() for message in left]
         result.append(tuple(program))
     return tuple(result)
 
 
-def check(schedule: Schedule, edges: Iterable[Edge]) -> Bounds:
-    """Prove that a schedule can be run, and count what it holds at most.
-
-    Proves that each action occurs exactly once and on the actor of its stage, and, by playing the programs
-    through with channels where a send ends only when its receive is posted and everything before it in
-    the channel has been delivered, that all programs end. Raises ScheduleError otherwise.
-    """
-    _check_table(schedule)
-    start_times(schedule, lambda action: 1.0)  # the order of compute alone has no circle
-    edges = set(edges)
-    bad = [edge for edge in edges if not 0 <= edge[0] < edge[1] < len(schedule.placement)]
-    if bad:
-        raise ScheduleError(f"the edge {bad[0]} does not lead from an earlier stage to a later one")
-    return _play(schedule, programs(schedule, edges))
-
-
 def _check_table(schedule: Schedule) -> None:
     stages, name = len(schedule.placement), schedule.name
-    kinds = sorted({action.kind for row in schedule.rows for action in row})
+    trains = any(action.kind != "F" for row in schedule.rows for action in row)
     counted = Counter(action for row in schedule.rows for action in row)
     for actor, row in enumerate(schedule.rows):
         for action in row:
@@ -179,21 +198,27 @@ def _check_table(schedule: Schedule) -> None:
                 )
     for stage in range(stages):
         for microbatch in range(schedule.microbatches):
-            for kind in kinds:
+            is_split = counted[Action(stage, "I", microbatch)] or counted[Action(stage, "W", microbatch)]
+            once = "F" if not trains else "FIW" if is_split else "FB"
+            for kind in "FBIW":
                 action = Action(stage, kind, microbatch)
-                if counted[action] != 1:
-                    raise ScheduleError(f"the schedule {name!r} has {action} {counted[action]} times, needed once")
+                if counted[action] != (kind in once):
+                    needed = "once" if kind in once else f"none beside {stage}I{microbatch} and {stage}W{microbatch}"
+                    raise ScheduleError(
+                        f"the schedule {name!r} has {action} {counted[action]} times, needed {needed}"
+                    )
 
 
 def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
     actors = range(len(all_programs))
-    trains = any(action.kind == "B" for row in schedule.rows for action in row)
+    trains = any(action.kind != "F" for row in schedule.rows for action in row)
     posted: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
     sent: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
     delivered: set[Message] = set()
     position = [0] * len(all_programs)
     live, most_live = [0] * len(all_programs), [0] * len(all_programs)
     buffers, most_buffers = [0] * len(all_programs), [0] * len(all_programs)
+    kept, most_kept = [0] * len(all_programs), [0] * len(all_programs)
 
     def channel(message: Message) -> tuple[int, int]:
         return schedule.placement[message.sender], schedule.placement[message.receiver]
@@ -205,7 +230,7 @@ def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
                 return False
             buffers[actor] -= len(instruction.needs)
             if trains:
-                live[actor] += 1 if instruction.action.kind == "F" else -1
+                live[actor] += {"F": 1, "B": -1, "I": 0, "W": -1}[instruction.action.kind]
                 most_live[actor] = max(most_live[actor], live[actor])
         elif isinstance(instruction, Post):
             posted[channel(instruction.message)].append(instruction.message)
@@ -213,8 +238,12 @@ def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
             most_buffers[actor] = max(most_buffers[actor], buffers[actor])
         elif isinstance(instruction, Send):
             sent[channel(instruction.message)].append(instruction.message)
+            kept[actor] += 1
+            most_kept[actor] = max(most_kept[actor], kept[actor])
         elif instruction.message not in delivered:
             return False
+        else:
+            kept[actor] -= 1
         if isinstance(instruction, Post | Send):
             there, here = sent[channel(instruction.message)], posted[channel(instruction.message)]
             while there and here:
@@ -235,4 +264,4 @@ def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
     if stuck:
         waits = ", ".join(f"actor {actor} at {all_programs[actor][position[actor]]}" for actor in stuck)
         raise ScheduleError(f"the schedule {schedule.name!r} does not end: {waits}")
-    return Bounds(tuple(most_live), tuple(most_buffers))
+    return Bounds(tuple(most_live), tuple(most_buffers), tuple(most_kept))
