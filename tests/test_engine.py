@@ -106,8 +106,8 @@ def test_activations_and_receive_buffers_stay_within_what_the_check_has_counted(
     most: Counter[tuple[str, int]] = Counter()
 
     def watch(what: str, actor: int, call: Callable[..., Any], count: Callable[[], int]) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
-            result = call(*args)
+        def counted(*args: Any, **options: Any) -> Any:
+            result = call(*args, **options)
             most[what, actor] = max(most[what, actor], count())
             return result
 

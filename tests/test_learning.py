@@ -124,7 +124,7 @@ def test_a_part_with_nothing_to_train_has_no_optimizer_and_still_takes_part_in_t
     found = learner(frozen, optimizer)
     assert found.squared_norm() == 0.0
     assert found.commit(2.0, 9.0) == (None, 1.5)
-    assert found.state() == {"optimizer": {}, "scheduler": None}
+    assert found.state() == {"optimizer": {}, "scheduler": None, "loss_scale": None}
     found.load_state({"optimizer": {"elsewhere": {}}, "scheduler": None})
 
 
@@ -412,7 +412,7 @@ def test_an_optimizer_that_selects_nothing_of_a_part_means_that_the_part_is_not_
     assert step(last, 1)[0] == 0.1
     assert all(torch.equal(value, kept[name]) for name, value in body.state_dict().items())
     first.load_state(last.state())
-    assert first.state() == {"optimizer": {}, "scheduler": None}
+    assert first.state() == {"optimizer": {}, "scheduler": None, "loss_scale": None}
 
 
 def test_an_optimizer_that_selects_nothing_of_the_whole_model_is_an_error_as_in_plain_pytorch():

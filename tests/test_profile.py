@@ -155,10 +155,11 @@ class LooksAtValues(Backbone):
         return super().forward(x) if x.sum() > 0 else x
 
 
-class TiedBackbone(Backbone):
+class SharedNormBackbone(Backbone):
     def __init__(self) -> None:
         super().__init__(2)
-        self.layers[1].weight = self.layers[0].weight
+        self.layers = nn.ModuleList([nn.BatchNorm1d(64), nn.BatchNorm1d(64)])
+        self.layers[1].running_mean = self.layers[0].running_mean
 
 
 class Hooked(Backbone):
@@ -167,7 +168,7 @@ class Hooked(Backbone):
         self.register_forward_hook(lambda module, inputs, output: output * 2)
 
 
-@pytest.mark.parametrize("backbone", [LooksAtValues, TiedBackbone, Hooked])
+@pytest.mark.parametrize("backbone", [LooksAtValues, SharedNormBackbone, Hooked])
 def test_a_module_that_cannot_be_cut_inside_stays_whole_and_a_warning_says_that_the_stages_are_lopsided(
     backbone: Callable[[], nn.Module],
 ):
@@ -261,10 +262,9 @@ def sparse() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), MakesSparse(), nn.Identity())
 
 
-def tied() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    model[2].weight = model[0].weight
-    return model
+def norm_called_twice() -> nn.Module:
+    norm = nn.BatchNorm1d(4)
+    return nn.Sequential(norm, nn.ReLU(), norm)
 
 
 ROWS = torch.zeros(2, 4)
@@ -274,7 +274,7 @@ ROWS = torch.zeros(2, 4)
     ("build", "stages", "split", "example", "message"),
     [
         (boxed, 2, ["2"], ROWS, r"a value of type Box cannot cross a stage border, needed tensors .*: choose `split`"),
-        (tied, 2, ["2"], ROWS, r"'0.weight' is used by stages \[0, 1\]"),
+        (norm_called_twice, 2, ["1"], ROWS, r"'0.running_mean' is used by stages \[0, 1\]"),
         (CNN, 5, None, IMAGES, r"the plan has 5 stages, but CNN has only 4 modules"),
         (CNN, 2, ["conv3"], IMAGES, r"the model has no module 'conv3'; did you mean 'conv2' or 'conv1'\?"),
         (CNN, 2, ["conv1"], None, r"'conv1' is the first module"),

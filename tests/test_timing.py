@@ -31,11 +31,11 @@ def run_step(clock: Clock, passes: Sequence[tuple[int, str]]) -> None:
 
 
 def test_a_clock_sums_the_passes_of_each_stage_and_the_spans_of_the_steps(clock: Clock):
-    run_step(clock, [(0, "F"), (2, "F"), (0, "F"), (2, "B"), (0, "B")])
+    run_step(clock, [(0, "F"), (2, "F"), (0, "F"), (2, "B"), (0, "I"), (0, "W")])
     run_step(clock, [(0, "F"), (0, "B")])
     found = clock.read()
-    assert found == Timing(forward={0: 3.0, 2: 1.0}, backward={0: 2.0, 2: 1.0}, passes={0: 2, 2: 1}, span=16.0)
-    assert found.busy == 7.0
+    assert found == Timing(forward={0: 3.0, 2: 1.0}, backward={0: 3.0, 2: 1.0}, passes={0: 3, 2: 1}, span=18.0)
+    assert found.busy == 8.0
 
 
 def test_a_clock_starts_again_once_it_was_read(clock: Clock):

@@ -21,6 +21,7 @@ class ReplicaState:
     model: dict[str, torch.Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     scheduler: Any = None
+    loss_scale: dict[str, float] | None = None
 
 
 class Actors(Protocol):

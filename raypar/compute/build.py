@@ -7,7 +7,7 @@ import fcntl
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import nn
 from raypar.compute.checkpoint import check_shapes, read_tensors
 from raypar.compute.gradients import BucketSum, DDPSum, GradientSum
 from raypar.compute.part import Cut, ModelSpec, Part
-from raypar.compute.split import StageGraph, check_split, cut_graph, edges_of, owners
+from raypar.compute.precision import autocast_of
+from raypar.compute.split import StageGraph, check_split, cut_graph, edges_of, holders
 from raypar.compute.stage import Stage, StageCode, part_of_model, whole_model
 from raypar.compute.trace import trace
 from raypar.compute.transport import Transport
@@ -52,8 +53,9 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     names = _shapes(model, len(placement))
     cuts = {} if len(placement) == 1 else cut_model(model, spec.cut, len(placement))
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    owner = owners(model, list(cuts.values())) if cuts else {name: 0 for name, _ in everything}
-    _drop_others(model, {name for name, stage in owner.items() if placement[stage] != actor})
+    held = holders(model, list(cuts.values())) if cuts else {name: [0] for name, _ in everything}
+    ties = _ties(model, held, placement)
+    _drop_others(model, {name for name, stages in held.items() if actor not in {placement[s] for s in stages}})
     if spec.weights is not None:
         mine = model.state_dict()
         found = read_tensors(spec.weights, [name for name in names if name in mine], known=list(names))
@@ -62,11 +64,35 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     model.to(device)
     stages = {}
     for stage in plan.stages_of(actor):
-        codes = {mode: part_of_model(model, parts[stage]) for mode, parts in cuts.items()}
+        codes = {mode: part_of_model(model, parts[stage], compiled=plan.compile) for mode, parts in cuts.items()}
         codes = codes or {mode: whole_model(model) for mode in ("train", "eval")}
-        stages[stage] = Stage(stage, codes, stage == len(placement) - 1, spec.loss_fn)
+        is_last = stage == len(placement) - 1
+        autocast = autocast_of(plan.precision, device)
+        stages[stage] = Stage(stage, codes, is_last, spec.loss_fn, model, autocast, is_whole=plan.compile)
+    if plan.compile and not cuts:
+        model.compile()
     edges = {mode: edges_of(cuts[mode]) if cuts else set() for mode in ("train", "eval")}
-    return Part(model, stages, owner, edges, names)
+    return Part(
+        model,
+        stages,
+        {name: stages[0] for name, stages in held.items()},
+        edges,
+        names,
+        set(ties),
+        {owner: [model.get_parameter(n) for n in names] for (owner, holder), names in ties.items() if holder == actor},
+        {holder: [model.get_parameter(n) for n in names] for (owner, holder), names in ties.items() if owner == actor},
+    )
+
+
+def _ties(model: nn.Module, held: dict[str, list[int]], placement: Sequence[int]) -> dict[tuple[int, int], list[str]]:
+    """The trainable weights that two actors share, by (owner, holder): one name of each, in the model's order."""
+    found: dict[tuple[int, int], dict[int, str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = placement[held[name][0]]
+        for holder in {placement[stage] for stage in held[name]} - {owner}:
+            if parameter.requires_grad:
+                found.setdefault((owner, holder), {}).setdefault(id(parameter), name)
+    return {pair: list(names.values()) for pair, names in found.items()}
 
 
 def _shapes(model: nn.Module, stages: int) -> dict[str, torch.Size]:
@@ -108,7 +134,7 @@ def _drop_others(model: nn.Module, others: set[str]) -> None:
             *module.named_buffers(recurse=False, remove_duplicate=False),
         ]
         for name in [name for name, _ in own if dot + name in others]:
-            delattr(module, name)
+            setattr(module, name, None)  # as a module has it that was built without: it may stay for a tied weight
     kept = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     for prefix, module in list(model.named_modules()):
         for name in [name for name, _ in module.named_children()]:

@@ -27,15 +27,14 @@ from raypar.compute.learning import Learner
 from raypar.compute.part import Part
 from raypar.compute.randomness import seed_pass
 from raypar.compute.stage import Values
+from raypar.compute.ties import Ties
 from raypar.compute.timing import Clock
 from raypar.compute.transport import Transport
 from raypar.compute.tree import Tree
-from raypar.planning.errors import (
-    NonFiniteError,
-)
+from raypar.planning.errors import NonFiniteError
 from raypar.planning.plan import Plan
-from raypar.planning.program import Compute, Message, Post, Program, Release, Send, check, programs
-from raypar.planning.schedule import Schedule, forward_only, one_forward_one_backward, schedule_of
+from raypar.planning.program import Compute, Message, Post, Program, Release, Send, programs
+from raypar.planning.schedule import Action, Schedule, forward_only, one_forward_one_backward, schedule_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,10 @@ class Order:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of one optimizer step, the same on every actor but for `lr` (None without an optimizer)."""
+    """The outcome of one optimizer step, the same on every actor but for `lr` (None without an optimizer).
+
+    skipped: nothing was trained: no row had a weight, or the gradients overflowed under the loss scale.
+    """
 
     step: int
     loss: float
@@ -104,6 +106,7 @@ class Engine:
         self.placement = plan.actor_of_stage
         self.clock = Clock(device)
         self.everyone = transport.everyone()
+        self.ties = Ties(part, transport)
         self._programs: dict[tuple[str, int], Program] = {}
         self._keys: dict[Hashable, int] = {}
         self._outboxes: dict[int, Outbox] = {}
@@ -127,14 +130,19 @@ class Engine:
         samples = order.rows if self._is_last_actor else 0
         squares = self.learner.squared_norm() if self.replica == 0 else 0.0
         loss, weight, squared, samples = yield from self._sum_over_all([*found, squares, samples])
+        mean = loss / weight if weight else math.nan
         if not (math.isfinite(loss) and math.isfinite(squared)):
             self.learner.give_up()
             for stage in self.part.stages.values():
                 stage.forget()
+            if self.learner.loss_scale is not None and self.learner.loss_scale.shrink():
+                return StepResult(order.step, mean, math.inf, int(samples), None, skipped=True)
             yield from self._find_non_finite(order, loss)
         with self._user_code("the optimizer's step"):
             lr, norm = self.learner.commit(weight, squared)
-        mean = loss / weight if weight else math.nan
+        if weight:
+            with self._waiting_for("the new values of tied weights"):
+                yield from self.ties.spread_weights()
         return StepResult(order.step, mean, norm, int(samples), lr, skipped=not weight)
 
     def eval_step(self, order: Order) -> Waiting:
@@ -178,7 +186,6 @@ class Engine:
         if known is None:
             schedule = self._schedule(mode, microbatches)
             edges = self.part.edges["eval" if mode in ("eval", "predict") else "train"]
-            check(schedule, edges)
             known = self._programs[mode, microbatches] = programs(schedule, edges)[self.actor]
         return known
 
@@ -203,7 +210,7 @@ class Engine:
                 if action.kind == "F":
                     self._forward(run, action.stage, action.microbatch, received, ready)
                 else:
-                    self._backward(run, action.stage, action.microbatch, received, ready)
+                    self._backward(run, action, received, ready)
             elif isinstance(instruction, Post):
                 message = instruction.message
                 with self._exchange(message):
@@ -217,12 +224,11 @@ class Engine:
                     yield from self._outboxes[self.placement[message.receiver]].release(message)
         if run.mode == "train":
             self.clock.end_step()
+            with self._waiting_for("the gradients of tied weights"):
+                yield from self.ties.add_gradients()
             for stage in self.part.stages:
-                try:
+                with self._waiting_for("adding up the gradients over all replicas", stage):
                     yield from self.sums[stage].start(len(run.sizes))
-                except RuntimeError as error:
-                    what = f"replica {self.replica}, stage {stage}: adding up the gradients over all replicas"
-                    raise failed_wait(what, error, self.replica, stage) from error
 
     def _forward(
         self, run: _Pass, index: int, number: int, received: dict[int, Values], ready: dict[Message, Any]
@@ -233,11 +239,14 @@ class Engine:
             if self.placement[source] == self.actor:
                 received[source] = run.local.pop(Message(source, "F", number, index))
         rows, is_last = run.sizes[number], number == len(run.sizes) - 1
-        seed_pass(self.device, self.seed, run.step, self.replica * self.plan.microbatches + number, index)
+        self._seed(run, index, number)
         with self._user_code("forward", index, number):
             if run.mode == "train":
+                keep = self.plan.recompute == "never" or (self.plan.recompute == "except_last" and is_last)
                 with self.clock.measure(index, "F"), self.sums[index].around(is_last):
-                    sends, loss = stage.forward(number, run.inputs[number], received, run.targets[number], rows)
+                    sends, loss = stage.forward(
+                        number, run.inputs[number], received, run.targets[number], rows, keep=keep
+                    )
                 found: Any = loss
             else:
                 wants_loss = run.mode == "eval"
@@ -252,23 +261,33 @@ class Engine:
             message = Message(index, "F", number, target)
             (run.local if self.placement[target] == self.actor else ready)[message] = values
 
-    def _backward(
-        self, run: _Pass, index: int, number: int, received: dict[int, Any], ready: dict[Message, Any]
-    ) -> None:
+    def _backward(self, run: _Pass, action: Action, received: dict[int, Any], ready: dict[Message, Any]) -> None:
+        index, kind, number = action
         stage = self.part.stages[index]
+        if kind == "W":
+            with self._user_code("backward, for the weights", index, number), self.clock.measure(index, kind):
+                stage.backward_weights(number)
+            return
         for target in stage.codes["train"].sends:
             if self.placement[target] == self.actor:
                 received[target] = run.local.pop(Message(target, "B", number, index))
         is_last = number == len(run.sizes) - 1
         with (
             self._user_code("backward", index, number),
-            self.clock.measure(index, "B"),
+            self.clock.measure(index, kind),
             self.sums[index].around(is_last),
         ):
-            gradients = stage.backward(number, received)
+            if stage.must_recompute(number):
+                self._seed(run, index, number)
+                stage.recompute(number)
+            backward = stage.backward if kind == "B" else stage.backward_inputs
+            gradients = backward(number, received, self.learner.scale)
         for source, tensors in gradients.items():
             message = Message(index, "B", number, source)
             (run.local if self.placement[source] == self.actor else ready)[message] = tensors
+
+    def _seed(self, run: _Pass, stage: int, number: int) -> None:
+        seed_pass(self.device, self.seed, run.step, self.replica * self.plan.microbatches + number, stage)
 
     def _send(self, run: _Pass, message: Message, values: Any) -> None:
         other = self.placement[message.receiver]
@@ -309,14 +328,18 @@ class Engine:
         if self.everyone is None:
             return numbers
         vector = torch.tensor(numbers, dtype=torch.float64)
-        try:
+        with self._waiting_for("the commit"):
             yield self.everyone.sum(vector)
-        except RuntimeError as error:
-            stage = next(iter(self.part.stages))
-            raise failed_wait(
-                f"replica {self.replica}, stage {stage}: the commit", error, self.replica, stage
-            ) from error
         return vector.tolist()
+
+    @contextmanager
+    def _waiting_for(self, what: str, stage: int | None = None) -> Iterator[None]:
+        """Give a wait for other actors at the end of a step that fails an address."""
+        try:
+            yield
+        except RuntimeError as error:
+            stage = next(iter(self.part.stages)) if stage is None else stage
+            raise failed_wait(f"replica {self.replica}, stage {stage}: {what}", error, self.replica, stage) from error
 
     def _find_non_finite(self, order: Order, loss: float) -> Waiting:
         """Play the forward passes of the failed step again, to name the first stage that is not finite."""
@@ -349,7 +372,8 @@ class Engine:
 
 
 def pairs(plan: Plan, part: Part) -> set[tuple[int, int]]:
-    """The ordered pairs of actors that exchange messages: along each edge, and back with gradients."""
+    """The ordered pairs of actors that exchange messages: along each edge, and back with gradients; and where they
+    share tied weights, both ways."""
     placement = plan.actor_of_stage
     found = set()
     for mode, edges in part.edges.items():
@@ -358,7 +382,7 @@ def pairs(plan: Plan, part: Part) -> set[tuple[int, int]]:
                 found.add((placement[source], placement[target]))
                 if mode == "train":
                     found.add((placement[target], placement[source]))
-    return found
+    return found | part.ties | {(holder, owner) for owner, holder in part.ties}
 
 
 def _total(values: list[torch.Tensor]) -> float:

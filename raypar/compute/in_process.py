@@ -18,6 +18,7 @@ from raypar.compute.gradients import GradientSum
 from raypar.compute.learning import Learner
 from raypar.compute.memory_links import take_turns
 from raypar.compute.part import ModelSpec, Part
+from raypar.compute.precision import LossScale
 from raypar.compute.timing import Timing
 from raypar.compute.transport import Transport
 from raypar.compute.tree import Tree
@@ -40,7 +41,7 @@ def make_engine(
     snapshot: Snapshot | None = None,
 ) -> Engine:
     """The engine of one actor over its part of the model, restored where there is a snapshot."""
-    learner = Learner(part, spec)
+    learner = Learner(part, spec, LossScale() if plan.precision == "fp16" else None)
     engine = Engine(
         plan, replica, actor, part, learner, sums or bucket_sums(part, transport), transport, device, spec.seed
     )
@@ -70,9 +71,14 @@ def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
 
 def state_of(engine: Engine) -> ReplicaState:
     """This actor's part of its replica's state, copied to the CPU."""
-    model = {name: tensor.detach().to("cpu", copy=True) for name, tensor in engine.part.module.state_dict().items()}
+    tensors = engine.part.module.state_dict(keep_vars=True)
+    model = {
+        name: tensor.detach().to("cpu", copy=True)
+        for name, tensor in tensors.items()
+        if not engine.part.is_copy(tensor)
+    }
     state = engine.learner.state()
-    return ReplicaState(model, state["optimizer"], state["scheduler"])
+    return ReplicaState(model, state["optimizer"], state["scheduler"], state["loss_scale"])
 
 
 def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
@@ -89,6 +95,7 @@ def merge(states: Sequence[ReplicaState], names: Iterable[str]) -> ReplicaState:
         merged.model.update(state.model)
         merged.optimizer.update(state.optimizer)
         merged.scheduler = merged.scheduler if merged.scheduler is not None else state.scheduler
+        merged.loss_scale = state.loss_scale
     merged.model = {name: merged.model[name] for name in names if name in merged.model}
     return merged
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from raypar.compute.part import ModelSpec, Part
+from raypar.compute.precision import LossScale
 from raypar.planning.errors import CheckpointError, ModelError
 
 Scheduler = Any
@@ -20,12 +21,16 @@ Scheduler = Any
 class Learner:
     """The optimizer over the part of the model that one actor holds."""
 
-    def __init__(self, part: Part, spec: ModelSpec) -> None:
+    def __init__(self, part: Part, spec: ModelSpec, loss_scale: LossScale | None = None) -> None:
         self.module = part.module
         self.max_grad_norm = spec.max_grad_norm
-        self.parameters = [p for p in part.module.parameters() if p.requires_grad]
+        self.loss_scale = loss_scale
+        self.copies = [copy for copies in part.copies.values() for copy in copies]
+        self.parameters = [p for p in part.module.parameters() if p.requires_grad and not part.is_copy(p)]
         whole = set(part.owner.values()) <= set(part.stages)
         self.optimizer = _make_optimizer(spec.optimizer, part.module, whole=whole) if self.parameters else None
+        if self.optimizer is not None and self.copies:
+            self.optimizer = _without(self.optimizer, self.copies)
         self.scheduler: Scheduler = None
         if self.optimizer is not None and spec.lr_scheduler is not None:
             self.scheduler = _make_scheduler(spec.lr_scheduler, self.optimizer)
@@ -64,22 +69,29 @@ class Learner:
                     buffer.copy_(self._buffers[name][2])
         self._clear()
 
+    @property
+    def scale(self) -> float:
+        """What the loss is multiplied by before the backward passes."""
+        return self.loss_scale.value if self.loss_scale is not None else 1.0
+
     def squared_norm(self) -> float:
         """The squared norm of the gradient sums of this actor."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return float(get_total_norm(gradients)) ** 2 if gradients else 0.0
 
     def commit(self, weight: float, squared_norm: float) -> tuple[float | None, float]:
-        """Divide the gradient sums by the step's weight, clip, and step; nothing happens with weight 0.
+        """Divide the gradient sums by the step's weight (and the loss scale), clip, and step; nothing happens with
+        weight 0.
 
         Returns the learning rate used (None without an optimizer) and the norm of the whole model's
         gradient, before clipping.
         """
-        norm = math.sqrt(squared_norm) / weight if weight else 0.0
+        divisor = weight * self.scale
+        norm = math.sqrt(squared_norm) / divisor if weight else 0.0
         lr = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else None
         if weight and self.optimizer is not None:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
-            scale = 1.0 / weight
+            scale = 1.0 / divisor
             if self.max_grad_norm is not None:
                 scale *= min(1.0, self.max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
             if gradients and scale != 1.0:
@@ -89,21 +101,24 @@ class Learner:
             self.optimizer.step()
             if self.scheduler is not None:
                 self.scheduler.step()
+        if weight and self.loss_scale is not None:
+            self.loss_scale.grow()
         self._clear()
         return lr, norm
 
     def _clear(self) -> None:
-        for parameter in self.parameters:
+        for parameter in [*self.parameters, *self.copies]:
             parameter.grad = None
 
     # ------------------------------------------------------------ state, by parameter name
 
     def state(self) -> dict[str, Any]:
-        """{"optimizer": {name: entry}, "scheduler": …}, on the CPU. An entry is of one parameter, so that it can go to
-        any other group on any other actor: {"class": the optimizer's, "state", "options": of its group (learning rate,
-        weight decay …), "scheduler": what the scheduler keeps for its group}."""
+        """{"optimizer": {name: entry}, "scheduler": …, "loss_scale": …}, on the CPU. An entry is of one parameter, so
+        that it can go to any other group on any other actor: {"class": the optimizer's, "state", "options": of its
+        group (learning rate, weight decay …), "scheduler": what the scheduler keeps for its group}."""
+        scale = self.loss_scale.state() if self.loss_scale is not None else None
         if self.optimizer is None:
-            return {"optimizer": {}, "scheduler": None}
+            return {"optimizer": {}, "scheduler": None, "loss_scale": scale}
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         kind, groups = type(self.optimizer).__name__, self.optimizer.param_groups
         schedule = self.scheduler.state_dict() if self.scheduler is not None else None
@@ -115,11 +130,13 @@ class Learner:
                 state = {key: _to_cpu(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
                 entry = {"class": kind, "state": state, "options": options, "scheduler": kept}
                 found[names[id(parameter)]] = entry
-        return {"optimizer": found, "scheduler": schedule}
+        return {"optimizer": found, "scheduler": schedule, "loss_scale": scale}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` of any actors has given, this actor's own parameters only. Raises CheckpointError
         where that is of another optimizer, or of parameter groups that cannot be mapped to these."""
+        if self.loss_scale is not None and state.get("loss_scale") is not None:
+            self.loss_scale.load_state(state["loss_scale"])
         if self.optimizer is None:
             return
         saved, kind = state["optimizer"], type(self.optimizer).__name__
@@ -225,6 +242,17 @@ def _make_optimizer(
             "optimizer that works parameter by parameter, such as SGD or AdamW"
         )
     return optimizer
+
+
+def _without(optimizer: torch.optim.Optimizer, copies: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+    """The optimizer without the copies of weights that other actors own; None where nothing else is left."""
+    others = {id(copy) for copy in copies}
+    for group in optimizer.param_groups:
+        stay = [id(parameter) not in others for parameter in group["params"]]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [value for value, stays in zip(group[key], stay, strict=True) if stays]
+    return optimizer if any(group["params"] for group in optimizer.param_groups) else None
 
 
 def _make_scheduler(make: Callable[[torch.optim.Optimizer], Scheduler], optimizer: torch.optim.Optimizer) -> Scheduler:

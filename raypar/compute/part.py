@@ -48,6 +48,9 @@ class Part:
     module: the user's model without the modules of other actors; names and types are the whole model's.
     stages: the actor's stages.
     owner:  the stage of each parameter and buffer of the whole model.
+    ties:   (owner, holder) for each two actors that share a tied weight.
+    copies: the copies of tied weights that this actor holds, by their owner.
+    lent:   the tied weights of which others hold copies, by holder, in the same order as there.
     edges:  of the stage graph, by mode.
     names:  of the whole model's state dict, in its order, with the shapes.
     """
@@ -57,6 +60,13 @@ class Part:
     owner: dict[str, int]
     edges: dict[str, set[Edge]]
     names: dict[str, torch.Size]
+    ties: set[tuple[int, int]] = field(default_factory=set)
+    copies: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+    lent: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+
+    def is_copy(self, tensor: torch.Tensor) -> bool:
+        """Whether a parameter is owned by another actor."""
+        return any(tensor is copy for copies in self.copies.values() for copy in copies)
 
     def trainable(self, stage: int) -> list[nn.Parameter]:
         """The parameters of one stage that are trained, in the order of the model."""

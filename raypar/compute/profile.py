@@ -14,7 +14,7 @@ from raypar.compute import tree
 from raypar.compute.build import build_whole, cut_model, one_process_a_node
 from raypar.compute.channel import check_can_cross
 from raypar.compute.part import Cut, ModelSpec
-from raypar.compute.split import can_be_opened, check_split, open_modules, owners
+from raypar.compute.split import can_be_opened, check_split, holders, open_modules
 from raypar.compute.stage import Stage, Values, part_of_model
 from raypar.compute.trace import attribute, bind_inputs, module_calls, on_meta, trace
 from raypar.compute.tree import Tree
@@ -84,7 +84,7 @@ def choose_cut(
 def _check(model: nn.Module, cut: Cut, stages: int, example_inputs: Tree) -> None:
     """Refuse a cut through something that belongs to one stage, or with a border that a value cannot cross."""
     cuts = cut_model(model, cut, stages)
-    owners(model, list(cuts.values()))
+    holders(model, list(cuts.values()))
     if example_inputs is not None:
         _check_borders(model, cut, stages, example_inputs)
 

@@ -192,6 +192,7 @@ class Session(ABC):
             state = actors.state()
             others = buffers[1:] if any(buffers) else []
             training = {"optimizer": state.optimizer, "scheduler": state.scheduler, "buffers": others}
+            training["loss_scale"] = state.loss_scale
             snapshot = Snapshot(step, state.model, training, asdict(position), asdict(self.plan), self.history)
             try:
                 found = checkpoint.write(self.storage, snapshot)

@@ -9,7 +9,8 @@ code included, belongs to the stage before:
 
 A value that a later stage uses crosses the border between them, straight from the stage that makes it
 to each stage that uses it; an input of the model goes straight to the stages that use it. A parameter or
-buffer that forward uses by hand belongs to the first stage that does, and crosses to the others.
+buffer that forward uses by hand belongs to the first stage that does, and crosses to the others. One that modules of several stages share is tied:
+its first stage owns it, the others hold copies (`raypar.compute.ties`).
 """
 
 from __future__ import annotations
@@ -176,11 +177,12 @@ def edges_of(parts: Sequence[StageGraph]) -> set[Edge]:
     return {(source, target) for source, part in enumerate(parts) for target in part.sends}
 
 
-def owners(model: nn.Module, graphs: Sequence[Sequence[StageGraph]]) -> dict[str, int]:
-    """The stage of every parameter and buffer, by name; what no graph uses belongs to stage 0.
+def holders(model: nn.Module, graphs: Sequence[Sequence[StageGraph]]) -> dict[str, list[int]]:
+    """The stages that hold every parameter and buffer, by name, its owner first: the first stage that uses it under
+    any name. Others hold it where they use it under this one. What no graph uses belongs to stage 0.
 
     `graphs` are the cuts of the train and the eval graph. Raises SplitError when two stages use the same
-    parameter.
+    buffer: what one changes, the other would not see.
     """
     users: dict[str, set[int]] = {}
     for parts in graphs:
@@ -188,7 +190,10 @@ def owners(model: nn.Module, graphs: Sequence[Sequence[StageGraph]]) -> dict[str
             for node in part.graph.nodes:
                 if node.op == "call_module":
                     inside = attribute(model, str(node.target))
-                    tensors = [*inside.named_parameters(), *inside.named_buffers()]
+                    tensors = [
+                        *inside.named_parameters(remove_duplicate=False),
+                        *inside.named_buffers(remove_duplicate=False),
+                    ]
                     names = [f"{node.target}.{name}" for name, _ in tensors]
                 elif node.op == "get_attr":
                     names = [str(node.target)]
@@ -200,13 +205,14 @@ def owners(model: nn.Module, graphs: Sequence[Sequence[StageGraph]]) -> dict[str
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
         same.setdefault(id(tensor), set()).update(users.get(name, set()))
-    owner: dict[str, int] = {}
+    found: dict[str, list[int]] = {}
     for name, tensor in named:
         stages = sorted(same[id(tensor)])
-        if len(stages) > 1:
+        if len(stages) > 1 and not isinstance(tensor, nn.Parameter):
             raise SplitError(
-                f"{name!r} is used by stages {stages}: a parameter or buffer must belong to one stage. Choose "
-                "`split` so that all modules that share it are in the same stage, or use fewer stages."
+                f"{name!r} is used by stages {stages}: a buffer must belong to one stage. Choose `split` so that all "
+                "modules that share it are in the same stage, or use fewer stages."
             )
-        owner[name] = stages[0] if stages else 0
-    return owner
+        owner = stages[0] if stages else 0
+        found[name] = [owner, *sorted(users.get(name, set()) - {owner})]
+    return found

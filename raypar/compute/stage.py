@@ -4,13 +4,16 @@
         gradients sent  ◀── leaf.grad ◀── autograd.backward ◀── gradients received
 
 The border cuts autograd's graph: what comes in becomes new leaves, what goes out is detached, and the
-backward pass takes up the made values where the forward pass left them.
+backward pass takes up the made values where the forward pass left them. Where activations are not to be kept, the
+forward pass keeps what came in instead, and is run again before the backward one (Chen et al. 2016,
+https://arxiv.org/abs/1604.06174).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +25,7 @@ from raypar.compute import tree
 from raypar.compute.split import StageGraph
 from raypar.compute.trace import attribute, binder, call
 from raypar.compute.tree import Tree
+from raypar.compute.two_backward import WeightPart, backward_to_inputs
 from raypar.planning.errors import ModelError, SplitError
 
 Values = list[Tree]
@@ -49,9 +53,11 @@ def whole_model(model: nn.Module) -> StageCode:
     return StageCode(lambda inputs, _: (call(model, inputs),))
 
 
-def part_of_model(model: nn.Module, part: StageGraph) -> StageCode:
+def part_of_model(model: nn.Module, part: StageGraph, *, compiled: bool = False) -> StageCode:
     """The code of one stage of a traced model, running on the modules of `model` itself."""
     code = GraphModule(model, part.graph)
+    if compiled:
+        code.compile()
     sources = sorted(part.receives)
     bind = binder(model)
     names = [*part.inputs, *(name for source in sources for name in part.receives[source])]
@@ -107,16 +113,20 @@ def _versions(value: Tree) -> list[int]:
     return [leaf._version for leaf in tree.leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | (one != one) & (other != other)).all())
+
+
 class _Enter(torch.autograd.Function):
     """A leaf as a tensor that the stage may change in place, as a first nn.ReLU(inplace=True) does."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:
-        return leaf.detach()
+    def forward(ctx: Any, leaf: torch.Tensor, copy: bool) -> torch.Tensor:
+        return leaf.detach().clone() if copy else leaf.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
 
 
 @dataclass
@@ -128,59 +138,170 @@ class _Saved:
     loss: torch.Tensor | None
 
 
+@dataclass
+class _Arrived:
+    """What the forward pass of one micro-batch needs to be run again, as it was: `buffers` are those that it has
+    changed, by name, as they were before."""
+
+    inputs: Tree
+    received: dict[int, Values]
+    targets: Tree
+    rows: int
+    buffers: dict[str, torch.Tensor]
+
+
 LossFunction = Callable[[Any, Any], Any]
 
 
 class Stage:
-    """One stage; `codes` by mode ("train", "eval"). The last stage computes the loss too."""
+    """One stage; `codes` by mode ("train", "eval"). The last stage computes the loss too.
 
-    def __init__(self, index: int, codes: dict[str, StageCode], is_last: bool, loss_fn: LossFunction | None) -> None:
+    module:   holds the buffers that its passes may change.
+    autocast: makes what forward passes and the loss run in.
+    is_whole: its backward pass cannot be split into two (one compiled function, say).
+    """
+
+    def __init__(
+        self,
+        index: int,
+        codes: dict[str, StageCode],
+        is_last: bool,
+        loss_fn: LossFunction | None,
+        module: nn.Module | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        *,
+        is_whole: bool = False,
+    ) -> None:
         self.index = index
         self.codes = codes
         self.is_last = is_last
         self.loss_fn = loss_fn
+        self.module = module
+        self.autocast = autocast
+        self.is_whole = is_whole
         self.saved: dict[int, _Saved] = {}
+        self.arrived: dict[int, _Arrived] = {}
+        self.weight_parts: dict[int, WeightPart] = {}
 
     def forward(
-        self, microbatch: int, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int
+        self, microbatch: int, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, *, keep: bool = True
     ) -> tuple[dict[int, Values], tuple[torch.Tensor, torch.Tensor] | None]:
         """One micro-batch forward, in training. Returns what goes to each later stage (detached, with
-        `requires_grad` as a flag), and in the last stage the loss's (sum over rows, weight)."""
+        `requires_grad` as a flag), and in the last stage the loss's (sum over rows, weight).
+
+        keep: keep the activations; else `recompute` must be called before `backward`.
+        """
+        if keep:
+            self.saved[microbatch], sends, loss = self._run(inputs, received, targets, rows)
+            return sends, loss
+        before = {name: buffer.clone() for name, buffer in self._buffers().items()}
+        versions = [_versions(value) for value in (inputs, targets)]
+        _, sends, loss = self._run(inputs, received, targets, rows, copy=True)
+        if versions != [_versions(value) for value in (inputs, targets)]:
+            raise ModelError(
+                f"stage {self.index} changes the batch itself in place, which recomputing would do twice: needed a "
+                "forward that leaves its inputs as they are, or Plan(recompute='never')"
+            )
+        now = self._buffers()
+        changed = {name: old for name, old in before.items() if name in now and not _are_equal(now[name], old)}
+        self.arrived[microbatch] = _Arrived(inputs, received, targets, rows, changed)
+        return sends, loss
+
+    def must_recompute(self, microbatch: int) -> bool:
+        return microbatch in self.arrived
+
+    def recompute(self, microbatch: int) -> None:
+        """Run a forward pass again, with the buffers that it ran with; they are left as they are now."""
+        arrived = self.arrived.pop(microbatch)
+        now = {name: self._buffers()[name].clone() for name in arrived.buffers}
+        self._set_buffers(arrived.buffers)
+        self.saved[microbatch], _, _ = self._run(arrived.inputs, arrived.received, arrived.targets, arrived.rows)
+        self._set_buffers(now)
+
+    def _run(
+        self, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, *, copy: bool = False
+    ) -> tuple[_Saved, dict[int, Values], tuple[torch.Tensor, torch.Tensor] | None]:
         leaves: dict[int, list[torch.Tensor]] = {source: [] for source in received}
-        entered = {source: self._enter(values, leaves[source]) for source, values in received.items()}
-        found = self.codes["train"].run(inputs, entered)
-        loss = self._loss(found[-1], targets, rows) if self.is_last else None
+        entered = {source: self._enter(values, leaves[source], copy) for source, values in received.items()}
+        with self.autocast():
+            found = self.codes["train"].run(inputs, entered)
+            loss = self._loss(found[-1], targets, rows) if self.is_last else None
         sends, made = self._outgoing("train", found)
-        self.saved[microbatch] = _Saved(leaves, made, loss[0] if loss else None)
-        return sends, (loss[0].detach(), loss[1]) if loss else None
+        saved = _Saved(leaves, made, loss[0] if loss else None)
+        return saved, sends, (loss[0].detach(), loss[1]) if loss else None
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return dict(self.module.named_buffers()) if self.module is not None else {}
+
+    def _set_buffers(self, values: dict[str, torch.Tensor]) -> None:
+        buffers = self._buffers()
+        for name, value in values.items():
+            # Through .data, which autograd does not count as a change: what it has saved of the buffer is still right.
+            buffers[name].data.copy_(value)
 
     def evaluate(
         self, mode: str, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, *, with_loss: bool
     ) -> tuple[dict[int, Values], Any]:
         """One micro-batch forward without gradients, by the code of `mode`. Returns what goes to each later
         stage, and in the last stage the loss's (sum, weight), or the output when `with_loss` is False."""
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             found = self.codes[mode].run(inputs, received)
             sends, _ = self._outgoing(mode, found)
             if not self.is_last:
                 return sends, None
             return sends, self._loss(found[-1], targets, rows) if with_loss else found[-1]
 
-    def backward(self, microbatch: int, gradients: dict[int, list[torch.Tensor]]) -> dict[int, list[torch.Tensor]]:
+    def backward(
+        self, microbatch: int, gradients: dict[int, list[torch.Tensor]], scale: float = 1.0
+    ) -> dict[int, list[torch.Tensor]]:
         """One micro-batch backward, from the gradients that each later stage sent, in the order of the
-        made tensors that require one. Returns the gradients for each earlier stage."""
-        saved = self.saved.pop(microbatch)
-        tensors: list[torch.Tensor] = [] if saved.loss is None or not saved.loss.requires_grad else [saved.loss]
-        given: list[torch.Tensor | None] = [None] * len(tensors)
-        for target, made in saved.made.items():
-            tensors += made
-            given += gradients[target]
+        made tensors that require one; `scale` multiplies the loss. Returns the gradients for each earlier stage."""
+        saved, tensors, given = self._take_up(microbatch, gradients, scale)
         if tensors:
             torch.autograd.backward(tensors, given)
         return {
             source: [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
             for source, leaves in saved.leaves.items()
         }
+
+    def backward_inputs(
+        self, microbatch: int, gradients: dict[int, list[torch.Tensor]], scale: float = 1.0
+    ) -> dict[int, list[torch.Tensor]]:
+        """The first half of `backward`: the gradients for each earlier stage."""
+        if self.is_whole:
+            return self.backward(microbatch, gradients, scale)
+        saved, tensors, given = self._take_up(microbatch, gradients, scale)
+        leaves = [leaf for each in saved.leaves.values() for leaf in each]
+        found, self.weight_parts[microbatch] = backward_to_inputs(tensors, given, leaves)
+        by_leaf = iter(zip(leaves, found, strict=True))
+        return {
+            source: [
+                gradient if gradient is not None else torch.zeros_like(leaf)
+                for leaf, gradient in (next(by_leaf) for _ in each)
+            ]
+            for source, each in saved.leaves.items()
+        }
+
+    def backward_weights(self, microbatch: int) -> None:
+        """The second half of `backward`: the gradients of the weights."""
+        part = self.weight_parts.pop(microbatch, None)
+        if part is not None:
+            part.run()
+
+    def _take_up(
+        self, microbatch: int, gradients: dict[int, list[torch.Tensor]], scale: float
+    ) -> tuple[_Saved, list[torch.Tensor], list[torch.Tensor | None]]:
+        """The roots of a micro-batch's graph, and the gradients given for them."""
+        saved = self.saved.pop(microbatch)
+        tensors: list[torch.Tensor] = []
+        given: list[torch.Tensor | None] = []
+        if saved.loss is not None and saved.loss.requires_grad:
+            tensors.append(saved.loss)
+            given.append(None if scale == 1.0 else torch.full_like(saved.loss, scale))
+        for target, made in saved.made.items():
+            tensors += made
+            given += gradients[target]
+        return saved, tensors, given
 
     @property
     def uses_inputs(self) -> bool:
@@ -190,14 +311,16 @@ class Stage:
     def forget(self) -> None:
         """Drop what a step that is given up has kept."""
         self.saved.clear()
+        self.arrived.clear()
+        self.weight_parts.clear()
 
-    def _enter(self, values: Values, leaves: list[torch.Tensor]) -> Values:
+    def _enter(self, values: Values, leaves: list[torch.Tensor], copy: bool) -> Values:
         def enter(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.requires_grad:
-                return tensor
+                return tensor.clone() if copy else tensor
             leaf = tensor.detach().requires_grad_()
             leaves.append(leaf)
-            entered: torch.Tensor = _Enter.apply(leaf)  # type: ignore[no-untyped-call]
+            entered: torch.Tensor = _Enter.apply(leaf, copy)  # type: ignore[no-untyped-call]
             return entered
 
         return tree.map_tensors(enter, values)  # type: ignore[no-any-return]

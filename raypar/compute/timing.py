@@ -20,7 +20,8 @@ from raypar.planning.simulate import simulate
 class Timing:
     """Sums over the training steps since the last `Clock.read`. Seconds.
 
-    forward, backward: of each stage, all its passes together; `passes` counts the backward ones.
+    forward, backward: of each stage, all its passes together, recomputing among the backward ones; `passes` counts
+                       the forward ones.
     span:              from the start of each step to the actor's last pass in it.
     """
 
@@ -52,7 +53,7 @@ class Clock:
 
     @contextmanager
     def measure(self, stage: int, kind: str) -> Iterator[None]:
-        """Count what runs inside as a pass ("F" or "B") of a stage."""
+        """Count what runs inside as a pass (of a kind of schedule.Action) of a stage."""
         start = self._now()
         yield
         self.marks.append((start, self._now(), stage, kind))
@@ -82,10 +83,9 @@ class Clock:
             return self.sums.get((stage, kind), [0.0, 0])[0]
 
         stages = sorted({stage for stage, kind in self.sums if kind != "span"})
-        passes = {s: int(self.sums.get((s, "B"), [0.0, 0])[1]) for s in stages}
-        timing = Timing(
-            {s: total(s, "F") for s in stages}, {s: total(s, "B") for s in stages}, passes, total(-1, "span")
-        )
+        passes = {s: int(self.sums.get((s, "F"), [0.0, 0])[1]) for s in stages}
+        backward = {s: sum(total(s, kind) for kind in "BIW") for s in stages}
+        timing = Timing({s: total(s, "F") for s in stages}, backward, passes, total(-1, "span"))
         self.sums.clear()
         return timing
 

@@ -177,10 +177,10 @@ def prepare(fault: Fault, engine: Engine, me: Me) -> None:
     name = "_sum_over_all" if in_commit else fault.what
     call = getattr(holder, name)
 
-    def faulty(*args: Any) -> Any:
+    def faulty(*args: Any, **options: Any) -> Any:
         if in_commit or args[0] == fault.microbatch:
             fault.strike(me)
-        return call(*args)
+        return call(*args, **options)
 
     setattr(holder, name, faulty)
 

@@ -1,0 +1,56 @@
+"""Lower precision: autocast around forward passes, and for float16 a loss scale that all stages share.
+
+Gradients of float16 activations are small enough to become 0, so the loss is multiplied by a scale, and the
+gradient sums are divided by it at the commit (Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740). Where they
+overflow in any stage of any replica, all skip the step. The commit tells all actors the same numbers, so each
+keeps the same scale without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What forward passes and the loss run in under Plan(precision=…)."""
+    if precision == "fp32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, DTYPES[precision])
+
+
+@dataclass
+class LossScale:
+    """The scale of torch.amp.GradScaler, with its defaults: doubled after `interval` good steps, halved at an overflow.
+
+    value: what the loss is multiplied by now.
+    good:  steps without an overflow since the scale last changed.
+    """
+
+    value: float = 2.0**16
+    good: int = 0
+    interval: int = 2000
+    least: float = 2.0**-10
+
+    def grow(self) -> None:
+        """Count a good step."""
+        self.good += 1
+        if self.good == self.interval:
+            self.value, self.good = self.value * 2.0, 0
+
+    def shrink(self) -> bool:
+        """Count an overflow; False where the scale is so small already that it cannot be the scale's fault."""
+        self.value, self.good = self.value / 2.0, 0
+        return self.value >= self.least
+
+    def state(self) -> dict[str, float]:
+        return {"value": self.value, "good": self.good}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.value, self.good = float(state["value"]), int(state["good"])
