@@ -204,9 +204,7 @@ def _check_table(schedule: Schedule) -> None:
                 action = Action(stage, kind, microbatch)
                 if counted[action] != (kind in once):
                     needed = "once" if kind in once else f"none beside {stage}I{microbatch} and {stage}W{microbatch}"
-                    raise ScheduleError(
-                        f"the schedule {name!r} has {action} {counted[action]} times, needed {needed}"
-                    )
+                    raise ScheduleError(f"the schedule {name!r} has {action} {counted[action]} times, needed {needed}")
 
 
 def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
