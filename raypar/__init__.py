@@ -9,8 +9,8 @@ from raypar.compute.session import epochs
 from raypar.compute.timing import Bubble
 from raypar.planning import errors
 from raypar.planning.errors import RayparError
-from raypar.planning.plan import Plan, Timeouts
-from raypar.planning.schedule import Schedule, schedule_of
+from raypar.planning.plan import Plan, Timeouts, schedule_of
+from raypar.planning.schedule import Schedule
 from raypar.planning.simulate import simulate
 from raypar.trainer import Trainer
 

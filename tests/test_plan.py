@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from typing import Any
 
 import pytest
 
 from raypar.planning.errors import ConfigError, PlanError
-from raypar.planning.plan import PRECISION_NAMES, RECOMPUTE_NAMES, SCHEDULE_NAMES, Plan, Timeouts
-from raypar.planning.schedule import SCHEDULES
+from raypar.planning.plan import PRECISION_NAMES, RECOMPUTE_NAMES, Plan, Timeouts, schedule_of
+from raypar.planning.schedules import SCHEDULES, gpipe, one_forward_one_backward, zero_bubble_v
 
 
 def test_the_default_plan_is_one_process():
@@ -81,8 +82,33 @@ def test_a_schedule_is_a_name(value: Any):
         Plan(schedule=value)
 
 
-def test_each_schedule_that_a_plan_can_name_exists():
-    assert tuple(SCHEDULES) == SCHEDULE_NAMES
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_plan_can_name_each_schedule_with_a_placement_that_it_can_use(name: str):
+    assert schedule_of(Plan(pipeline=2, placement=[0, 1, 1, 0], schedule=name)).name == name
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1"])
+def test_a_plan_of_one_stage_takes_any_schedule_of_one_stage_an_actor(name: str):
+    assert schedule_of(Plan(schedule=name, microbatches=3)).rows
+
+
+@pytest.mark.parametrize(("name", "needed"), [("interleaved", "[0, 1, 0, 1]"), ("zbv", "[0, 1, 1, 0]")])
+def test_a_schedule_of_several_stages_an_actor_is_refused_without_the_placement_it_needs(name: str, needed: str):
+    message = f"the schedule {name!r} needs .*, found the placement .0, 1.: set, for example, placement="
+    with pytest.raises(PlanError, match=message + re.escape(needed)):
+        Plan(pipeline=2, schedule=name)
+
+
+def test_a_plan_names_its_schedule_placement_and_number_of_micro_batches():
+    plan = Plan(pipeline=2, placement=(0, 1, 0), microbatches=4, schedule="gpipe")
+    assert schedule_of(plan) == gpipe((0, 1, 0), 4)
+    assert schedule_of(Plan(pipeline=2)) == one_forward_one_backward((0, 1), 8)
+    assert schedule_of(Plan(pipeline=2, placement=(0, 1, 1, 0), schedule="zbv")) == zero_bubble_v((0, 1, 1, 0), 8)
+
+
+def test_a_short_batch_has_the_schedule_of_fewer_micro_batches():
+    assert schedule_of(Plan(pipeline=2), microbatches=3) == one_forward_one_backward((0, 1), 3)
+    assert schedule_of(Plan(pipeline=2), microbatches=0).rows == ((), ())
 
 
 @pytest.mark.parametrize(

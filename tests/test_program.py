@@ -32,7 +32,8 @@ from raypar.planning.program import (
     check,
     programs,
 )
-from raypar.planning.schedule import Action, Schedule, forward_only, gpipe, one_forward_one_backward
+from raypar.planning.schedule import Action, Schedule
+from raypar.planning.schedules import forward_only, gpipe, one_forward_one_backward
 
 Maker = Callable[[Sequence[int], int], Schedule]
 MAKERS: list[Maker] = [gpipe, one_forward_one_backward, forward_only]

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from raypar.planning.errors import ScheduleError
-from raypar.planning.schedule import Action, Schedule, forward_only, gpipe, one_forward_one_backward
+from raypar.planning.schedule import Action, Schedule
+from raypar.planning.schedules import forward_only, gpipe, one_forward_one_backward
 from raypar.planning.simulate import Simulation, simulate
 
 Maker = Callable[[Sequence[int], int], Schedule]

@@ -32,9 +32,10 @@ from raypar.compute.timing import Clock
 from raypar.compute.transport import Transport
 from raypar.compute.tree import Tree
 from raypar.planning.errors import NonFiniteError
-from raypar.planning.plan import Plan
+from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.program import Compute, Message, Post, Program, Release, Send, programs
-from raypar.planning.schedule import Action, Schedule, forward_only, one_forward_one_backward, schedule_of
+from raypar.planning.schedule import Action, Schedule
+from raypar.planning.schedules import forward_only, one_forward_one_backward
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from raypar.planning.plan import Plan
-from raypar.planning.schedule import schedule_of
+from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.simulate import simulate
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from raypar.planning.errors import ConfigError, PlanError, near_names
+from raypar.planning.schedule import Schedule
+from raypar.planning.schedules import SCHEDULES, check_placement
 
-SCHEDULE_NAMES = ("gpipe", "1f1b")
+SCHEDULE_NAMES = tuple(SCHEDULES)
 RECOMPUTE_NAMES = ("never", "always", "except_last")
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
 
@@ -40,8 +42,11 @@ class Plan:
     microbatches: parts into which a replica's share of a batch is cut. With a pipeline, more of them
                   mean a smaller bubble; without one they accumulate gradients. Default None: 1 without
                   a pipeline, else 4 times `pipeline`.
-    schedule:     "gpipe" (all forward passes, then all backward ones; Huang et al. 2019) or "1f1b"
-                  (one forward, one backward: fewest activations kept; Narayanan et al. 2019), the default.
+    schedule:     the order in which the actors compute. With one stage an actor: "1f1b" (one forward, one backward:
+                  fewest activations kept), the default; "gpipe" (all forward passes, then all backward ones);
+                  "zb-h1" (as 1f1b, with backward passes cut in two: a third of the bubble). With several:
+                  "interleaved" (placement [0, 1, 0, 1], say) and "zbv" (a V, [0, 1, 1, 0]: the smallest bubble).
+                  raypar.planning.schedules draws them and names their papers.
     placement:    placement[i] is the actor that holds stage i, so there are len(placement) stages.
                   (0, 1, 0) puts stages 0 and 2 on one GPU. Default None: stage i on actor i.
     recompute:    which micro-batches keep no activations between their forward and backward pass but run the
@@ -84,6 +89,7 @@ class Plan:
             raise PlanError(f"Plan(compile={self.compile!r}): compile must be True or False.")
         if self.placement is not None:
             object.__setattr__(self, "placement", self._checked_placement(self.placement))
+        check_placement(self.schedule, self.actor_of_stage)
 
     def _checked_placement(self, placement: Any) -> tuple[int, ...]:
         try:
@@ -114,6 +120,11 @@ class Plan:
     def stages_of(self, actor: int) -> list[int]:
         """The stages that an actor holds, in order."""
         return [stage for stage, holder in enumerate(self.actor_of_stage) if holder == actor]
+
+
+def schedule_of(plan: Plan, microbatches: int | None = None) -> Schedule:
+    """The schedule that a plan names, for `microbatches` (None: the plan's own number of them)."""
+    return SCHEDULES[plan.schedule](plan.actor_of_stage, plan.microbatches if microbatches is None else microbatches)
 
 
 @dataclass(frozen=True, kw_only=True)

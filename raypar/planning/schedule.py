@@ -14,13 +14,13 @@ two stages:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
-from raypar.planning.errors import PlanError, ScheduleError, near_names
-from raypar.planning.plan import Plan
+from raypar.planning.errors import ScheduleError
 
 
 class Action(NamedTuple):
@@ -89,12 +89,13 @@ def dependencies(action: Action, stages: int, split: Container[tuple[int, int]] 
     return before
 
 
-def start_times(schedule: Schedule, duration: Callable[[Action], float]) -> dict[Action, float]:
-    """When each action starts if every actor runs its row in order, each action as early as it can.
+def start_times(schedule: Schedule, duration: Callable[[Action], float], message: float = 0.0) -> dict[Action, float]:
+    """When each action starts if every actor runs its row in order, each action as early as it can; what one actor
+    makes is there for another one a time of `message` later.
 
     Raises ScheduleError when the rows wait for each other in a circle.
     """
-    stages = len(schedule.placement)
+    placement, stages = schedule.placement, len(schedule.placement)
     starts: dict[Action, float] = {}
     ends: dict[Action, float] = {}
     clock = [0.0] * len(schedule.rows)
@@ -108,7 +109,8 @@ def start_times(schedule: Schedule, duration: Callable[[Action], float]) -> dict
                 before = dependencies(action, stages, schedule.split)
                 if any(other not in ends for other in before):
                     break
-                starts[action] = max([clock[actor], *(ends[other] for other in before)])
+                there = (ends[other] + message * (placement[other.stage] != actor) for other in before)
+                starts[action] = max([clock[actor], *there])
                 clock[actor] = ends[action] = starts[action] + duration(action)
                 position[actor] += 1
                 moved = True
@@ -119,98 +121,14 @@ def start_times(schedule: Schedule, duration: Callable[[Action], float]) -> dict
     return starts
 
 
-# ---------------------------------------------------------------- the schedules
-
-
-def _first_ready(
-    name: str,
-    placement: Sequence[int],
-    microbatches: int,
-    kinds: str,
-    choose: Callable[[Iterable[Action], dict[int, int]], Action | None],
-) -> Schedule:
-    """Fill a table tick by tick: each free actor takes the action that `choose` picks among the ready ones.
-
-    `choose(ready, live)` gets the actions whose inputs are there and, per stage, how many micro-batches
-    have been through its forward pass but not its backward one; None leaves the actor idle for a tick.
-    """
-    stages = len(placement)
-    rows: list[list[Action]] = [[] for _ in range(max(placement) + 1)]
-    done: set[Action] = set()
-    live = dict.fromkeys(range(stages), 0)
-    following = {(stage, kind): 0 for stage in range(stages) for kind in kinds}
-    total = stages * microbatches * len(kinds)
-    while len(done) < total:
-        tick: list[Action] = []
-        for actor, row in enumerate(rows):
-            ready = [
-                action
-                for (stage, kind), microbatch in following.items()
-                if placement[stage] == actor and microbatch < microbatches
-                for action in [Action(stage, kind, microbatch)]
-                if done.issuperset(dependencies(action, stages))
-            ]
-            action = choose(ready, live) if ready else None
-            if action is not None:
-                row.append(action)
-                tick.append(action)
-        assert tick, f"{name} stands still after {len(done)} of {total} actions"
-        for action in tick:
-            done.add(action)
-            following[action.stage, action.kind] += 1
-            live[action.stage] += 1 if action.kind == "F" else -1
-    return Schedule(name, tuple(placement), microbatches, tuple(map(tuple, rows)))
-
-
-def gpipe(placement: Sequence[int], microbatches: int) -> Schedule:
-    """All forward passes, then all backward ones (Huang et al. 2019, https://arxiv.org/abs/1811.06965).
-
-    Backward passes go through the micro-batches in the same order as the forward ones, so that
-    gradients are added in the order of a plain loop.
-    """
-    forwards_left = [microbatches * list(placement).count(actor) for actor in range(max(placement) + 1)]
-
-    def choose(ready: Iterable[Action], live: dict[int, int]) -> Action | None:
-        ready = list(ready)
-        actor = placement[ready[0].stage]
-        wanted = "F" if forwards_left[actor] else "B"
-        mine = [action for action in ready if action.kind == wanted]  # first stages first, backward: last ones
-        picked = min(mine, key=lambda a: (a.stage if wanted == "F" else -a.stage, a.microbatch), default=None)
-        if picked is not None and wanted == "F":
-            forwards_left[actor] -= 1
-        return picked
-
-    return _first_ready("gpipe", placement, microbatches, "FB", choose)
-
-
-def one_forward_one_backward(placement: Sequence[int], microbatches: int) -> Schedule:
-    """One forward, one backward (Narayanan et al. 2019, https://arxiv.org/abs/1806.03377).
-
-    A backward pass goes first where one is ready; stage s of S keeps the activations of at most S - s
-    micro-batches, so the memory does not grow with the number of micro-batches.
-    """
-    stages = len(placement)
-
-    def choose(ready: Iterable[Action], live: dict[int, int]) -> Action | None:
-        allowed = [a for a in ready if a.kind == "B" or live[a.stage] < stages - a.stage]
-        return min(allowed, key=lambda a: (a.kind == "F", a.microbatch, -a.stage), default=None)
-
-    return _first_ready("1f1b", placement, microbatches, "FB", choose)
-
-
-def forward_only(placement: Sequence[int], microbatches: int) -> Schedule:
-    """The forward passes alone, for evaluation and prediction."""
-    return _first_ready("forward", placement, microbatches, "F", lambda ready, live: min(ready))
-
-
-SCHEDULES: dict[str, Callable[[Sequence[int], int], Schedule]] = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
-
-
-def schedule_of(plan: Plan, microbatches: int | None = None) -> Schedule:
-    """The schedule that a plan names, for `microbatches` (None: the plan's own number of them)."""
-    if plan.schedule not in SCHEDULES:
-        raise PlanError(f"Plan(schedule={plan.schedule!r}): unknown schedule; {near_names(plan.schedule, SCHEDULES)}")
-    return SCHEDULES[plan.schedule](plan.actor_of_stage, plan.microbatches if microbatches is None else microbatches)
+def most_kept(schedule: Schedule) -> list[int]:
+    """The most activations that each actor saves at any time, of one stage and micro-batch each: from its forward pass
+    to the end of its backward one (its W, where that is split). None in a schedule of forward passes alone."""
+    trains = any(action.kind != "F" for row in schedule.rows for action in row)
+    changes = {"F": 1, "I": 0, "B": -1, "W": -1}
+    return [
+        max(accumulate((changes[action.kind] for action in row), initial=0)) if trains else 0 for row in schedule.rows
+    ]
 
 
 # ---------------------------------------------------------------- the drawing
