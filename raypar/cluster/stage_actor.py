@@ -22,6 +22,7 @@ from raypar.compute.checkpoint import Storage, read
 from raypar.compute.engine import Engine, Order, StepResult, pairs
 from raypar.compute.faults import failed_wait, user_code
 from raypar.compute.part import Cut, ModelSpec
+from raypar.compute.memory import keep_freed_memory
 from raypar.compute.process_links import ProcessTransport, join_world, leave_world, open_store
 from raypar.compute.profile import measure_units
 from raypar.compute.timing import Timing
@@ -41,6 +42,8 @@ class StageActor:
         self.device = torch.device("cuda:0" if gpus and torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
         self.store: dist.TCPStore | None = None
         self.engine: Engine | None = None
         self.failure: RayparError | None = None

@@ -23,6 +23,7 @@ from raypar.compute.build import bucket_sums, build_part, ddp_sum, one_process_a
 from raypar.compute.checkpoint import Storage, checkpoint_to_resume, read
 from raypar.compute.gradients import Collective
 from raypar.compute.in_process import InProcessActors, make_engine
+from raypar.compute.memory import keep_freed_memory
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.process_links import ProcessCollective
 from raypar.compute.profile import measure_units
@@ -126,6 +127,8 @@ class WorkerSession(Session):
             own = self.job.actors[self.rank]
             return PipelineActors(own, self.plan, self.rank, self.timeouts, spec, self.storage, self.restored)
         device = _device()
+        if device.type == "cpu":
+            keep_freed_memory()
         with one_process_a_node():
             part = build_part(spec, self.plan, 0, device)
             snapshot = read(self.restored, self.storage.filesystem) if self.restored is not None else None

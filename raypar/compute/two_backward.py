@@ -8,7 +8,7 @@
     input ───────┘                    again and asks for the gradients of T and bias alone.
 
 After Qi et al. 2023, https://arxiv.org/abs/2401.10241. It works on autograd's graph, so that any model will do;
-what a junction computes for both at once (a layer norm, say) is computed twice.
+what a junction computes for both at once (a layer norm, say) is computed twice, unless it is small and done at once.
 """
 
 from __future__ import annotations
@@ -17,52 +17,88 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+SMALL = 2**14
+"""A junction with fewer weights than this is done with in the first part: entering the graph again costs more."""
+
+PENDING_BYTES = 2**23
+"""Gradients of weights are added to what is there in portions of about this size."""
 
 Gradients = Sequence[torch.Tensor | None]
 
 
 @dataclass
+class _Caught:
+    """A node's incoming gradient. It must not know the node, which holds it: nobody would see that circle."""
+
+    gradients: tuple[torch.Tensor | None, ...] | None = None
+
+    def __call__(self, gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...] | None:
+        # In the second part the user's own tensor hooks have changed the gradient once more: what was caught holds.
+        if self.gradients is None:
+            self.gradients = gradients
+            return None
+        return self.gradients
+
+
+@dataclass
 class _Junction:
-    """A node that leads to an input and, through `edges`, to weights; `caught` is its incoming gradient."""
+    """A node that leads to an input and, through `edges`, to weights."""
 
     node: Node
     edges: list[GradientEdge]
-    caught: tuple[torch.Tensor | None, ...] | None = None
+    caught: _Caught = field(default_factory=_Caught)
 
-    def hook(self, gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...] | None:
-        # In the second part the user's own tensor hooks have changed the gradient once more: what was caught holds.
-        if self.caught is None:
-            self.caught = gradients
-            return None
-        return self.caught
+    @property
+    def is_small(self) -> bool:
+        """Whether its weights are so few that one more entry into the graph costs more than they are worth."""
+        count, nodes = 0, [edge.node for edge in self.edges]
+        while nodes and count < SMALL:
+            node = nodes.pop()
+            count += node.variable.numel() if hasattr(node, "variable") else 0
+            nodes += [child for child, _ in node.next_functions if child is not None]
+        return count < SMALL
 
 
 @dataclass
 class WeightPart:
-    """What is left to do: `run` adds up the gradients of the weights."""
+    """What is left to do: `run` adds up the gradients of the weights. `roots` are where gradients are known."""
 
     junctions: list[_Junction] = field(default_factory=list)
-    roots: list[torch.Tensor] = field(default_factory=list)
-    gradients: list[torch.Tensor | None] = field(default_factory=list)
+    roots: list[GradientEdge] = field(default_factory=list)
+    gradients: list[torch.Tensor] = field(default_factory=list)
 
     def run(self) -> None:
-        if self.roots:
-            torch.autograd.backward(self.roots, self.gradients)
-        while self.junctions:  # one after the other, and gone then: memory that was just used is the fastest to get
+        pending = 0
+        while self.junctions:
             junction = self.junctions.pop(0)
-            if junction.caught is None:  # nothing flowed through it
+            caught = junction.caught.gradients
+            if caught is None:  # nothing flowed through it
                 continue
-            given = [(index, g) for index, g in enumerate(junction.caught) if g is not None]
+            given = [(index, g) for index, g in enumerate(caught) if g is not None]
             found = torch.autograd.grad(
                 [GradientEdge(junction.node, index) for index, _ in given],
                 junction.edges,
                 [gradient for _, gradient in given],
                 allow_unused=True,
             )
-            made = [(edge, g) for edge, g in zip(junction.edges, found, strict=True) if g is not None]
-            if made:
-                torch.autograd.backward([edge for edge, _ in made], [gradient for _, gradient in made])
+            self._add(junction.edges, found)
+            pending += sum(gradient.nbytes for gradient in found if gradient is not None)
+            if pending > PENDING_BYTES:
+                self._accumulate()
+                pending = 0
+        self._accumulate()
+
+    def _add(self, edges: Sequence[GradientEdge], gradients: Gradients) -> None:
+        known = [(edge, gradient) for edge, gradient in zip(edges, gradients, strict=True) if gradient is not None]
+        self.roots += [edge for edge, _ in known]
+        self.gradients += [gradient for _, gradient in known]
+
+    def _accumulate(self) -> None:
+        if self.roots:
+            torch.autograd.backward(self.roots, self.gradients)
+        self.roots, self.gradients = [], []
 
 
 def backward_to_inputs(
@@ -71,9 +107,10 @@ def backward_to_inputs(
     """The gradients of `leaves` from those `given` for `tensors`, and what it takes to make those of all other
     leaves of the graph, the weights, later. The graph is kept until then."""
     if not leaves:
-        return [], WeightPart([], list(tensors), list(given))
+        return [], WeightPart([], [get_gradient_edge(t) for t in tensors], list(map(_known, tensors, given)))
     junctions, leading = _junctions(tensors, leaves)
-    later = WeightPart(junctions)
+    at_once = [edge for junction in junctions if junction.is_small for edge in junction.edges]
+    later = WeightPart([junction for junction in junctions if not junction.is_small])
     now: list[torch.Tensor] = []
     now_given: list[torch.Tensor | None] = []
     for tensor, gradient in zip(tensors, given, strict=True):
@@ -81,21 +118,27 @@ def backward_to_inputs(
             now.append(tensor)
             now_given.append(gradient)
         else:
-            later.roots.append(tensor)
-            later.gradients.append(gradient)
+            later.roots.append(get_gradient_edge(tensor))
+            later.gradients.append(_known(tensor, gradient))
     if not now:
         return [None] * len(leaves), later
-    for junction in junctions:
-        junction.node.register_prehook(junction.hook)
-    found = torch.autograd.grad(now, leaves, now_given, retain_graph=True, allow_unused=True)
-    return list(found), later
+    for junction in later.junctions:
+        junction.node.register_prehook(junction.caught)
+    wanted = [*map(get_gradient_edge, leaves), *at_once]
+    found = torch.autograd.grad(now, wanted, now_given, retain_graph=True, allow_unused=True)
+    later._add(at_once, found[len(leaves) :])
+    return list(found[: len(leaves)]), later
+
+
+def _known(tensor: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    return torch.ones_like(tensor) if gradient is None else gradient
 
 
 def _junctions(
     tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]
 ) -> tuple[list[_Junction], dict[Node, bool]]:
     """The junctions of the graph under `tensors`, from the loss down, and whether each node leads to a leaf."""
-    inputs = {torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves}
+    inputs = {get_gradient_edge(leaf).node for leaf in leaves}
     leading: dict[Node, bool] = {}
     order: list[Node] = []
     stack = [(tensor.grad_fn, False) for tensor in tensors if tensor.grad_fn is not None]

@@ -1,0 +1,37 @@
+"""Freed memory stays with a process that asks for it: taking it up again faults no page."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, torch
+from raypar.compute.memory import keep_freed_memory
+{setting}
+for step in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.ones(1 << 20) for _ in range(16)]
+    del held
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run(setting: str, **variables: str) -> list[str]:
+    code = FAULTS.format(setting=setting)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_what_a_step_has_freed_the_next_one_takes_up_without_a_page_fault():
+    _, faults = run("kept = None")
+    kept, none = run("kept = keep_freed_memory()")
+    assert kept == "True"
+    assert int(none) < int(faults) / 20
+
+
+def test_the_users_own_settings_of_the_allocator_hold():
+    assert run("kept = keep_freed_memory()", MALLOC_ARENA_MAX="4", MALLOC_TRIM_THRESHOLD_="1000")[0] == "False"
