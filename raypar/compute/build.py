@@ -135,7 +135,10 @@ def _drop_others(model: nn.Module, others: set[str]) -> None:
         ]
         for name in [name for name, _ in own if dot + name in others]:
             setattr(module, name, None)  # as a module has it that was built without: it may stay for a tied weight
-    kept = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    kept = {
+        name
+        for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    }
     for prefix, module in list(model.named_modules()):
         for name in [name for name, _ in module.named_children()]:
             full = f"{prefix}.{name}" if prefix else name
