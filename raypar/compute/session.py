@@ -193,7 +193,7 @@ class Session(ABC):
             others = buffers[1:] if any(buffers) else []
             training = {"optimizer": state.optimizer, "scheduler": state.scheduler, "buffers": others}
             training["loss_scale"] = state.loss_scale
-            snapshot = Snapshot(step, state.model, training, asdict(position), asdict(self.plan), self.history)
+            snapshot = Snapshot(step, state.model, training, asdict(position), self.plan.as_dict(), self.history)
             try:
                 found = checkpoint.write(self.storage, snapshot)
             except CheckpointError as error:

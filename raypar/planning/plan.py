@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from raypar.planning.errors import ConfigError, PlanError, near_names
 from raypar.planning.schedule import Schedule
 from raypar.planning.schedules import SCHEDULES, check_placement
+from raypar.planning.table import OwnSchedule, Table, name_of, own_schedule, read_csv
 
 SCHEDULE_NAMES = tuple(SCHEDULES)
 RECOMPUTE_NAMES = ("never", "always", "except_last")
@@ -41,12 +43,15 @@ class Plan:
                   train worker, as plain data parallel does.
     microbatches: parts into which a replica's share of a batch is cut. With a pipeline, more of them
                   mean a smaller bubble; without one they accumulate gradients. Default None: 1 without
-                  a pipeline, else 4 times `pipeline`.
+                  a pipeline, else 4 times `pipeline`, or what a table given as `schedule` has.
     schedule:     the order in which the actors compute. With one stage an actor: "1f1b" (one forward, one backward:
                   fewest activations kept), the default; "gpipe" (all forward passes, then all backward ones);
                   "zb-h1" (as 1f1b, with backward passes cut in two: a third of the bubble). With several:
                   "interleaved" (placement [0, 1, 0, 1], say) and "zbv" (a V, [0, 1, 1, 0]: the smallest bubble).
-                  raypar.planning.schedules draws them and names their papers.
+                  raypar.planning.schedules draws them and names their papers. Or one of your own, checked when the
+                  plan is made: a CSV file ("my.csv" or a path), one row an actor, cells as 2F0 (see Action; empty
+                  ones are ignored), which fixes the number of micro-batches; or a function of the actor of each
+                  stage and the number of micro-batches that returns a Schedule, or such rows.
     placement:    placement[i] is the actor that holds stage i, so there are len(placement) stages.
                   (0, 1, 0) puts stages 0 and 2 on one GPU. Default None: stage i on actor i.
     recompute:    which micro-batches keep no activations between their forward and backward pass but run the
@@ -64,7 +69,7 @@ class Plan:
     data: int = 1
     pipeline: int = 1
     microbatches: int = None  # type: ignore[assignment]  # always a number once the plan is made
-    schedule: str = "1f1b"
+    schedule: str | os.PathLike[str] | OwnSchedule = "1f1b"
     placement: tuple[int, ...] | None = None
     recompute: str = "never"
     precision: str = "fp32"
@@ -79,17 +84,30 @@ class Plan:
     def __post_init__(self) -> None:
         _whole_number("data", self.data, 1)
         _whole_number("pipeline", self.pipeline, 1)
+        object.__setattr__(self, "schedule", _found_schedule(self.schedule))
+        if self.microbatches is None and isinstance(self.schedule, Table):
+            object.__setattr__(self, "microbatches", self.schedule.microbatches)
         if self.microbatches is None:
             object.__setattr__(self, "microbatches", 1 if self.pipeline == 1 else 4 * self.pipeline)
         _whole_number("microbatches", self.microbatches, 1)
-        _one_of("schedule", self.schedule, SCHEDULE_NAMES)
         _one_of("recompute", self.recompute, RECOMPUTE_NAMES)
         _one_of("precision", self.precision, PRECISION_NAMES)
         if not isinstance(self.compile, bool):
             raise PlanError(f"Plan(compile={self.compile!r}): compile must be True or False.")
         if self.placement is not None:
             object.__setattr__(self, "placement", self._checked_placement(self.placement))
-        check_placement(self.schedule, self.actor_of_stage)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if isinstance(self.schedule, str):
+            check_placement(self.schedule, self.actor_of_stage)
+            return
+        if isinstance(self.schedule, Table) and self.schedule.microbatches != self.microbatches:
+            raise PlanError(
+                f"Plan(microbatches={self.microbatches}): the schedule {self.schedule.name!r} has "
+                f"{self.schedule.microbatches} micro-batches; leave `microbatches` out, or set another schedule."
+            )
+        schedule_of(self)
 
     def _checked_placement(self, placement: Any) -> tuple[int, ...]:
         try:
@@ -117,14 +135,41 @@ class Plan:
         """The actor of each stage, also where `placement` is None."""
         return self.placement if self.placement is not None else tuple(range(self.pipeline))
 
+    @property
+    def schedule_name(self) -> str:
+        """The schedule's name: that of the file or function, where it is the user's own."""
+        return self.schedule if isinstance(self.schedule, str) else name_of(cast(OwnSchedule, self.schedule))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them, the schedule by its name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "schedule": self.schedule_name}
+
     def stages_of(self, actor: int) -> list[int]:
         """The stages that an actor holds, in order."""
         return [stage for stage, holder in enumerate(self.actor_of_stage) if holder == actor]
 
 
 def schedule_of(plan: Plan, microbatches: int | None = None) -> Schedule:
-    """The schedule that a plan names, for `microbatches` (None: the plan's own number of them)."""
-    return SCHEDULES[plan.schedule](plan.actor_of_stage, plan.microbatches if microbatches is None else microbatches)
+    """The schedule of a plan, for `microbatches` (None: the plan's own number of them)."""
+    count = plan.microbatches if microbatches is None else microbatches
+    if isinstance(plan.schedule, str):
+        return SCHEDULES[plan.schedule](plan.actor_of_stage, count)
+    return own_schedule(cast(OwnSchedule, plan.schedule), plan.actor_of_stage, count)
+
+
+def _found_schedule(given: Any) -> str | OwnSchedule:
+    """A name or a function as it is; of a file, what it holds."""
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and given.lower().endswith(".csv")):
+        return read_csv(given)
+    if callable(given) and not isinstance(given, type):
+        return cast(OwnSchedule, given)
+    if given not in SCHEDULE_NAMES:
+        raise PlanError(
+            f"Plan(schedule={given!r}): unknown schedule; {near_names(str(given), SCHEDULE_NAMES)} (or a .csv file, or "
+            "a function that makes one)"
+        )
+    return cast(str, given)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ two stages:
 
 from __future__ import annotations
 
+import csv
+import os
 import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -59,6 +61,11 @@ class Schedule:
 
     def __str__(self) -> str:
         return draw(self)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the table to a CSV file that `Plan(schedule=path)` reads: one row an actor, one clock tick a cell."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(_ticks(self))
 
     @cached_property
     def split(self) -> frozenset[tuple[int, int]]:
@@ -136,15 +143,22 @@ def most_kept(schedule: Schedule) -> list[int]:
 
 def draw(schedule: Schedule) -> str:
     """The schedule as a table of clock ticks, one row an actor; a dot is a tick without work."""
-    starts = start_times(schedule, lambda action: 1.0)
-    ticks = int(max(starts.values(), default=-1)) + 1
-    width = max((len(str(action)) for action in starts), default=1)
-    names = [f"actor {actor}" for actor in range(len(schedule.rows))]
+    cells = _ticks(schedule)
+    ticks = len(cells[0])
+    width = max((len(cell) for row in cells for cell in row), default=1)
+    names = [f"actor {actor}" for actor in range(len(cells))]
     head = max(len(name) for name in [*names, "tick"])
     lines = ["  ".join([f"{'tick':{head}}", *(f"{tick:<{width}}" for tick in range(ticks))])]
-    for name, row in zip(names, schedule.rows, strict=True):
-        cells = ["."] * ticks
-        for action in row:
-            cells[int(starts[action])] = str(action)
-        lines.append("  ".join([f"{name:{head}}", *(f"{cell:<{width}}" for cell in cells)]))
+    for name, row in zip(names, cells, strict=True):
+        lines.append("  ".join([f"{name:{head}}", *(f"{cell or '.':<{width}}" for cell in row)]))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _ticks(schedule: Schedule) -> list[list[str]]:
+    """What each actor does in each clock tick, "" for nothing."""
+    starts = start_times(schedule, lambda action: 1.0)
+    cells = [[""] * (int(max(starts.values(), default=-1)) + 1) for _ in schedule.rows]
+    for mine, row in zip(cells, schedule.rows, strict=True):
+        for action in row:
+            mine[int(starts[action])] = str(action)
+    return cells
