@@ -1,20 +1,25 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import pytest
 
 from raypar.planning.errors import ScheduleError
 from raypar.planning.schedule import Action, Schedule
-from raypar.planning.schedules import forward_only, gpipe, one_forward_one_backward
+from raypar.planning.schedules import (
+    Maker,
+    forward_only,
+    gpipe,
+    one_forward_one_backward,
+    zero_bubble_h1,
+    zero_bubble_v,
+)
 from raypar.planning.simulate import Simulation, simulate
 
-Maker = Callable[[Sequence[int], int], Schedule]
+IN_PARTS = ["1F0", "1I0", "1W0"]
 
 
 def test_one_actor_is_never_idle():
     found = simulate(gpipe((0,), 3), forward=[1.0], backward=[2.0])
-    assert found == Simulation(length=9.0, busy=(9.0,))
+    assert found == Simulation(length=9.0, busy=(9.0,), activations=(3,))
     assert found.bubble == 0.0
 
 
@@ -34,17 +39,40 @@ def test_the_slowest_stage_sets_the_pace_and_the_others_wait_for_it():
 
 def test_stages_that_share_an_actor_share_its_time():
     found = simulate(gpipe((0, 0), 2), forward=[1.0, 2.0], backward=[3.0, 4.0])
-    assert found == Simulation(length=20.0, busy=(20.0,))
+    assert found == Simulation(length=20.0, busy=(20.0,), activations=(4,))
 
 
 def test_forward_passes_alone_can_be_simulated_too():
     found = simulate(forward_only((0, 1), 3), forward=[1.0, 1.0], backward=[9.0, 9.0])
-    assert found == Simulation(length=4.0, busy=(3.0, 3.0))
+    assert found == Simulation(length=4.0, busy=(3.0, 3.0), activations=(0, 0))
+
+
+def test_the_parts_of_a_backward_pass_take_half_of_it_each_where_their_own_times_are_not_known():
+    schedule = zero_bubble_h1((0, 1), 4)
+    known = simulate(schedule, [1.0, 1.0], [2.0, 2.0], weight=[1.0, 1.0])
+    assert simulate(schedule, [1.0, 1.0], [2.0, 2.0]) == known == Simulation(13.0, (12.0, 12.0), (2, 2))
+
+
+def test_a_part_of_a_backward_pass_takes_what_the_other_one_leaves_of_it():
+    schedule = Schedule("mine", (0, 1), 1, ((Action(0, "F", 0), Action(0, "B", 0)), tuple(map(Action.parse, IN_PARTS))))
+    assert simulate(schedule, [1.0, 2.0], [4.0, 5.0], weight=[9.0, 1.0]).length == 1 + 2 + (5 - 1) + 4
+    assert simulate(schedule, [1.0, 2.0], [4.0, 5.0], weight=[9.0, 4.5]).length == 1 + 2 + (5 - 4.5) + 4.5
+
+
+def test_a_message_takes_its_time_from_one_actor_to_another_but_none_within_one():
+    assert simulate(gpipe((0, 1), 1), [1.0, 1.0], [2.0, 2.0], message=0.5).length == 1 + 0.5 + 1 + 2 + 0.5 + 2
+    assert simulate(gpipe((0, 0), 1), [1.0, 1.0], [2.0, 2.0], message=0.5).length == 6
+
+
+def test_the_activations_that_actors_save_are_counted():
+    assert simulate(gpipe((0, 1), 8), [1.0] * 2, [2.0] * 2).activations == (8, 8)
+    assert simulate(one_forward_one_backward((0, 1), 8), [1.0] * 2, [2.0] * 2).activations == (2, 1)
+    assert simulate(zero_bubble_v((0, 1, 1, 0), 8), [1.0] * 4, [2.0] * 4).activations == (4, 4)
 
 
 def test_a_batch_without_rows_takes_no_time_and_has_no_bubble():
     found = simulate(gpipe((0, 1), 0), [1.0, 1.0], [1.0, 1.0])
-    assert found == Simulation(length=0.0, busy=(0, 0))
+    assert found == Simulation(length=0.0, busy=(0, 0), activations=(0, 0))
     assert found.bubble == 0.0
 
 

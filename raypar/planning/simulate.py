@@ -5,35 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raypar.planning.schedule import Action, Schedule, start_times
+from raypar.planning.schedule import Action, Schedule, most_kept, start_times
 
 
 @dataclass(frozen=True)
 class Simulation:
     """What a schedule takes with given times of the stages. In the unit of these times.
 
-    length: from the start of the first action to the end of the last one.
-    busy:   per actor, the time in which it computes.
-    bubble: the share of all actors' time in which they do not compute, from 0 to 1.
+    length:      from the start of the first action to the end of the last one.
+    busy:        per actor, the time in which it computes.
+    bubble:      the share of all actors' time in which they do not compute, from 0 to 1.
+    activations: per actor, the most that it saves at any time, of one stage and micro-batch each.
     """
 
     length: float
     busy: tuple[float, ...]
+    activations: tuple[int, ...]
 
     @property
     def bubble(self) -> float:
         return 1.0 - sum(self.busy) / (self.length * len(self.busy)) if self.length else 0.0
 
 
-def simulate(schedule: Schedule, forward: Sequence[float], backward: Sequence[float]) -> Simulation:
-    """Play a schedule with `forward[s]` and `backward[s]` as the time of stage s for one micro-batch.
+def simulate(
+    schedule: Schedule,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    weight: Sequence[float] | None = None,
+    message: float = 0.0,
+) -> Simulation:
+    """Play a schedule: each actor runs its row in order, each action as soon as its inputs are there.
 
-    Each actor runs its row in order, each action as soon as its inputs are there; messages take no time.
+    forward, backward: of each stage, the time of a pass over one micro-batch; backward for inputs and weights together.
+    weight:            of each stage, the part of `backward` that W takes where the schedule splits it. None: half.
+    message:           the time that what one actor makes takes to another.
     """
+    weights = [time / 2 for time in backward] if weight is None else weight
 
     def duration(action: Action) -> float:
-        return forward[action.stage] if action.kind == "F" else backward[action.stage]
+        whole, part = backward[action.stage], weights[action.stage]
+        return {"F": forward[action.stage], "B": whole, "I": whole - part, "W": part}[action.kind]
 
-    starts = start_times(schedule, duration)
+    starts = start_times(schedule, duration, message)
     length = max((start + duration(action) for action, start in starts.items()), default=0.0)
-    return Simulation(length, tuple(sum(map(duration, row)) for row in schedule.rows))
+    return Simulation(length, tuple(sum(map(duration, row)) for row in schedule.rows), tuple(most_kept(schedule)))
