@@ -53,8 +53,17 @@ class Filling:
         return Action(source, kind, microbatch) in self.just
 
 
-def fill(name: str, placement: Sequence[int], microbatches: int, kinds: str, choose: Choice) -> Schedule:
+def fill(
+    name: str,
+    placement: Sequence[int],
+    microbatches: int,
+    kinds: str,
+    choose: Choice,
+    split: Callable[[int, int], bool] | None = None,
+) -> Schedule:
     """Fill a table tick by tick: each free actor takes the action that `choose` picks among the ready ones.
+
+    kinds: "F", "FB" or "FIW". `split(stage, m)` says whether the backward pass is cut into I and W; None: as in `kinds`.
 
     A stage goes through the micro-batches in their order, in each kind, so that gradients are added in the order of a
     plain loop. `choose(ready, now)` may answer None, which leaves the actor idle for a tick; where that leaves all of
@@ -62,15 +71,26 @@ def fill(name: str, placement: Sequence[int], microbatches: int, kinds: str, cho
     """
     placement = tuple(placement)
     stages = range(len(placement))
-    split = {(stage, number) for stage in stages for number in range(microbatches)} if "I" in kinds else set()
+    everything = {(stage, number) for stage in stages for number in range(microbatches)}
+    in_two = {each for each in everything if (split(*each) if split is not None else "I" in kinds)}
+
+    def queue(stage: int, kind: str) -> list[Action]:  # the last one comes first
+        numbers = reversed(range(microbatches))
+        if kind == "W":
+            return [Action(stage, "W", number) for number in numbers if (stage, number) in in_two]
+        if kind == "B":
+            return [Action(stage, "I" if (stage, number) in in_two else "B", number) for number in numbers]
+        return [Action(stage, kind, number) for number in numbers]
+
     rows: list[list[Action]] = [[] for _ in range(max(placement) + 1)]
-    following = {Action(stage, kind, 0) for stage in stages for kind in kinds} if microbatches else set()
+    queues = [queue(stage, kind) for stage in stages for kind in ("F" if kinds == "F" else "FBW")]
+    following = {mine.pop(): mine for mine in queues if mine}
     now = Filling(placement, [0 for _ in stages], [0 for _ in stages])
     done: set[Action] = set()
     while following:
         ready: dict[int, list[Action]] = {}
         for action in following:
-            if all(other in done for other in dependencies(action, len(placement), split)):
+            if all(other in done for other in dependencies(action, len(placement), in_two)):
                 ready.setdefault(placement[action.stage], []).append(action)
         tick = {actor: taken for actor, mine in ready.items() if (taken := choose(mine, now)) is not None}
         if not tick:
@@ -78,12 +98,12 @@ def fill(name: str, placement: Sequence[int], microbatches: int, kinds: str, cho
             now.relaxed += 1
             continue
         for actor, action in tick.items():
-            stage, kind, number = action
+            stage, kind, _ = action
             rows[actor].append(action)
             done.add(action)
-            following.remove(action)
-            if number + 1 < microbatches:
-                following.add(Action(stage, kind, number + 1))
+            behind = following.pop(action)
+            if behind:
+                following[behind.pop()] = behind
             now.kept[stage] += {"F": 1, "I": 0}.get(kind, -1)
             now.ahead[stage] += {"F": 1, "W": 0}.get(kind, -1)
         now.just, now.relaxed = set(tick.values()), 0
@@ -144,7 +164,7 @@ def zero_bubble_h1(placement: Sequence[int], microbatches: int) -> Schedule:
         actor 1  .    1F0  1I0  1F1  1I1  1W0  1F2  1I2  1W1  1F3  1I3  1W2  1W3
 
     The stage before waits for I alone; W fills the ticks in which an actor would wait. No actor keeps more than
-    1F1B's worst one does. With as many F, I and W in each stage, a third of 1F1B's idle time is left.
+    1F1B's worst one does. Where F, I and W take the same time, a third of 1F1B's idle time is left.
     """
     stages, plain = len(placement), one_forward_one_backward(placement, microbatches)
     limit = max(most_kept(plain))
@@ -219,8 +239,8 @@ def zero_bubble_v(placement: Sequence[int], microbatches: int) -> Schedule:
         actor 1  .    1F0  2F0  1F1  2F1  2I0  1I0  2W0  2I1  1I1  2W1  1W0  1W1
 
     The first actor holds the last stage too, so that its backward passes begin as soon as a micro-batch is through.
-    An actor keeps at most 2P activations, of stages half as long as those of 1F1B, which keeps P. With as many F, I
-    and W in each stage the actors wait only until the first micro-batch has come to them.
+    An actor keeps at most 2P activations, of stages half as long as those of 1F1B, which keeps P. Where F, I and W
+    take the same time, the actors hardly wait once the first micro-batch has come to them.
     """
     check_placement("zbv", placement)
     stages = len(placement)
@@ -254,8 +274,8 @@ def _forward_input_weight(limit: int, most_ahead: Callable[[int], int], *, eager
 
     limit:      activations that an actor keeps.
     most_ahead: of a stage, how many micro-batches may be ahead (see Filling).
-    eager:      whether an actor takes an I whose input was sent a tick ago. Where it does not, unless it has little
-                to choose from, it rarely waits for a message; the time in between is filled with a W.
+    eager:      whether an actor that keeps about as much as it may takes an I whose input was sent only a tick ago.
+                Where it takes a W first, it rarely waits for a message.
     """
 
     def choose(ready: list[Action], now: Filling) -> Action | None:
