@@ -244,12 +244,19 @@ def zero_bubble_v(placement: Sequence[int], microbatches: int) -> Schedule:
     """
     check_placement("zbv", placement)
     stages = len(placement)
+    actors = stages // 2
 
     def most_ahead(stage: int) -> int:  # the two stages of an actor: `stages` together
         return stages - 1 - stage if stage < stages // 2 else stages - stage
 
-    found = fill("zbv", placement, microbatches, "FIW", _forward_input_weight(stages, most_ahead, eager=False))
-    return _whole_at_the_first_stage(found)
+    def in_two(stage: int, number: int) -> bool:  # on the way up, where the pipeline fills and drains
+        return stage >= actors and (number == 0 or number >= microbatches - actors)
+
+    found = [
+        fill("zbv", placement, microbatches, "FIW", _forward_input_weight(stages, most_ahead, eager=True), in_two),
+        fill("zbv", placement, microbatches, "FIW", _forward_input_weight(stages, most_ahead, eager=False)),
+    ]
+    return _best(list(map(_whole_at_the_first_stage, found)), [stages] * actors)
 
 
 def forward_only(placement: Sequence[int], microbatches: int) -> Schedule:
@@ -290,7 +297,7 @@ def _forward_input_weight(limit: int, most_ahead: Callable[[int], int], *, eager
 
         def rank(action: Action) -> tuple[bool, int, int, int]:
             waits = not eager and action.kind == "I" and kept >= limit - 1 and now.just_sent(action)
-            return waits, "FIW".index(action.kind), -action.stage, action.microbatch
+            return waits, "FBIW".index(action.kind), -action.stage, action.microbatch
 
         return min(filter(allowed, ready), key=rank, default=None)
 
@@ -314,18 +321,19 @@ def _whole_at_the_first_stage(schedule: Schedule) -> Schedule:
 
 
 def _best(found: Sequence[Schedule], limits: Sequence[int]) -> Schedule:
-    """The shortest of those whose actors keep at most `limits` activations, and among those the one that keeps the
-    fewest; F, I and W take a tick, B two."""
+    """The shortest of those whose actors keep at most `limits` activations, where F, I and W take a tick and B two;
+    among those the shortest where I and W, which take up the graph twice, take a little more; then the one that keeps
+    the fewest."""
 
-    def duration(action: Action) -> float:
-        return 2.0 if action.kind == "B" else 1.0
+    def ticks(schedule: Schedule, part: float) -> float:
+        def duration(action: Action) -> float:
+            return {"F": 1.0, "B": 2.0}.get(action.kind, part)
 
-    def ticks(schedule: Schedule) -> float:
         starts = start_times(schedule, duration)
         return max((start + duration(action) for action, start in starts.items()), default=0.0)
 
     allowed = [each for each in found if all(k <= limit for k, limit in zip(most_kept(each), limits, strict=True))]
-    return min(allowed, key=lambda each: (ticks(each), max(most_kept(each))))
+    return min(allowed, key=lambda each: (ticks(each, 1.0), ticks(each, 1.1), max(most_kept(each))))
 
 
 # ---------------------------------------------------------------- which placements a schedule needs
