@@ -63,7 +63,7 @@ def fill(
 ) -> Schedule:
     """Fill a table tick by tick: each free actor takes the action that `choose` picks among the ready ones.
 
-    kinds: "F", "FB" or "FIW". `split(stage, m)` says whether the backward pass is cut into I and W; None: as in `kinds`.
+    kinds: "F", "FB" or "FIW". `split(stage, m)`: whether that backward pass is cut into I and W; None: as in `kinds`.
 
     A stage goes through the micro-batches in their order, in each kind, so that gradients are added in the order of a
     plain loop. `choose(ready, now)` may answer None, which leaves the actor idle for a tick; where that leaves all of
@@ -241,6 +241,9 @@ def zero_bubble_v(placement: Sequence[int], microbatches: int) -> Schedule:
     The first actor holds the last stage too, so that its backward passes begin as soon as a micro-batch is through.
     An actor keeps at most 2P activations, of stages half as long as those of 1F1B, which keeps P. Where F, I and W
     take the same time, the actors hardly wait once the first micro-batch has come to them.
+
+    Where it takes no longer (two actors), only the backward passes at both ends of the schedule are cut in two: a
+    whole one is the cheaper.
     """
     check_placement("zbv", placement)
     stages = len(placement)
