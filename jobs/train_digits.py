@@ -83,7 +83,7 @@ def show(plan: raypar.Plan, rows: list[dict[str, Any]], console: Console) -> Non
     last = rows[-1]
     tree = Tree(f"[bold]plan[/bold]  data={plan.data}  pipeline={plan.pipeline}  microbatches={plan.microbatches}")
     if plan.pipeline > 1:
-        tree.label = f"{tree.label}  schedule={plan.schedule}"
+        tree.label = f"{tree.label}  schedule={plan.schedule_name}"
     for replica in range(plan.data):
         branch = tree.add(f"replica {replica}")
         for actor in [each for each in last["actors"] if each["replica"] == replica]:
@@ -124,7 +124,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--data", type=int, default=1, help="replicas of the model (default: 1)")
     add("--pipeline", type=int, default=1, help="stage actors a replica (default: 1)")
     add("--microbatches", type=int, help="parts of a replica's batch (default: 4 a stage actor; 1 without a pipeline)")
-    add("--schedule", default="1f1b", help="gpipe or 1f1b (default)")
+    add("--schedule", default="1f1b", help="gpipe, 1f1b (default), interleaved, zb-h1, zbv, or a CSV file")
     add("--placement", type=int, nargs="+", metavar="ACTOR", help="the actor of each stage, as in 0 1 0")
     add("--split", nargs="+", metavar="MODULE", help="modules at which a new stage begins (default: balanced)")
     add("--epochs", type=positive, default=15, help="times through the digits (default: 15)")
