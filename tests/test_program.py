@@ -352,9 +352,11 @@ def test_the_programs_drawn_in_the_docstring_are_the_real_ones():
 
 
 def test_two_stages_as_programs():
-    assert list(map(shown, programs(one_forward_one_backward((0, 1), 2), [(0, 1)]))) == [
-        "0F0 send(0F0▶1) post(1B0▶0) 0F1 send(0F1▶1) post(1B1▶0) 0B0 release(0F0▶1) 0B1 release(0F1▶1)",
-        "post(0F0▶1) 1F0 post(0F1▶1) 1B0 send(1B0▶0) 1F1 1B1 send(1B1▶0) release(1B0▶0) release(1B1▶0)",
+    assert list(map(shown, programs(one_forward_one_backward((0, 1), 3), [(0, 1)]))) == [
+        "post(1B0▶0) 0F0 send(0F0▶1) post(1B1▶0) 0F1 send(0F1▶1) post(1B2▶0) 0B0 release(0F0▶1) 0F2 send(0F2▶1) "
+        "0B1 release(0F1▶1) 0B2 release(0F2▶1)",
+        "post(0F0▶1) post(0F1▶1) 1F0 post(0F2▶1) 1B0 send(1B0▶0) 1F1 1B1 send(1B1▶0) 1F2 release(1B0▶0) "
+        "1B2 send(1B2▶0) release(1B1▶0) release(1B2▶0)",
     ]
 
 
@@ -381,7 +383,7 @@ def test_values_travel_in_the_order_of_their_use_though_they_were_made_in_anothe
     sender = programs(schedule, edges)[0]
     sent = [str(i.message) for i in sender if isinstance(i, Send) and i.message.kind == "F"]
     assert sent[:4] == ["0F0▶2", "1F0▶2", "0F1▶2", "1F1▶2"]
-    assert check(schedule, edges).receive_buffers == (2, 4)
+    assert check(schedule, edges).receive_buffers == (AHEAD + 1, 2 * (AHEAD + 1))
 
 
 # ---------------------------------------------------------------- what check refuses

@@ -5,13 +5,13 @@
     actor 1:  1F0 1B0 1F1 1B1
          │
          ▼  programs(schedule, edges)
-    actor 0:  0F0 send(0F0▶1) post(1B0▶0) 0F1 send(0F1▶1) …
-    actor 1:  post(0F0▶1) 1F0 post(0F1▶1) 1B0 send(1B0▶0) …
+    actor 0:  post(1B0▶0) post(1B1▶0) 0F0 send(0F0▶1) 0F1 send(0F1▶1) 0B0 …
+    actor 1:  post(0F0▶1) post(0F1▶1) 1F0 1B0 send(1B0▶0) 1F1 …
 
 Messages from one actor to another share one channel and are matched by order alone (NCCL has no tags).
 That is the order in which the receiver uses them, so each receive can be posted exactly `AHEAD` actions before
 its use: a message then arrives while the actor still computes something else, and room is needed for the
-messages of two actions alone. A send starts after its action, or as soon as the one that the receiver uses
+messages of a few actions alone. A send starts after its action, or as soon as the one that the receiver uses
 before it is made; no action waits for it. Its tensors are released once a message has come back that the
 other side can only have sent after it had used them. Where none comes back (GPipe, passes forward only), a send
 is waited for when so many later ones have followed that the other side has long had it, unless it is behind by as many.
@@ -30,8 +30,9 @@ from typing import NamedTuple
 from raypar.planning.errors import ScheduleError
 from raypar.planning.schedule import Action, Schedule, start_times
 
-AHEAD = 1
-"""How many actions before its use a receive is posted: one, so that a message arrives during a computation."""
+AHEAD = 3
+"""How many actions before its use a receive is posted. One would do for a message to arrive during a computation. With
+more, the receive is there before its send also where passes are short, which spares Gloo a message and a wait."""
 
 Edge = tuple[int, int]
 """(source, target): values of stage `source` are used by stage `target`, which comes later."""
