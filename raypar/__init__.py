@@ -7,6 +7,7 @@ from raypar.compute.parallelize import parallelize
 from raypar.compute.replica import EvalOutput, Replica, StepOutput, report
 from raypar.compute.session import epochs
 from raypar.compute.timing import Bubble
+from raypar.compute.wired import Wired
 from raypar.planning import errors
 from raypar.planning.errors import RayparError
 from raypar.planning.plan import Plan, Timeouts, schedule_of
@@ -24,6 +25,7 @@ __all__ = [
     "StepOutput",
     "Timeouts",
     "Trainer",
+    "Wired",
     "batches",
     "epochs",
     "errors",

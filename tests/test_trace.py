@@ -179,7 +179,7 @@ def test_a_forward_that_looks_at_values_is_refused_and_the_line_is_named():
     line = Looks.forward.__code__.co_firstlineno + 2
     assert f'{__file__}:{line} "if y.sum() > 0:  # this line"' in message
     assert "TraceError" in message
-    assert "move such code into a module of its own (modules are not looked into), or set pipeline=1" in message
+    assert "move such code into a module of its own (modules are not looked into), wire the modules by hand" in message
     assert caught.value.__cause__ is not None
 
 

@@ -16,11 +16,11 @@ from torch import nn
 
 from raypar.compute.checkpoint import check_shapes, read_tensors
 from raypar.compute.gradients import BucketSum, DDPSum, GradientSum
+from raypar.compute.graph import graph_of
 from raypar.compute.part import Cut, ModelSpec, Part
 from raypar.compute.precision import autocast_of
 from raypar.compute.split import StageGraph, check_split, cut_graph, edges_of, holders
 from raypar.compute.stage import Stage, StageCode, part_of_model, whole_model
-from raypar.compute.trace import trace
 from raypar.compute.transport import Transport
 from raypar.planning.errors import ModelError
 from raypar.planning.plan import Plan
@@ -114,15 +114,24 @@ def _shapes(model: nn.Module, stages: int) -> dict[str, torch.Size]:
 def cut_model(model: nn.Module, cut: Cut, stages: int) -> dict[str, list[StageGraph]]:
     """The model's graph cut into stages, by mode: forward may read `self.training`."""
     cuts = {}
-    was = {module: module.training for module in model.modules()}
     for mode in ("train", "eval"):
-        if mode == "eval":
-            model.eval()
-        graph = trace(model, cut.given, cut.opened)
+        with in_mode(model, mode == "train"):
+            graph = graph_of(model, cut.given, cut.opened, cut.example)
         cuts[mode] = cut_graph(graph, check_split(graph, cut.split, stages))
-    for module, training in was.items():
-        module.training = training
     return cuts
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in eval mode, or with True as it was left: parts of it may be in eval mode for good."""
+    was = {module: module.training for module in model.modules()}
+    if not training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in was.items():
+            module.training = mode
 
 
 def _drop_others(model: nn.Module, others: set[str]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from raypar.compute.split import Edge
 from raypar.compute.stage import LossFunction, Stage
+from raypar.compute.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Cut:
     split:  names of the modules at which a new stage begins, in the order of their calls.
     opened: names of modules that tracing looks into.
     given:  names of the arguments of forward that batches pass; None: those without a default.
+    example: the shapes and types of inputs, where the graph needs torch.export (see raypar.compute.export); else None.
     """
 
     split: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     given: tuple[str, ...] | None = None
+    example: Tree = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,12 +12,14 @@ import torch
 from torch import nn
 
 from raypar.compute import tree
-from raypar.compute.build import build_whole, cut_model, one_process_a_node
+from raypar.compute.build import build_whole, cut_model, in_mode, one_process_a_node
 from raypar.compute.channel import check_can_cross
+from raypar.compute.export import described
+from raypar.compute.graph import graph_of, needs_export
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.split import can_be_opened, check_split, holders, open_modules
 from raypar.compute.stage import Stage, Values, part_of_model
-from raypar.compute.trace import attribute, bind_inputs, module_calls, on_meta, trace
+from raypar.compute.trace import attribute, bind_inputs, module_calls, on_meta
 from raypar.compute.tree import Tree
 from raypar.planning.errors import RayparError, SplitError
 from raypar.planning.partition import balanced_cuts
@@ -55,12 +58,14 @@ def choose_cut(
         with one_process_a_node():
             model = build_whole(spec)
     given = None if example_inputs is None else tuple(bind_inputs(model, example_inputs))
-    opened = tuple(sorted(open_modules(model, split, stages, given)))
+    example = None if example_inputs is None else described(example_inputs)
+    whole = Cut((), tuple(sorted(open_modules(model, split, stages, given, example))), given, example)
     if split is not None:
-        cut = Cut(tuple(check_split(trace(model, given, opened), split, stages)), opened, given)
+        graph = graph_of(model, given, whole.opened, example)
+        cut = _without_example(model, dataclasses.replace(whole, split=tuple(check_split(graph, split, stages))))
         _check(model, cut, stages, example_inputs)
         return cut
-    candidates = _balanced(model, Cut((), opened, given), placement, example_inputs, measure)
+    candidates = _balanced(model, whole, placement, example_inputs, measure)
     while True:
         cut, shares = candidates.pop()
         try:
@@ -107,12 +112,13 @@ def _balanced(
     found: list[tuple[Cut, list[float]]] = []
     opened = whole.opened
     for _ in range(OPENINGS + 1):
-        calls = module_calls(trace(model, whole.given, opened))
+        calls = module_calls(graph_of(model, whole.given, opened, whole.example))
         try:
             if example_inputs is None:
                 costs = [float(sum(p.numel() for p in attribute(model, name).parameters())) for name in calls]
             else:
-                costs = measure(Cut(tuple(calls[1:]), opened, whole.given))
+                units = dataclasses.replace(whole, split=tuple(calls[1:]), opened=opened)
+                costs = measure(_without_example(model, units))
         except Exception:  # a cut inside the opened modules does not work: they stay whole
             if not found:
                 raise
@@ -122,7 +128,8 @@ def _balanced(
         loads = dict.fromkeys(placement, 0.0)
         for actor, start, end in zip(placement, starts, [*starts[1:], len(costs)], strict=True):
             loads[actor] += sum(costs[start:end])
-        cut = Cut(tuple(calls[start] for start in starts[1:]), opened, whole.given)
+        split = tuple(calls[start] for start in starts[1:])
+        cut = _without_example(model, dataclasses.replace(whole, split=split, opened=opened))
         shares = [load / total for load in loads.values()]
         if not found or max(shares) < max(found[-1][1]) / NEAR:
             found.append((cut, shares))
@@ -130,7 +137,7 @@ def _balanced(
             break
         deeper = opened
         for name, cost in zip(calls, costs, strict=True):
-            if cost > total / len(placement) and _can_trace(model, name, deeper, whole.given):
+            if cost > total / len(placement) and _can_trace(model, name, deeper, whole):
                 deeper = tuple(sorted({*deeper, name}))
         if deeper == opened:
             break
@@ -138,12 +145,21 @@ def _balanced(
     return found
 
 
-def _can_trace(model: nn.Module, name: str, opened: Sequence[str], given: Sequence[str] | None) -> bool:
+def _without_example(model: nn.Module, cut: Cut) -> Cut:
+    """A cut that holds an example only where torch.fx is not enough, in training or in evaluation."""
+    for training in (True, False):
+        with in_mode(model, training):
+            if needs_export(model, cut.given, cut.opened):
+                return cut
+    return dataclasses.replace(cut, example=None)
+
+
+def _can_trace(model: nn.Module, name: str, opened: Sequence[str], whole: Cut) -> bool:
     """Whether the module `name` can be opened besides the others."""
     if not can_be_opened(attribute(model, name)):
         return False
     try:
-        trace(model, given, [*opened, name])
+        graph_of(model, whole.given, [*opened, name], whole.example)
     except SplitError:
         return False
     return True

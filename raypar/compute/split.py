@@ -7,10 +7,10 @@ code included, belongs to the stage before:
     stage 0                 │ stage 1                                     │ stage 2
                         split=["conv2", "fc2"]
 
-A value that a later stage uses crosses the border between them, straight from the stage that makes it
-to each stage that uses it; an input of the model goes straight to the stages that use it. A parameter or
-buffer that forward uses by hand belongs to the first stage that does, and crosses to the others. One that modules of several stages share is tied:
-its first stage owns it, the others hold copies (`raypar.compute.ties`).
+A value that a later stage uses crosses the border between them, straight from the stage that makes it to each
+stage that uses it; an input of the model goes straight to the stages that use it. A parameter or buffer that
+forward uses by hand belongs to the first stage that does, and crosses to the others. One that modules of
+several stages share is tied: its first stage owns it, the others hold copies (`raypar.compute.ties`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from raypar.compute.trace import attribute, has_hooks, module_calls, trace
+from raypar.compute.graph import graph_of
+from raypar.compute.trace import attribute, has_hooks, module_calls
+from raypar.compute.tree import Tree
 from raypar.planning.errors import SplitError, near_names
 
 Edge = tuple[int, int]
@@ -51,7 +53,13 @@ class StageGraph:
     lends: set[str] = field(default_factory=set)
 
 
-def open_modules(model: nn.Module, split: Sequence[str] | None, stages: int, given: Sequence[str] | None) -> set[str]:
+def open_modules(
+    model: nn.Module,
+    split: Sequence[str] | None,
+    stages: int,
+    given: Sequence[str] | None,
+    example: Tree = None,
+) -> set[str]:
     """Which modules must be opened so that a graph can be cut at the names of `split`, or, with None, has a
     module for each of `stages`: the parents of the names, or else one level of parents after the other.
 
@@ -67,7 +75,7 @@ def open_modules(model: nn.Module, split: Sequence[str] | None, stages: int, giv
         return {".".join(name.split(".")[:depth]) for name in split for depth in range(1, name.count(".") + 1)}
     opened: set[str] = set()
     while True:
-        graph = trace(model, given, opened)
+        graph = graph_of(model, given, opened, example)
         calls = module_calls(graph)
         if len(calls) >= stages:
             return opened

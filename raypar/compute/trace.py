@@ -10,6 +10,7 @@ would be lost without a word.
 from __future__ import annotations
 
 import inspect
+import os
 import traceback
 from collections.abc import Callable, Collection
 from typing import Any
@@ -57,8 +58,12 @@ def call(model: nn.Module, inputs: Tree) -> Any:
     return model(inputs)
 
 
-class _Lost(Exception):
-    """Something in a forward that a graph would not hold."""
+class Lost(Exception):
+    """Something in a forward that a graph would not hold; `may_export`: one of torch.export might."""
+
+    def __init__(self, why: str, *, may_export: bool = False) -> None:
+        super().__init__(why)
+        self.may_export = may_export
 
 
 class _Buffer(fx.Proxy):
@@ -99,12 +104,11 @@ class _Tracer(fx.Tracer):
     def __init__(self, descend: Collection[str], *, watch_random: bool = False) -> None:
         super().__init__()
         self.descend = descend
-        self.modes = _modes()
+        self.modes = modes()
         self.random = _generators() if watch_random else None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        opens = type(m) is nn.Sequential and not has_hooks(m)
-        return not opens and module_qualified_name not in self.descend
+        return stays_whole(m, module_qualified_name, self.descend)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
@@ -118,16 +122,16 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        now = _modes()
+        now = modes()
         changed = [name for name, was in self.modes.items() if now[name] != was]
         if changed and kind.startswith("call_"):
-            raise _Lost(f"code runs inside a change of torch's {' and '.join(changed)}")
+            raise Lost(f"code runs inside a change of torch's {' and '.join(changed)}")
         if self.random is not None and self.random != _generators():
-            raise _Lost("a random number is drawn, which would be the same in every step")
+            raise Lost("a random number is drawn, which would be the same in every step", may_export=True)
         return super().create_node(kind, *args, **kwargs)
 
 
-def _modes() -> dict[str, Any]:
+def modes() -> dict[str, Any]:
     """What `with torch.…:` blocks around code change, by name."""
     types = ("cpu", "cuda")
     return {
@@ -148,7 +152,7 @@ def _generators() -> tuple[Any, ...]:
     )
 
 
-def _numbers(model: nn.Module, descend: Collection[str]) -> dict[str, str]:
+def plain_attributes(model: nn.Module, descend: Collection[str]) -> dict[str, str]:
     """The plain attributes of the model and of the modules that are opened, such as a count of calls."""
     opened = [("", model), *((f"{name}.", attribute(model, name)) for name in descend)]
     plain = (bool, int, float, str)
@@ -160,13 +164,18 @@ def _numbers(model: nn.Module, descend: Collection[str]) -> dict[str, str]:
     }
 
 
+def stays_whole(module: nn.Module, name: str, descend: Collection[str]) -> bool:
+    """Whether a module is a leaf of the graph: all but `nn.Sequential` without hooks, and what `descend` names."""
+    return name not in descend and (type(module) is not nn.Sequential or has_hooks(module))
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is to be called when `module` is."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return any(getattr(module, kind) for kind in kinds)
 
 
-def _refuse_what_tracing_passes_over(model: nn.Module, descend: Collection[str]) -> None:
+def refuse_what_tracing_passes_over(model: nn.Module, descend: Collection[str]) -> None:
     """Hooks of the modules that are opened, and a forward that is set on the model itself."""
     for name in ("", *sorted(descend)):
         module = attribute(model, name) if name else model
@@ -187,32 +196,36 @@ def trace(model: nn.Module, given: Collection[str] | None = None, descend: Colle
              their defaults, which become part of the graph.
     descend: names of modules that are opened, besides every `nn.Sequential`.
 
-    Raises SplitError, naming the line that cannot be traced.
+    Raises SplitError, naming the line that cannot be traced; its attribute `may_export` says whether
+    raypar.compute.export might do better.
     """
     parameters = inspect.signature(model.forward).parameters
     if given is None:
         given = [name for name, p in parameters.items() if p.default is p.empty]
     fixed = {name: p.default for name, p in parameters.items() if name not in given and p.default is not p.empty}
-    _refuse_what_tracing_passes_over(model, descend)
-    kept, before, numbers = randomness.save_state(), _generators(), _numbers(model, descend)
+    refuse_what_tracing_passes_over(model, descend)
+    kept, before, numbers = randomness.save_state(), _generators(), plain_attributes(model, descend)
     try:
         graph = _Tracer(descend).trace(model, concrete_args=fixed or None)
         if _generators() != before:  # once more, to find the line; another thread may have drawn as well
             randomness.restore_state(kept)
             graph = _Tracer(descend, watch_random=True).trace(model, concrete_args=fixed or None)
-    except _Lost as lost:
+    except Lost as lost:
         raise SplitError(
-            f"{type(model).__name__} cannot be split into stages: at {_user_line(lost)} {lost}, and the stages "
-            "would not do it. Needed: move such code into a module of its own (modules are not looked into), or set "
-            "pipeline=1."
+            f"{type(model).__name__} cannot be split into stages: at {user_line(lost, model)} {lost}, and the stages "
+            "would not do it. Needed: move such code into a module of its own (modules are not looked into), wire the "
+            "modules by hand (raypar.Wired), or set pipeline=1.",
+            may_export=lost.may_export,
         ) from None
     except Exception as error:
         raise SplitError(
             f"{type(model).__name__} cannot be split into stages: torch.fx could not trace its forward at "
-            f"{_user_line(error)}: {type(error).__name__}: {error}. Needed: a forward without control flow on tensor "
-            "values; move such code into a module of its own (modules are not looked into), or set pipeline=1."
+            f"{user_line(error, model)}: {type(error).__name__}: {error}. Needed: a forward without control flow on "
+            "tensor values; move such code into a module of its own (modules are not looked into), wire the modules by "
+            "hand (raypar.Wired), or set pipeline=1.",
+            may_export=True,
         ) from error
-    now = _numbers(model, descend)
+    now = plain_attributes(model, descend)
     changed = [name for name, number in numbers.items() if now.get(name) != number]
     if changed:
         raise SplitError(
@@ -244,15 +257,19 @@ def _drop_checks_of_fixed_arguments(graph: fx.Graph, fixed: dict[str, Any]) -> N
             graph.erase_node(node)
 
 
-def _user_line(error: BaseException) -> str:
-    """Where in the user's code an error came from: the innermost frame outside torch and raypar."""
+def user_line(error: BaseException, model: nn.Module) -> str:
+    """Where in the user's code an error came from: the innermost frame outside torch and raypar, else the forward."""
+    python = os.path.dirname(os.__file__)
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and "/raypar/compute/" not in frame.filename
-        if not frame.filename.startswith("<")
+        if not any(part in frame.filename for part in ("/torch/", "/sympy/", "/raypar/compute/"))
+        if not frame.filename.startswith("<") and os.path.dirname(frame.filename) != python
     ]
-    return f'{frames[-1].filename}:{frames[-1].lineno} "{frames[-1].line}"' if frames else "an unknown line"
+    if frames:
+        return f'{frames[-1].filename}:{frames[-1].lineno} "{frames[-1].line}"'
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else "an unknown line"
 
 
 def module_calls(graph: fx.Graph) -> list[str]:

@@ -1,0 +1,46 @@
+"""The graph of a model's top-level forward: by torch.fx, or where that fails by torch.export, for which it needs
+example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx, nn
+
+from raypar.compute.export import export_graph
+from raypar.compute.trace import trace
+from raypar.compute.tree import Tree
+from raypar.planning.errors import SplitError
+
+
+def graph_of(
+    model: nn.Module, given: Collection[str] | None = None, descend: Collection[str] = (), example: Tree = None
+) -> fx.Graph:
+    """The graph of `model.forward`, as `raypar.compute.trace.trace` gives it.
+
+    example: what torch.export needs, from `raypar.compute.export.described`; None: torch.fx alone.
+
+    Raises SplitError, naming the line that stops it and what to do.
+    """
+    try:
+        return trace(model, given, descend)
+    except SplitError as error:
+        if not getattr(error, "may_export", False):
+            raise
+        if example is None:
+            raise SplitError(
+                f"{error} With parallelize(example_inputs=…) torch.export is tried as well, which can trace more."
+            ) from error
+        try:
+            return export_graph(model, example, descend)
+        except SplitError as second:
+            raise SplitError(f"{error} torch.export, which is tried then, fails too: {second}.") from second
+
+
+def needs_export(model: nn.Module, given: Collection[str] | None, descend: Collection[str]) -> bool:
+    """Whether torch.fx cannot trace a model in the mode that it is in."""
+    try:
+        trace(model, given, descend)
+    except SplitError:
+        return True
+    return False
