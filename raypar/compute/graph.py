@@ -4,6 +4,8 @@ example inputs."""
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import fx, nn
 
@@ -31,10 +33,19 @@ def graph_of(
             raise SplitError(
                 f"{error} With parallelize(example_inputs=…) torch.export is tried as well, which can trace more."
             ) from error
+        modes = tuple(module.training for module in model.modules())
+        known = _exported.setdefault(model, {})
+        key = (modes, tuple(sorted(descend)), repr(example))
         try:
-            return export_graph(model, example, descend)
+            if key not in known:
+                known[key] = export_graph(model, example, descend)
         except SplitError as second:
             raise SplitError(f"{error} torch.export, which is tried then, fails too: {second}.") from second
+        return known[key]
+
+
+_exported: WeakKeyDictionary[nn.Module, dict[Any, fx.Graph]] = WeakKeyDictionary()
+"""What torch.export has made, by mode, opened modules and example: it takes a second, and choosing a cut asks often."""
 
 
 def needs_export(model: nn.Module, given: Collection[str] | None, descend: Collection[str]) -> bool:

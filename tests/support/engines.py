@@ -80,8 +80,8 @@ class Engines:
         for engine in self.all:
             if engine.replica == replica:
                 mine = engine.part.module.state_dict()
-                twice = found.keys() & mine.keys()
-                assert not twice, f"two actors hold {twice}"
+                for name in found.keys() & mine.keys():  # a tied weight
+                    assert torch.equal(found[name], mine[name]), f"two actors hold {name}, and not the same"
                 found.update({name: tensor.clone() for name, tensor in mine.items()})
         return {name: found[name] for name in self.all[0].part.names}
 
