@@ -27,13 +27,14 @@ def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractCo
 
 @dataclass
 class LossScale:
-    """The scale of torch.amp.GradScaler, with its defaults: doubled after `interval` good steps, halved at an overflow.
+    """As torch.amp.GradScaler's: doubled after `interval` good steps, halved at an overflow. It starts lower than
+    torch's 2**16, since the gradients here are of sums over the rows of a micro-batch, not of means.
 
     value: what the loss is multiplied by now.
     good:  steps without an overflow since the scale last changed.
     """
 
-    value: float = 2.0**16
+    value: float = 2.0**12
     good: int = 0
     interval: int = 2000
     least: float = 2.0**-10

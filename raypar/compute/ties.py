@@ -52,10 +52,10 @@ class Ties:
 
     def spread_weights(self) -> Waiting:
         """Make the copies equal to their owners' parameters, to the bit."""
-        works = [
-            self.to[holder].send(parameter.detach().contiguous())
+        sent = [
+            (self.to[holder].send(tensor), tensor)  # which must be kept until it is over
             for holder, parameters in self.lent.items()
-            for parameter in parameters
+            for tensor in [parameter.detach().contiguous() for parameter in parameters]
         ]
         for owner, copies in self.copies.items():
             for copy in copies:
@@ -63,4 +63,5 @@ class Ties:
                 yield self.back[owner].receive(arrived)
                 with torch.no_grad():
                     copy.copy_(arrived)
-        yield from works
+        for work, _ in sent:
+            yield work
