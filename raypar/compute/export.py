@@ -30,7 +30,6 @@ from raypar.compute.trace import (
     Lost,
     attribute,
     bind_inputs,
-    plain_attributes,
     refuse_what_tracing_passes_over,
     user_line,
 )
@@ -64,12 +63,19 @@ class _Root(nn.Module):
     """Calls the model as plain code does. Nothing in it is told that it is exported, since the graph must do what it
     does otherwise: transformers, say, makes a mask that nothing needs when it is."""
 
-    def __init__(self, model: nn.Module, arguments: Mapping[str, Tree], keep: Callable[[Structure], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: Mapping[str, Tree],
+        opened: Mapping[str, nn.Module],
+        keep: Callable[[Structure], None],
+    ) -> None:
         super().__init__()
         self.model = model
         self.structure = tree.flatten(dict(arguments))[1]
         self.rest = [leaf for leaf in tree.leaves(dict(arguments)) if not isinstance(leaf, torch.Tensor)]
         self.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in tree.leaves(dict(arguments))]
+        self.opened = tuple(opened.items())
         self.keep = keep  # what it returns is kept outside of it: torch.export puts a module's attributes back
 
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
@@ -82,12 +88,32 @@ class _Root(nn.Module):
         try:
             for flag in flags:
                 setattr(torch.compiler, flag, False)
+            before = _attributes(self.opened)
             found, returns = tree.flatten(self.model(*bound.args, **bound.kwargs))
+            for name, value in _attributes(self.opened).items():
+                if name not in before or not _is_kept(before[name], value):
+                    raise Lost(f"the forward changes its attribute {name!r}, which the stages would not do")
             self.keep(returns)
         finally:
             for flag, value in was.items():
                 setattr(torch.compiler, flag, value)
         return tuple(found)
+
+
+def _attributes(opened: tuple[tuple[str, nn.Module], ...]) -> dict[str, Any]:
+    """The numbers, tensors and texts that the modules hold which the graph looks into."""
+    kinds = torch.Tensor | torch.SymInt | torch.SymFloat | bool | int | float | str
+    return {
+        f"{prefix}.{name}".lstrip("."): value
+        for prefix, module in opened
+        for own in (vars(module), module._parameters, module._buffers)
+        for name, value in own.items()
+        if isinstance(value, kinds)
+    }
+
+
+def _is_kept(before: Any, now: Any) -> bool:
+    return before is now or (not isinstance(now, torch.Tensor) and repr(before) == repr(now))
 
 
 def export_graph(model: nn.Module, example: Tree, descend: Collection[str] = ()) -> fx.Graph:
@@ -101,15 +127,12 @@ def export_graph(model: nn.Module, example: Tree, descend: Collection[str] = ())
     found = [torch.empty(v.shape, dtype=v.dtype, device=device) if isinstance(v, Like) else v for v in found]
     arguments = bind_inputs(model, tree.unflatten(found, structure))
     returned: list[Structure] = []
-    root, leaves = _Root(model, arguments, returned.append), Leaves(model, descend)
-    kept, numbers = randomness.save_state(), plain_attributes(model, descend)
+    opened = {"": model, **{name: attribute(model, name) for name in descend}}
+    root, leaves = _Root(model, arguments, opened, returned.append), Leaves(model, descend)
+    kept = randomness.save_state()
     try:
         with put_back(model), leaves.recorded():
             program = _exported(root, [v for v in tree.leaves(arguments) if isinstance(v, torch.Tensor)])
-            now = plain_attributes(model, descend)
-            changed = [name for name, number in numbers.items() if now.get(name) != number]
-            if changed:
-                raise Lost(f"the forward changes its attribute {changed[0]!r}, which the stages would not do")
             if random.getstate() != kept[3] or not _are_same(np.random.get_state(), kept[2]):
                 raise Lost("a random number of Python or NumPy is drawn, which would be the same in every step")
             return _Converter(model, program, leaves.calls, returned[-1], arguments, device).graph
@@ -131,6 +154,8 @@ def _exported(root: _Root, tensors: list[torch.Tensor]) -> ExportedProgram:
     in the example, where the forward itself does not ask."""
     sizes = tuple({d: Dim.AUTO if size > 1 else Dim.STATIC for d, size in enumerate(t.shape)} for t in tensors)
     with warnings.catch_warnings(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        # What a leaf keeps on itself is put back, and what the forward keeps is refused.
+        warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
         return export(root, tuple(tensors), dynamic_shapes=(sizes,), strict=False)
 
 
@@ -162,8 +187,6 @@ class _Converter:
                 self._write(node)
             elif node.op == "output":
                 self.graph.output(self._value(tree.unflatten(list(self._mapped(node.args[0])), returns)))
-            elif node.op != "placeholder":
-                raise Lost(f"torch.export has made a graph inside the graph, {node.target}")
 
     def _lift(self, arguments: dict[str, Tree]) -> None:
         """What stands for the program's inputs: parameters, buffers, constants, and the tensors of the arguments."""
@@ -226,7 +249,8 @@ class _Converter:
         elif isinstance(node.args[0] if node.args else None, fx.Node) and node.args[0] in self.returned:
             self.env[node] = self.returned[node.args[0]][node.args[1]]  # type: ignore[index]
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise Lost(f"code runs inside {node.target}, which a stage would not hold")
+            name = str(node.target).removeprefix("wrap_with_")
+            raise Lost(f"code runs inside {name}, which the stages would not do: {_where(node, self.program)}")
         elif node.target is not torch.ops.aten._assert_tensor_metadata.default:  # the device that it was made on
             self.env[node] = self.graph.call_function(
                 node.target,  # type: ignore[arg-type]
@@ -274,6 +298,13 @@ class _Converter:
 
         nodes = tuple(leaf for leaf in found if isinstance(leaf, fx.Node))
         return self.graph.call_function(named(build, "build"), nodes)
+
+
+def _where(node: fx.Node, program: ExportedProgram) -> str:
+    """The line of the user's that a node with a graph inside comes from, as far as torch.export knows."""
+    inner = [getattr(program.graph_module, str(arg.target)) for arg in node.all_input_nodes if arg.op == "get_attr"]
+    traces = [each.stack_trace for module in inner for each in module.graph.nodes if each.stack_trace]
+    return traces[0].strip().replace("\n", " ") if traces else "an unknown line"
 
 
 def _is_plain(value: Any) -> bool:

@@ -56,10 +56,10 @@ class Wired(fx.GraphModule):
         if not modules:
             raise ModelError(f"Wired({inputs!r}, []): found no modules, needed at least one")
         returned = last if result is None else _names(result, "result")
+        made = [_known(value, values, "the result names") for value in returned]
         for value in returned:
             unused.pop(value, None)
         _check_used(unused)
-        made = [_known(value, values, "the result names") for value in returned]
         graph.output(made[0] if len(made) == 1 else tuple(made))
         super().__init__(modules, graph, "Wired")
         type(self).__name__ = "Wired"  # torch.fx makes a class of its own for each graph
