@@ -43,6 +43,9 @@ class Trainer:
     resources_per_stage: what a stage actor asks for. Default: {"CPU": 1, "GPU": 1} where the cluster has GPUs or
                          can scale to some, else {"CPU": 1}.
     timeouts:            raypar.Timeouts. Default: minutes, see there.
+    trace:               True records what each actor does when, and writes the last steps to the run's folder when all
+                         loops have returned: timeline.json, which ui.perfetto.dev and chrome://tracing open, and
+                         timeline.svg, a chart of one step with the schedule's ideal under it. Default: False.
     local:               True runs everything in this process, without Ray, repeatable, for debugging.
 
     Raises ConfigError (or PlanError, DataError, InfeasiblePlanError below it) before a process starts, for what
@@ -68,6 +71,7 @@ class Trainer:
         torch_config: TorchConfig | None = None,
         resources_per_stage: Mapping[str, float] | None = None,
         timeouts: Timeouts | None = None,
+        trace: bool = False,
         local: bool = False,
     ) -> None:
         _check_type("plan", plan, Plan, "raypar.Plan(data=…, pipeline=…)")
@@ -84,6 +88,7 @@ class Trainer:
             _check_type("torch_config", torch_config, TorchConfig, "a ray.train.torch.TorchConfig")
         if timeouts is not None:
             _check_type("timeouts", timeouts, Timeouts, "a raypar.Timeouts(start=…, peer=…, stop=…)")
+        _check_type("trace", trace, bool, "True or False")
         # Type checkers see the classes of Ray Train's first version under these public names.
         given_run: Any = run_config
         given_scaling: Any = scaling_config
@@ -101,6 +106,7 @@ class Trainer:
         self.torch_config = torch_config
         self.resources_per_stage = resources_per_stage
         self.timeouts = timeouts or Timeouts()
+        self.trace = trace
         self.local = local
 
     def fit(self) -> ray.train.Result:
@@ -128,6 +134,7 @@ class Trainer:
                 torch_config=self.torch_config,
                 resources_per_stage=self.resources_per_stage,
                 timeouts=self.timeouts,
+                trace=self.trace,
             )
         )
 
@@ -144,6 +151,7 @@ class Trainer:
                 checkpoints.num_to_keep if checkpoints is not None else None,
                 display.update,
                 display.say,
+                trace=self.trace,
             )
         newest = newest_checkpoint(storage)
         return Result(

@@ -62,6 +62,7 @@ class Run:
     timeouts: Timeouts
 
     storage: Storage
+    trace: bool = False
 
     def needs(self, *, gpus: bool) -> Needs:
         return needs_of(self.plan, self.scaling_config, self.resources_per_stage, gpus=gpus)
@@ -173,6 +174,7 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
             storage=run.storage,
             actors=fleet.handles if fleet else [],
             board=watch.board,
+            trace=run.trace,
         )
         trainer = attempt.AttemptTrainer(
             train_worker,

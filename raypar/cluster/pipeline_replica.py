@@ -22,6 +22,7 @@ from raypar.compute.timing import Timing
 from raypar.compute.tree import Tree
 from raypar.planning.errors import PeerLostError, RayparError, RunError, StageDiedError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts
+from raypar.planning.timeline import Event
 
 CPU = torch.device("cpu")
 
@@ -81,6 +82,9 @@ class PipelineActors:
 
     def timings(self) -> list[Timing]:
         return self._call("timing")
+
+    def events(self) -> list[Event]:
+        return [event for of_actor in self._call("events") for event in of_actor]
 
     def describe(self) -> list[dict[str, Any]]:
         return self._described

@@ -30,6 +30,7 @@ from raypar.compute.transport import drive
 from raypar.compute.tree import Tree
 from raypar.planning.errors import NonFiniteError, RayparError
 from raypar.planning.plan import Plan, Timeouts
+from raypar.planning.timeline import Event
 
 
 class StageActor:
@@ -106,6 +107,9 @@ class StageActor:
     def eval_step(self, order: Order) -> tuple[float, float]:
         sums: tuple[float, float] = self._run(lambda engine: engine.eval_step(order))
         return sums
+
+    def events(self) -> list[Event]:
+        return self.engine.clock.events(self.replica, self.actor) if self.engine is not None else []
 
     def predict(self, order: Order) -> Tree:
         return microbatch.to_arrays(self._run(lambda engine: engine.predict(order)))

@@ -47,6 +47,7 @@ class Job:
     storage: Storage
     actors: list[list[ActorHandle[Any]]]
     board: ActorHandle[Any]
+    trace: bool = False
 
 
 def run_worker(config: dict[str, Any]) -> None:
@@ -58,8 +59,7 @@ def run_worker(config: dict[str, Any]) -> None:
         session.restore(session.gather(checkpoint_to_resume(job.storage) if rank == 0 else None)[0])
         enter(session)
         job.train_loop()
-        if session.wait_for_steps is not None:
-            session.wait_for_steps()
+        session.finish()
     except Exception as error:
         raise as_raypar_error(error, rank) from None
 
@@ -90,7 +90,7 @@ class WorkerSession(Session):
 
     def __init__(self, job: Job, rank: int) -> None:
         super().__init__(job.plan, rank, job.datasets, job.storage, job.timeouts)
-        self.job = job
+        self.job, self.trace = job, job.trace
         self.control: dist.ProcessGroup | None = None
         if self.size > 1:
             group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=job.timeouts.peer))

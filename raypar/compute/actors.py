@@ -11,6 +11,7 @@ import torch
 from raypar.compute.engine import Order, StepResult
 from raypar.compute.timing import Timing
 from raypar.compute.tree import Tree
+from raypar.planning.timeline import Event
 
 
 @dataclass
@@ -47,6 +48,9 @@ class Actors(Protocol):
 
     def timings(self) -> list[Timing]:
         """What each actor measured since the last call."""
+
+    def events(self) -> list[Event]:
+        """What all actors did when, in the last steps; nothing where the run is not traced."""
 
     def describe(self) -> list[dict[str, Any]]:
         """Where each actor is and what it holds."""

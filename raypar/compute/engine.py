@@ -100,12 +100,14 @@ class Engine:
         transport: Transport,
         device: torch.device,
         seed: int,
+        *,
+        trace: bool = False,
     ) -> None:
         self.plan, self.replica, self.actor = plan, replica, actor
         self.part, self.learner, self.sums = part, learner, sums
         self.device, self.seed = device, seed
         self.placement = plan.actor_of_stage
-        self.clock = Clock(device)
+        self.clock = Clock(device, trace=trace)
         self.everyone = transport.everyone()
         self.ties = Ties(part, transport)
         self._programs: dict[tuple[str, int], Program] = {}
@@ -124,13 +126,14 @@ class Engine:
         """One optimizer step; returns a StepResult. Raises NonFiniteError when the loss or the gradient is
         not finite: then nothing has changed."""
         self.learner.begin()
-        self.clock.begin_step()
+        self.clock.begin_step(order.step)
         run = self._start("train", order)
         yield from self._play(run)
         found = [_total([loss for loss, _ in run.sums]), _total([weight for _, weight in run.sums])]
         samples = order.rows if self._is_last_actor else 0
         squares = self.learner.squared_norm() if self.replica == 0 else 0.0
-        loss, weight, squared, samples = yield from self._sum_over_all([*found, squares, samples])
+        with self.clock.traced("commit", next(iter(self.part.stages))):
+            loss, weight, squared, samples = yield from self._sum_over_all([*found, squares, samples])
         mean = loss / weight if weight else math.nan
         if not (math.isfinite(loss) and math.isfinite(squared)):
             self.learner.give_up()
@@ -205,7 +208,7 @@ class Engine:
                 received = {}
                 for message in instruction.needs:
                     inbox = self._inboxes[self.placement[message.sender]]
-                    with self._exchange(message):
+                    with self._exchange(message), self.clock.traced("wait", message.receiver, message.microbatch):
                         received[message.sender] = yield from inbox.take(message)
                 action = instruction.action
                 if action.kind == "F":
@@ -217,8 +220,9 @@ class Engine:
                 with self._exchange(message):
                     self._inboxes[self.placement[message.sender]].post(message, self._key_of(run, message))
             elif isinstance(instruction, Send):
-                with self._exchange(instruction.message):
-                    self._send(run, instruction.message, ready.pop(instruction.message))
+                message = instruction.message
+                with self._exchange(message), self.clock.traced("send", message.sender, message.microbatch):
+                    self._send(run, message, ready.pop(message))
             elif isinstance(instruction, Release):
                 message = instruction.message
                 with self._exchange(message):
@@ -228,7 +232,8 @@ class Engine:
             with self._waiting_for("the gradients of tied weights"):
                 yield from self.ties.add_gradients()
             for stage in self.part.stages:
-                with self._waiting_for("adding up the gradients over all replicas", stage):
+                adding = self._waiting_for("adding up the gradients over all replicas", stage)
+                with adding, self.clock.traced("reduce", stage):
                     yield from self.sums[stage].start(len(run.sizes))
 
     def _forward(
@@ -244,7 +249,7 @@ class Engine:
         with self._user_code("forward", index, number):
             if run.mode == "train":
                 keep = self.plan.recompute == "never" or (self.plan.recompute == "except_last" and is_last)
-                with self.clock.measure(index, "F"), self.sums[index].around(is_last):
+                with self.clock.measure(index, "F", number), self.sums[index].around(is_last):
                     sends, loss = stage.forward(
                         number, run.inputs[number], received, run.targets[number], rows, keep=keep
                     )
@@ -266,7 +271,8 @@ class Engine:
         index, kind, number = action
         stage = self.part.stages[index]
         if kind == "W":
-            with self._user_code("backward, for the weights", index, number), self.clock.measure(index, kind):
+            weights = self._user_code("backward, for the weights", index, number)
+            with weights, self.clock.measure(index, kind, number):
                 stage.backward_weights(number)
             return
         for target in stage.codes["train"].sends:
@@ -275,7 +281,7 @@ class Engine:
         is_last = number == len(run.sizes) - 1
         with (
             self._user_code("backward", index, number),
-            self.clock.measure(index, kind),
+            self.clock.measure(index, kind, number),
             self.sums[index].around(is_last),
         ):
             if stage.must_recompute(number):

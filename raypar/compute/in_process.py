@@ -24,6 +24,7 @@ from raypar.compute.transport import Transport
 from raypar.compute.tree import Tree
 from raypar.planning.errors import CheckpointError
 from raypar.planning.plan import Plan
+from raypar.planning.timeline import Event
 
 Drive = Callable[[Sequence[Waiting]], list[Any]]
 """Runs the calls of all engines of a replica to their ends and returns what each returned."""
@@ -43,7 +44,16 @@ def make_engine(
     """The engine of one actor over its part of the model, restored where there is a snapshot."""
     learner = Learner(part, spec, LossScale() if plan.precision == "fp16" else None)
     engine = Engine(
-        plan, replica, actor, part, learner, sums or bucket_sums(part, transport), transport, device, spec.seed
+        plan,
+        replica,
+        actor,
+        part,
+        learner,
+        sums or bucket_sums(part, transport),
+        transport,
+        device,
+        spec.seed,
+        trace=spec.trace,
     )
     if snapshot is not None:
         restore(engine, snapshot)
@@ -165,6 +175,9 @@ class InProcessActors:
 
     def timings(self) -> list[Timing]:
         return [engine.clock.read() for engine in self.engines]
+
+    def events(self) -> list[Event]:
+        return [event for engine in self.engines for event in engine.clock.events(engine.replica, engine.actor)]
 
     def describe(self) -> list[dict[str, Any]]:
         return [describe(engine) for engine in self.engines]

@@ -133,6 +133,7 @@ class LocalSession(Session):
 
     def __init__(self, run: _Run, rank: int, datasets: dict[str, Any]) -> None:
         super().__init__(run.plan, rank, datasets, run.storage, run.timeouts)
+        self.trace, self.takes_turns = run.trace, True
         self.run = run
 
     def gather(self, value: Any) -> list[Any]:
@@ -195,9 +196,10 @@ class _Run:
         timeouts: Timeouts,
         keep: int | None,
         on_progress: Callable[[dict[str, Any]], None] | None,
+        trace: bool,
     ) -> None:
         self.plan, self.storage, self.timeouts = plan, storage, timeouts
-        self.keep, self.on_progress = keep, on_progress
+        self.keep, self.on_progress, self.trace = keep, on_progress, trace
         self.turns = Turns(plan.data)
         self.world = MemoryWorld(plan)
         self.history: list[dict[str, Any]] = []
@@ -212,15 +214,18 @@ def run_local(
     keep: int | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     say: Callable[[str], None] | None = None,
+    *,
+    trace: bool = False,
 ) -> list[dict[str, Any]]:
     """Run a train loop for every replica in this process, from the run's newest checkpoint where there is one.
 
     keep: how many checkpoints stay (None: all).
-    say:  is told from which checkpoint the run goes on.
+    say:   is told from which checkpoint the run goes on.
+    trace: write the timeline of the last steps, once all loops have returned.
 
     Returns the history of metrics of the first replica. Raises what the first loop that failed raised.
     """
-    run = _Run(plan, storage, timeouts, keep, on_progress)
+    run = _Run(plan, storage, timeouts, keep, on_progress, trace)
     newest = checkpoint_to_resume(storage)
     if newest is not None and say is not None:
         say(f"Going on from {newest}")
@@ -240,8 +245,7 @@ def run_local(
             run.history = session.history if rank == 0 else run.history
             enter(session)
             train_loop()
-            if session.wait_for_steps is not None:
-                session.wait_for_steps()
+            session.finish()
         except _Stopped:
             return
         except BaseException as error:

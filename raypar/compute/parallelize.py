@@ -89,7 +89,9 @@ def parallelize(
     if isinstance(chosen, RayparError):
         raise chosen
     assert chosen is not None
-    return Replica(session, session.start_actors(dataclasses.replace(spec, cut=chosen)))
+    actors = session.start_actors(dataclasses.replace(spec, cut=chosen, trace=session.trace))
+    session.events = actors.events
+    return Replica(session, actors)
 
 
 def _plain_tensors(inputs: Any) -> Any:

@@ -42,6 +42,7 @@ class ModelSpec:
     weights: str | None = None
     seed: int = 0
     cut: Cut = field(default_factory=Cut)
+    trace: bool = False
 
 
 @dataclass

@@ -21,8 +21,10 @@ from raypar.compute import checkpoint
 from raypar.compute.actors import Actors
 from raypar.compute.checkpoint import Snapshot, Storage
 from raypar.compute.part import Cut, ModelSpec
+from raypar.compute.timeline import write_timeline
 from raypar.planning.errors import CheckpointError, UsageError
 from raypar.planning.plan import Plan, Timeouts
+from raypar.planning.timeline import Event
 
 
 @dataclass
@@ -69,6 +71,8 @@ class Session(ABC):
 
     def __init__(self, plan: Plan, rank: int, datasets: dict[str, Any], storage: Storage, timeouts: Timeouts) -> None:
         self.plan, self.rank, self.size = plan, rank, plan.data
+        self.trace = False  # whether the actors record what they do when
+        self.events: Callable[[], list[Event]] | None = None  # of this replica's actors, once there are any
         self.datasets, self.storage, self.timeouts = datasets, storage, timeouts
         self.position = Position()
         self.step = 0
@@ -94,7 +98,20 @@ class Session(ABC):
         self.passed = dict(self.position.trained)
         self.history = manifest["history"]
 
+    def finish(self) -> None:
+        """The train loop has returned: wait for its last steps, and write the timeline of a traced run."""
+        if self.wait_for_steps is not None:
+            self.wait_for_steps()
+        if self.trace:
+            events = [event for each in self.gather(self.events() if self.events else []) for event in each]
+            if self.rank == 0:
+                in_turns = self.size * self.plan.pipeline > 1 and self.takes_turns
+                write_timeline(self.storage, self.plan, events, in_turns=in_turns)
+
     # ------------------------------------------------------------ what local mode and train workers do differently
+
+    takes_turns = False
+    """Whether all actors share one thread."""
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:

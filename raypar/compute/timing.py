@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import torch
 
 from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.simulate import simulate
+from raypar.planning.timeline import Event
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,21 @@ class Timing:
         return sum(self.forward.values()) + sum(self.backward.values())
 
 
-class Clock:
-    """Measures passes; on a GPU with events in its stream, read only when somebody asks."""
+KEPT_STEPS = 20
+"""A timeline holds so many of the last steps."""
 
-    def __init__(self, device: torch.device) -> None:
+
+class Clock:
+    """Measures passes; on a GPU with events in its stream, read only when somebody asks.
+
+    trace: keep also when each pass, wait and send was, of the last KEPT_STEPS steps.
+    """
+
+    def __init__(self, device: torch.device, *, trace: bool = False) -> None:
         self.cuda = device.type == "cuda"
+        self.trace = trace
+        self.steps: deque[tuple[int, list[tuple[Any, Any, str, int, int]]]] = deque(maxlen=KEPT_STEPS)
+        self.origin: tuple[Any, float] | None = None  # a time of this clock, and the same moment since the epoch
         self.marks: list[tuple[Any, Any, int, str]] = []
         self.sums: dict[tuple[int, str], list[float]] = {}
         self.started: Any = None
@@ -51,14 +62,51 @@ class Clock:
         return event
 
     @contextmanager
-    def measure(self, stage: int, kind: str) -> Iterator[None]:
+    def measure(self, stage: int, kind: str, microbatch: int = -1) -> Iterator[None]:
         """Count what runs inside as a pass (of a kind of schedule.Action) of a stage."""
         start = self._now()
         yield
-        self.marks.append((start, self._now(), stage, kind))
+        end = self._now()
+        self.marks.append((start, end, stage, kind))
+        if self.trace:
+            self.steps[-1][1].append((start, end, kind, stage, microbatch))
 
-    def begin_step(self) -> None:
+    @contextmanager
+    def traced(self, kind: str, stage: int, microbatch: int = -1) -> Iterator[None]:
+        """Keep when what runs inside was, where the run is traced."""
+        if not self.trace or not self.steps:
+            yield
+            return
+        start = self._now()
+        yield
+        self.steps[-1][1].append((start, self._now(), kind, stage, microbatch))
+
+    def begin_step(self, step: int = 0) -> None:
+        if self.trace:
+            if self.origin is None:
+                self.origin = (self._now(), time.time())
+                if self.cuda:
+                    self.origin[0].synchronize()
+            self.steps.append((step, []))
         self.started = self._now()
+
+    def events(self, replica: int, actor: int) -> list[Event]:
+        """What was traced."""
+        if self.origin is None:
+            return []
+        first, epoch = self.origin
+
+        def seconds(moment: Any) -> float:
+            if self.cuda:
+                moment.synchronize()
+                return epoch + float(first.elapsed_time(moment)) / 1e3
+            return epoch + float(moment - first)
+
+        return [
+            Event(replica, actor, step, kind, stage, microbatch, seconds(start), seconds(end))
+            for step, marks in self.steps
+            for start, end, kind, stage, microbatch in marks
+        ]
 
     def end_step(self) -> None:
         self.marks.append((self.started, self._now(), -1, "span"))
