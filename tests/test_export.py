@@ -327,6 +327,35 @@ def test_a_batch_that_the_forward_would_treat_otherwise_is_refused(batch: Tensor
     code(torch.rand(1, 6))
 
 
+class AsksForOne(nn.Module):
+    """Asks whether there is one row, as what makes masks does; `needs` says when that makes a difference."""
+
+    def __init__(self, needs: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.needs = needs
+        self.a, self.b = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(x.shape[1], device=x.device)[None, :, None]
+        if x.shape[0] != 1:
+            place = place.expand(x.shape[0], -1, -1)
+        elif self.needs(x.shape[1]):
+            place = place + 1
+        return self.b(self.a(x * place).mT).sum(-1)  # type: ignore[no-any-return]
+
+
+def test_a_question_for_one_row_whose_answer_makes_no_difference_does_not_matter() -> None:
+    model = AsksForOne(lambda length: length > 5)
+    with pytest.raises(ModelError, match=r"x is of shape \(1, 9, 6\), .* was traced for .*x\.shape\[0\] != 1"):
+        exported(model, torch.rand(4, 9, 6))(torch.rand(1, 9, 6))
+    code = exported(model, torch.rand(4, 3, 6))
+    for size in ((1, 3, 6), (1, 5, 6), (3, 9, 6)):
+        x = torch.rand(size)
+        assert torch.equal(code(x), model(x))
+    with pytest.raises(ModelError, match=r"x is of shape \(1, 9, 6\), .* was traced for .*x\.shape\[1\]"):
+        code(torch.rand(1, 9, 6))
+
+
 def test_a_size_of_one_in_the_example_stays_one() -> None:
     class Adds(Branching):
         def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]

@@ -176,6 +176,15 @@ def test_a_language_model_of_transformers_trains_as_a_plain_loop_does_with_batch
     assert loss / weight == pytest.approx(next_words(output, targets).item(), abs=TOLERANCE)
 
 
+def test_without_a_mask_a_last_short_batch_may_come_down_to_single_rows() -> None:
+    """What makes transformers' masks asks whether there is a single row, where no mask is given."""
+    plan = Plan(pipeline=2, microbatches=4)
+    batches = [({"input_ids": inputs["input_ids"]}, words) for inputs, words in (sentences(8, 6), sentences(5, 6))]
+    cut = cut_of(llama, 2, batches[0][0], ["model.layers.1"])
+    engines, losses = trained(plan, spec_of(llama, cut, next_words), batches)
+    assert_equal(engines, losses, plain_training(llama, batches, 4))
+
+
 def test_dropout_of_a_language_model_draws_in_training_from_the_step_and_micro_batch_and_stops_in_evaluation() -> None:
     def build() -> nn.Module:
         return gpt2(dropout=0.3, attn_implementation="eager")

@@ -33,34 +33,27 @@ def is_same(value: Any, other: Any) -> bool:
     return value is other or (type(value) is type(other) and bool(value == other))
 
 
-def check_of(guards: Sequence[str], arguments: Mapping[str, Tree]) -> Callable[..., None]:
-    """A function of the values of all `arguments`, in their order, that raises ModelError where they do not fit.
+class Form:
+    """What the values of `arguments`, in their order, must be.
 
-    guards: what torch.export has assumed: Python expressions of L['tensors'][i], the i-th tensor.
+    guards:      what torch.export has assumed: Python expressions of L['tensors'][i], the i-th tensor.
+    for_one_row: where the graph is right for one row as well (raypar.compute.one_row), what must hold of that row;
+                 the guards must then hold of two rows.
     """
-    needed, structure = tree.flatten(dict(arguments))
-    is_tensor = [isinstance(leaf, torch.Tensor) for leaf in needed]
-    paths = _paths(arguments)
-    passed: set[Any] = set()
 
-    def difference(values: tuple[Any, ...]) -> str | None:
-        found, form = tree.flatten(dict(zip(arguments, values, strict=True)))
-        if form != structure or [isinstance(leaf, torch.Tensor) for leaf in found] != is_tensor:
-            return "its tensors come in another form"
-        for one, other, is_one in zip(found, needed, is_tensor, strict=True):
-            if not is_one and not is_same(one, other):
-                return f"it holds {one!r}, in example_inputs that was {other!r}"
-        tensors = [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
-        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        if key in passed:
-            return None
-        why = _difference(tensors, [leaf for leaf in needed if isinstance(leaf, torch.Tensor)], paths, guards)
-        if why is None:
-            passed.add(key)
-        return why
+    def __init__(self, guards: Sequence[str], arguments: Mapping[str, Tree]) -> None:
+        self.guards = guards
+        self.for_one_row: Sequence[str] | None = None
+        self.names = list(arguments)
+        self.needed, self.structure = tree.flatten(dict(arguments))
+        self.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in self.needed]
+        self.tensors = [leaf for leaf in self.needed if isinstance(leaf, torch.Tensor)]
+        self.paths = _paths(arguments)
+        self.passed: set[Any] = set()
 
-    def check(*values: Any) -> None:
-        why = difference(values)
+    def check(self, *values: Any) -> None:
+        """Raise ModelError for values of another form."""
+        why = self._difference(values)
         if why is not None:
             raise ModelError(
                 "this batch does not fit the graph by which the model is split, which torch.export has made from "
@@ -68,7 +61,58 @@ def check_of(guards: Sequence[str], arguments: Mapping[str, Tree]) -> Callable[.
                 "stays 1), or such code in a module of its own (modules are not looked into)"
             )
 
-    return named(check, "check_inputs")
+    def holds_for_one_row(self) -> bool:
+        """Whether the guards hold of a batch like the example's, but of one row."""
+        return self._broken(self.guards, self._with_rows(self.tensors, 1)) is None
+
+    def _difference(self, values: tuple[Any, ...]) -> str | None:
+        found, structure = tree.flatten(dict(zip(self.names, values, strict=True)))
+        if structure != self.structure or [isinstance(leaf, torch.Tensor) for leaf in found] != self.is_tensor:
+            return "its tensors come in another form"
+        for one, other, is_one in zip(found, self.needed, self.is_tensor, strict=True):
+            if not is_one and not is_same(one, other):
+                return f"it holds {one!r}, in example_inputs that was {other!r}"
+        tensors = [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
+        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        why = None if key in self.passed else self._wrong(tensors)
+        if why is None:
+            self.passed.add(key)
+        return why
+
+    def _wrong(self, found: list[torch.Tensor]) -> str | None:
+        """Why the graph is not for tensors of these shapes and types, or None."""
+        for path, one, other in zip(self.paths, found, self.tensors, strict=True):
+            if one.dtype != other.dtype or one.dim() != other.dim():
+                example = f"in example_inputs {other.dim()} of {other.dtype}"
+                return f"{path} has {one.dim()} dimensions of {one.dtype}, {example}"
+            for dimension, size in enumerate(other.shape):
+                if size <= 1 and one.shape[dimension] != size:
+                    return f"{path} is of shape {tuple(one.shape)}, in example_inputs {tuple(other.shape)}"
+        broken = self._broken(self.guards, found)
+        if broken is not None and self.for_one_row is not None and found[0].shape[:1] == (1,):
+            broken = self._broken(self.guards, self._with_rows(found, 2)) or self._broken(self.for_one_row, found)
+        if broken is None:
+            return None
+        pairs = zip(self.paths, found, strict=True)
+        shapes = ", ".join(f"{path} is of shape {tuple(one.shape)}" for path, one in pairs)
+        return f"{shapes}, and the forward was traced for {_in_words(broken, self.paths)}"
+
+    def _broken(self, guards: Sequence[str], tensors: list[torch.Tensor]) -> str | None:
+        """The first of the guards that does not hold."""
+        names = {"L": {"tensors": tensors}, "torch": torch, "math": math}
+        return next((guard for guard in guards if not eval(guard, names)), None)
+
+    def _with_rows(self, tensors: list[torch.Tensor], rows: int) -> list[torch.Tensor]:
+        """Tensors without values and with `rows` rows, where those of the example have as many as its first one."""
+        first = self.tensors[0].shape[:1]
+        return [
+            torch.empty((rows, *one.shape[1:]), dtype=one.dtype, device="meta") if like.shape[:1] == first else one
+            for one, like in zip(tensors, self.tensors, strict=True)
+        ]
+
+
+CHECK = "check_inputs"
+"""The name of the check in a graph."""
 
 
 def _paths(arguments: Mapping[str, Tree]) -> list[str]:
@@ -79,23 +123,6 @@ def _paths(arguments: Mapping[str, Tree]) -> list[str]:
             if isinstance(leaf, torch.Tensor):
                 paths.append(name if leaf is value else f"{name}[{index}]")
     return paths
-
-
-def _difference(
-    found: list[torch.Tensor], needed: list[torch.Tensor], paths: list[str], guards: Sequence[str]
-) -> str | None:
-    """Why the graph is not for tensors of these shapes and types, or None."""
-    for path, one, other in zip(paths, found, needed, strict=True):
-        if one.dtype != other.dtype or one.dim() != other.dim():
-            return f"{path} has {one.dim()} dimensions of {one.dtype}, in example_inputs {other.dim()} of {other.dtype}"
-        for dimension, size in enumerate(other.shape):
-            if size <= 1 and one.shape[dimension] != size:
-                return f"{path} is of shape {tuple(one.shape)}, in example_inputs {tuple(other.shape)}"
-    for guard in guards:
-        if not eval(guard, {"L": {"tensors": found}, "torch": torch, "math": math}):
-            shapes = ", ".join(f"{path} is of shape {tuple(one.shape)}" for path, one in zip(paths, found, strict=True))
-            return f"{shapes}, and the forward was traced for {_in_words(guard, paths)}"
-    return None
 
 
 def _in_words(guard: str, paths: list[str]) -> str:

@@ -24,8 +24,9 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx.experimental import _config  # backed_size_oblivious has no public name
 
 from raypar.compute import randomness, tree
-from raypar.compute.batch_form import check_of, is_same, named
+from raypar.compute.batch_form import CHECK, Form, is_same, named
 from raypar.compute.leaves import LEAF, Call, Leaves, Slot, put_back
+from raypar.compute.one_row import are_alike
 from raypar.compute.trace import (
     Lost,
     attribute,
@@ -121,6 +122,34 @@ def export_graph(model: nn.Module, example: Tree, descend: Collection[str] = ())
 
     Raises SplitError, naming the line that cannot be exported.
     """
+    found = _export(model, example, descend)
+    first = found.form.tensors[0] if found.form.tensors else None
+    if first is not None and first.dim() and first.shape[0] > 1 and not found.form.holds_for_one_row():
+        kept = randomness.save_state()
+        try:
+            _try_one_row(model, example, descend, found)
+        finally:
+            randomness.restore_state(kept)
+    return found.graph
+
+
+def _try_one_row(model: nn.Module, example: Tree, descend: Collection[str], found: _Converter) -> None:
+    """Let the graph take a single row too, where it is right for one."""
+    rows = found.form.tensors[0].shape[0]
+
+    def of_one_row(leaf: Any) -> Any:
+        return Like((1, *leaf.shape[1:]), leaf.dtype) if isinstance(leaf, Like) and leaf.shape[:1] == (rows,) else leaf
+
+    leaves, structure = tree.flatten(example)
+    try:
+        one = _export(model, tree.unflatten([of_one_row(leaf) for leaf in leaves], structure), descend)
+    except SplitError:
+        return
+    if are_alike(model, found.graph, one.graph, one.calls, list(one.arguments.values())):
+        found.form.for_one_row = one.form.guards
+
+
+def _export(model: nn.Module, example: Tree, descend: Collection[str]) -> _Converter:
     refuse_what_tracing_passes_over(model, descend)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found, structure = tree.flatten(example)
@@ -135,7 +164,7 @@ def export_graph(model: nn.Module, example: Tree, descend: Collection[str] = ())
             program = _exported(root, [v for v in tree.leaves(arguments) if isinstance(v, torch.Tensor)])
             if random.getstate() != kept[3] or not _are_same(np.random.get_state(), kept[2]):
                 raise Lost("a random number of Python or NumPy is drawn, which would be the same in every step")
-            return _Converter(model, program, leaves.calls, returned[-1], arguments, device).graph
+            return _Converter(model, program, leaves.calls, returned[-1], arguments, device)
     except Lost as lost:
         raise SplitError(f"at {user_line(lost, model)} {lost}") from None
     except Exception as error:
@@ -180,7 +209,9 @@ class _Converter:
         self.env: dict[fx.Node, Any] = {}
         self.returned: dict[fx.Node, list[Any]] = {}
         self.inputs = {name: self.graph.placeholder(name) for name in arguments}
-        self.graph.call_function(check_of(program._guards_code, arguments), tuple(self.inputs.values()))
+        # The guards have no public name. program.module() checks them too, but says neither which input nor what to do.
+        self.form = Form(program._guards_code, arguments)
+        self.graph.call_function(named(self.form.check, CHECK), tuple(self.inputs.values()))
         self._lift(arguments)
         for node in program.graph.nodes:
             if node.op == "call_function":
