@@ -42,11 +42,11 @@ def parallelize(
                     and types of the whole model.
     lr_scheduler:   called with the optimizer; stepped once an optimizer step. Default: none.
     max_grad_norm:  clip the gradient by the norm of the whole model, across stages. Default: no clipping.
-    example_inputs: inputs as train_step will get them, a few rows; for tracing, and for measuring the
-                    modules where `split` is None.
+    example_inputs: inputs as train_step will get them, a few rows; for tracing by torch.export where torch.fx cannot,
+                    and for measuring the modules where `split` is None.
     split:          names of the modules at which a new stage begins; one less than the plan has stages.
                     Default: in balance, by measured time, or by the number of parameters without example_inputs;
-                    modules larger than a fair share are cut inside where torch.fx can trace their forward.
+                    modules larger than a fair share are cut inside where their forward can be traced.
     weights:        a .safetensors or .pt file with the whole model's state dict to start from.
     seed:           of the weights and of the random numbers in training.
 
