@@ -5,10 +5,12 @@
     weight ─▶ T ─┐
                  ├▶ Addmm ─▶ …        Addmm leads to the input and to weights: a junction. Its incoming gradient
     bias ────────┤                    is caught in the first part; the second part enters the graph there
-    input ───────┘                    again and asks for the gradients of T and bias alone.
+    input ───────┘                    again and runs it for its weights alone.
 
 After Qi et al. 2023, https://arxiv.org/abs/2401.10241. It works on autograd's graph, so that any model will do;
-what a junction computes for both at once (a layer norm, say) is computed twice, unless it is small and done at once.
+what a junction computes for both at once (a layer norm, say) is computed twice. Done in the first part, with the
+inputs, are junctions with small weights, and those that share weights (a module that is called twice): entering the
+graph at one of them would lead through the other.
 """
 
 from __future__ import annotations
@@ -21,9 +23,6 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 SMALL = 2**14
 """A junction with fewer weights than this is done with in the first part: entering the graph again costs more."""
-
-PENDING_BYTES = 2**23
-"""Gradients of weights are added to what is there in portions of about this size."""
 
 Gradients = Sequence[torch.Tensor | None]
 
@@ -43,22 +42,28 @@ class _Caught:
 
 
 @dataclass
-class _Junction:
-    """A node that leads to an input and, through `edges`, to weights."""
+class _Side:
+    """What leads to weights and to no input: all that is under some children of a node, or under roots of the graph.
 
-    node: Node
-    edges: list[GradientEdge]
-    caught: _Caught = field(default_factory=_Caught)
+    weights:   the leaves of the graph in it that no other side has named before.
+    is_shared: whether another side leads to some of the same nodes.
+    """
+
+    weights: list[torch.Tensor] = field(default_factory=list)
+    is_shared: bool = False
 
     @property
-    def is_small(self) -> bool:
-        """Whether its weights are so few that one more entry into the graph costs more than they are worth."""
-        count, nodes = 0, [edge.node for edge in self.edges]
-        while nodes and count < SMALL:
-            node = nodes.pop()
-            count += node.variable.numel() if hasattr(node, "variable") else 0
-            nodes += [child for child, _ in node.next_functions if child is not None]
-        return count < SMALL
+    def is_done_at_once(self) -> bool:
+        return self.is_shared or sum(weight.numel() for weight in self.weights) < SMALL
+
+
+@dataclass
+class _Junction:
+    """A node that leads to an input and, through `side`, to weights."""
+
+    node: Node
+    side: _Side
+    caught: _Caught = field(default_factory=_Caught)
 
 
 @dataclass
@@ -70,92 +75,83 @@ class WeightPart:
     gradients: list[torch.Tensor] = field(default_factory=list)
 
     def run(self) -> None:
-        pending = 0
-        while self.junctions:
-            junction = self.junctions.pop(0)
-            caught = junction.caught.gradients
-            if caught is None:  # nothing flowed through it
-                continue
-            given = [(index, g) for index, g in enumerate(caught) if g is not None]
-            found = torch.autograd.grad(
-                [GradientEdge(junction.node, index) for index, _ in given],
-                junction.edges,
-                [gradient for _, gradient in given],
-                allow_unused=True,
-            )
-            self._add(junction.edges, found)
-            pending += sum(gradient.nbytes for gradient in found if gradient is not None)
-            if pending > PENDING_BYTES:
-                self._accumulate()
-                pending = 0
-        self._accumulate()
-
-    def _add(self, edges: Sequence[GradientEdge], gradients: Gradients) -> None:
-        known = [(edge, gradient) for edge, gradient in zip(edges, gradients, strict=True) if gradient is not None]
-        self.roots += [edge for edge, _ in known]
-        self.gradients += [gradient for _, gradient in known]
-
-    def _accumulate(self) -> None:
         if self.roots:
             torch.autograd.backward(self.roots, self.gradients)
         self.roots, self.gradients = [], []
+        while self.junctions:
+            junction = self.junctions.pop(0)
+            caught = junction.caught.gradients or ()  # empty: nothing flowed through it
+            given = [(GradientEdge(junction.node, index), g) for index, g in enumerate(caught) if g is not None]
+            if given:
+                torch.autograd.backward(
+                    [edge for edge, _ in given], [gradient for _, gradient in given], inputs=junction.side.weights
+                )
 
 
 def backward_to_inputs(
     tensors: Sequence[torch.Tensor], given: Gradients, leaves: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor | None], WeightPart]:
-    """The gradients of `leaves` from those `given` for `tensors`, and what it takes to make those of all other
-    leaves of the graph, the weights, later. The graph is kept until then."""
-    if not leaves:
-        return [], WeightPart([], [get_gradient_edge(t) for t in tensors], list(map(_known, tensors, given)))
-    junctions, leading = _junctions(tensors, leaves)
-    at_once = [edge for junction in junctions if junction.is_small for edge in junction.edges]
-    later = WeightPart([junction for junction in junctions if not junction.is_small])
-    now: list[torch.Tensor] = []
-    now_given: list[torch.Tensor | None] = []
-    for tensor, gradient in zip(tensors, given, strict=True):
-        if tensor.grad_fn is None or leading[tensor.grad_fn]:
-            now.append(tensor)
-            now_given.append(gradient)
-        else:
-            later.roots.append(get_gradient_edge(tensor))
-            later.gradients.append(_known(tensor, gradient))
-    if not now:
-        return [None] * len(leaves), later
+    """The gradients of `leaves`, which have none yet, from those `given` for `tensors`, and what it takes to make
+    those of all other leaves of the graph, the weights, later. The graph is kept until then."""
+    roots = [get_gradient_edge(tensor) for tensor in tensors]
+    gradients = [torch.ones_like(t) if g is None else g for t, g in zip(tensors, given, strict=True)]
+    inputs = {get_gradient_edge(leaf).node for leaf in leaves}
+    leading = _leading([edge.node for edge in roots], inputs)
+    sides: dict[Node, _Side] = {}
+    junctions = []
+    for node in [node for node, leads in leading.items() if leads]:
+        below = [child for child, _ in node.next_functions if child is not None and not leading[child]]
+        if below:
+            junctions.append(_Junction(node, _side(below, sides)))
+    rest = _side([edge.node for edge in roots if not leading[edge.node]], sides)
+
+    at_once = [junction.side for junction in junctions if junction.side.is_done_at_once]
+    at_once += [rest] if rest.is_shared else []
+    later = WeightPart([junction for junction in reversed(junctions) if not junction.side.is_done_at_once])
+    now: list[GradientEdge] = []
+    now_given: list[torch.Tensor] = []
+    for edge, gradient in zip(roots, gradients, strict=True):
+        is_now = leading[edge.node] or rest.is_shared
+        (now if is_now else later.roots).append(edge)
+        (now_given if is_now else later.gradients).append(gradient)
     for junction in later.junctions:
         junction.node.register_prehook(junction.caught)
-    wanted = [*map(get_gradient_edge, leaves), *at_once]
-    found = torch.autograd.grad(now, wanted, now_given, retain_graph=True, allow_unused=True)
-    later._add(at_once, found[len(leaves) :])
-    return list(found[: len(leaves)]), later
+    if now:
+        wanted = [*leaves, *(weight for side in at_once for weight in side.weights)]
+        torch.autograd.backward(now, now_given, retain_graph=bool(later.junctions), inputs=wanted)
+    return [leaf.grad for leaf in leaves], later
 
 
-def _known(tensor: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-    return torch.ones_like(tensor) if gradient is None else gradient
-
-
-def _junctions(
-    tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]
-) -> tuple[list[_Junction], dict[Node, bool]]:
-    """The junctions of the graph under `tensors`, from the loss down, and whether each node leads to a leaf."""
-    inputs = {get_gradient_edge(leaf).node for leaf in leaves}
+def _leading(roots: Sequence[Node], inputs: set[Node]) -> dict[Node, bool]:
+    """Of each node under `roots`, whether it leads to one of `inputs`; children come before their parents."""
     leading: dict[Node, bool] = {}
-    order: list[Node] = []
-    stack = [(tensor.grad_fn, False) for tensor in tensors if tensor.grad_fn is not None]
+    seen: set[Node] = set()
+    stack = [(root, False) for root in roots]
     while stack:  # depth first, without recursion: graphs are deep
         node, is_done = stack.pop()
         below = [child for child, _ in node.next_functions if child is not None]
         if is_done:
             leading[node] = node in inputs or any(leading[child] for child in below)
-            order.append(node)
-        elif node not in leading:
-            leading[node] = False
+        elif node not in seen:
+            seen.add(node)
             stack.append((node, True))
-            stack += [(child, False) for child in below if child not in leading]
-    junctions = []
-    for node in reversed(order):
-        if leading[node] and node not in inputs:
-            edges = [GradientEdge(c, i) for c, i in node.next_functions if c is not None and not leading[c]]
-            if edges:
-                junctions.append(_Junction(node, edges))
-    return junctions, leading
+            stack += [(child, False) for child in below if child not in seen]
+    return leading
+
+
+def _side(nodes: Sequence[Node], sides: dict[Node, _Side]) -> _Side:
+    """The side under `nodes`. `sides` knows the side of each node so far, and learns these."""
+    side = _Side()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        known = sides.get(node)
+        if known is None:
+            sides[node] = side
+            below = [child for child, _ in node.next_functions if child is not None]
+            stack += below
+            if not below and hasattr(node, "variable"):  # autograd's own AccumulateGrad
+                side.weights.append(node.variable)
+        elif known is not side:
+            known.is_shared = side.is_shared = True
+    return side
