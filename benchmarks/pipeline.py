@@ -1,11 +1,14 @@
 """raypar's pipeline against torch.distributed.pipelining: the same model, cut, schedule and optimizer.
 
 raypar runs as people run it, through Trainer and stage actors on Ray; torch runs in two plain processes over Gloo;
-a third process runs the whole model alone, for the bubble bound. One thread a process; the three take turns in one run,
-and everything that is not running waits without using a core.
+a third process runs the whole model alone, for the bubble bound. One thread a process; all take turns in one run,
+and everything that is not running waits without using a core. For each number of micro-batches all schedules are
+measured in the same rounds, so that the best of one can be compared with the best of the other.
 
     python benchmarks/pipeline.py                                 # the full table
     python benchmarks/pipeline.py --schedules 1f1b --microbatches 8 --rounds 6
+    python benchmarks/pipeline.py --width 32 --tokens 8 --microbatches 32 --steps 5      # the runtime's own cost
+    python benchmarks/pipeline.py --same-malloc    # torch's processes keep freed memory too, as stage actors do
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +27,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from compare import compare, in_turns
 from on_ray import OnRay, blocks
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
 from transformer import batch, transformer
 
 import raypar
+from raypar.compute.memory import keep_freed_memory
 
-STAGES = 2
+ACTORS = 2
+PLACEMENTS = {"gpipe": (0, 1), "1f1b": (0, 1), "interleaved": (0, 1, 0, 1), "zbv": (0, 1, 1, 0)}
+RIVALS: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+}
 
 
 # ---------------------------------------------------------------- torch.distributed.pipelining, and one process alone
@@ -36,25 +54,30 @@ STAGES = 2
 
 def torch_process(rank: int, port: int, config: dict[str, Any], commands: Any, answers: Any) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, STAGES, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=STAGES)
+    if config["same_malloc"]:
+        keep_freed_memory()
+    store = dist.TCPStore("127.0.0.1", port, ACTORS, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ACTORS)
     torch.manual_seed(0)
     layers = transformer(config["layers"], config["width"])
-    half = config["layers"] // STAGES
-    part = layers[rank * half : (rank + 1) * half]
-    stage = PipelineStage(part, rank, STAGES, torch.device("cpu"))
-    kind = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[config["schedule"]]
-    schedule = kind(stage, config["microbatches"], loss_fn=F.mse_loss)
-    optimizer = torch.optim.SGD(part.parameters(), lr=1e-3)
+    placement = PLACEMENTS[config["schedule"]]
+    parts = {
+        index: layers[slice(*bounds)]
+        for index, bounds in enumerate(zip(cuts(config), [*cuts(config)[1:], config["layers"]], strict=True))
+        if placement[index] == rank
+    }
+    stages = [PipelineStage(part, index, len(placement), torch.device("cpu")) for index, part in parts.items()]
+    given = stages if len(stages) > 1 else stages[0]
+    schedule = RIVALS[config["schedule"]](given, config["microbatches"], loss_fn=F.mse_loss)
+    optimizer = torch.optim.SGD([p for part in parts.values() for p in part.parameters()], lr=1e-3)
     inputs, targets = batch(config)
     while commands.get():
         start = time.perf_counter()
         for _ in range(config["steps"]):
             losses: list[torch.Tensor] = []
-            if rank == 0:
-                schedule.step(inputs)
-            else:
-                schedule.step(target=targets, losses=losses)
+            first = (inputs,) if placement[0] == rank else ()
+            last = {"target": targets, "losses": losses} if placement[-1] == rank else {}
+            schedule.step(*first, **last)
             optimizer.step()
             optimizer.zero_grad()
         dist.barrier()
@@ -63,8 +86,16 @@ def torch_process(rank: int, port: int, config: dict[str, Any], commands: Any, a
     dist.destroy_process_group()
 
 
+def cuts(config: dict[str, Any]) -> list[int]:
+    """The layer at which each stage begins."""
+    stages = len(PLACEMENTS[config["schedule"]])
+    return [index * config["layers"] // stages for index in range(stages)]
+
+
 def single_process(config: dict[str, Any], commands: Any, answers: Any) -> None:
     torch.set_num_threads(1)
+    if config["same_malloc"]:
+        keep_freed_memory()
     torch.manual_seed(0)
     model = transformer(config["layers"], config["width"])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -114,53 +145,69 @@ def train_loop(config: dict[str, Any]) -> None:
         lambda: transformer(config["layers"], config["width"]),
         loss_fn=F.mse_loss,
         optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=1e-3),
-        split=[str(config["layers"] // STAGES)],
+        split=[str(begin) for begin in cuts(config)[1:]],
     )
     inputs, targets = batch(config)
     blocks(config, lambda: replica.train_step(inputs, targets))
 
 
-def measure(config: dict[str, Any], rounds: int) -> str:
-    """One row of the table."""
-    port = 20000 + os.getpid() % 20000 + config["microbatches"]
-    peer = Processes([(torch_process, (rank, port, config)) for rank in range(STAGES)])
-    alone = Processes([(single_process, (config,))])
-    plan = raypar.Plan(pipeline=STAGES, microbatches=config["microbatches"], schedule=config["schedule"])
-    ours = OnRay(train_loop, plan, config)
-    try:
-        raypar_times, peer_times, alone_times = in_turns([ours, peer, alone], rounds)
-    finally:
-        for contender in (ours, peer, alone):
-            contender.stop()
-    found = compare(raypar_times, peer_times)
+def measure(config: dict[str, Any], schedules: list[str], rounds: int) -> None:
+    """Print the rows of one number of micro-batches: all schedules of both sides, and one process, in turns."""
     m = config["microbatches"]
-    bound = STAGES * m / (m + STAGES - 1)
-    whole = sorted(alone_times)[len(alone_times) // 2]
-    return (
-        f"{config['schedule']:<6} {m:>3} {found.raypar * 1e3:>10.1f} {found.peer * 1e3:>9.1f} {found.ratio:>7.3f} "
-        f"[{found.low:.3f}, {found.high:.3f}] {whole / found.raypar / bound:>8.2f} {whole / found.peer / bound:>8.2f}"
-    )
+    alone = Processes([(single_process, (config,))])
+    contenders: list[Any] = [alone]
+    for number, schedule in enumerate(schedules):
+        own = config | {"schedule": schedule}
+        port = 20000 + (os.getpid() * 7 + m * 11 + number) % 20000
+        contenders.append(Processes([(torch_process, (rank, port, own)) for rank in range(ACTORS)]))
+        placement = PLACEMENTS[schedule]
+        contenders.append(
+            OnRay(train_loop, raypar.Plan(pipeline=2, placement=placement, microbatches=m, schedule=schedule), own)  # type: ignore[arg-type]
+        )
+    try:
+        whole_times, *others = in_turns(contenders, rounds)
+    finally:
+        for contender in contenders:
+            contender.stop()
+    whole = statistics.median(whole_times)
+    bound = ACTORS * m / (m + ACTORS - 1)
+    medians: dict[str, list[tuple[float, str, list[float]]]] = {"raypar": [], "torch": []}
+    for schedule, peer, ours in zip(schedules, others[::2], others[1::2], strict=True):
+        found = compare(ours, peer)
+        medians["raypar"].append((found.raypar, schedule, ours))
+        medians["torch"].append((found.peer, schedule, peer))
+        actions = sum(map(len, raypar.schedule_of(
+            raypar.Plan(pipeline=2, placement=PLACEMENTS[schedule], microbatches=m, schedule=schedule)  # type: ignore[arg-type]
+        ).rows))  # fmt: skip
+        own_cost = (found.raypar - whole / ACTORS) * 1e6 / (actions / ACTORS)
+        shares = f"{whole / found.raypar / bound:>8.2f} {whole / found.peer / bound:>8.2f}"
+        times = f"{found.raypar * 1e3:>9.1f} {found.peer * 1e3:>9.1f}"
+        interval = f"{found.ratio:>7.3f} [{found.low:.3f}, {found.high:.3f}]"
+        print(f"{schedule:<12} {m:>3} {times} {interval} {shares} {own_cost:>9.0f}", flush=True)
+    (_, ours_name, ours), (_, peer_name, peer) = min(medians["raypar"]), min(medians["torch"])
+    best = compare(ours, peer)
+    print(f"best: {ours_name} against {peer_name}: {best.ratio:.3f} [{best.low:.3f}, {best.high:.3f}]", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedules", nargs="+", default=["gpipe", "1f1b"])
-    parser.add_argument("--microbatches", nargs="+", type=int, default=[8, 16])
+    parser.add_argument("--schedules", nargs="+", default=list(RIVALS), choices=list(RIVALS))
+    parser.add_argument("--microbatches", nargs="+", type=int, default=[4, 8, 16])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, default=2, help="of a micro-batch")
     parser.add_argument("--steps", type=int, default=3, help="steps of a block")
     parser.add_argument("--rounds", type=int, default=12, help="blocks of each contender")
+    parser.add_argument("--same-malloc", action="store_true", help="torch's processes keep freed memory too")
     args = parser.parse_args()
-    ray.init(num_cpus=STAGES + 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=4 * len(args.schedules) + 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     print(f"{args.layers} layers, width {args.width}, {args.tokens} tokens, {args.rows} rows a micro-batch; ms a step")
-    print("schedule M     raypar     torch   ratio  95 % interval   raypar/bound torch/bound", flush=True)
-    for schedule in args.schedules:
-        for microbatches in args.microbatches:
-            config = {key: getattr(args, key) for key in ("layers", "width", "tokens", "rows", "steps")}
-            config |= {"schedule": schedule, "microbatches": microbatches}
-            print(measure(config, args.rounds), flush=True)
+    print("bound: 2M/(M+1) times one process; idle: microseconds an action beyond half of one process's time")
+    print("schedule       M    raypar     torch   ratio  95 % interval   raypar/bound torch/bound    idle", flush=True)
+    for microbatches in args.microbatches:
+        config = {key: getattr(args, key) for key in ("layers", "width", "tokens", "rows", "steps", "same_malloc")}
+        measure(config | {"microbatches": microbatches, "schedule": "gpipe"}, args.schedules, args.rounds)
     ray.shutdown()
 
 

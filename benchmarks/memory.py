@@ -1,0 +1,144 @@
+"""What a pipeline holds at most, counted: bytes in receive buffers, and bytes that autograd has saved.
+
+All actors of a plan run in this process over memory, with the engine that runs everywhere, and each allocation is
+counted where it is made. Receive buffers must not grow with the number of micro-batches; 1F1B must keep S of M
+micro-batches' activations where GPipe keeps all M.
+
+    python benchmarks/memory.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from transformer import batch, transformer
+
+from raypar.compute.build import build_part
+from raypar.compute.engine import Engine, Order
+from raypar.compute.in_process import make_engine
+from raypar.compute.memory_links import MemoryWorld, take_turns
+from raypar.compute.part import Cut, ModelSpec
+from raypar.planning.plan import Plan
+
+CONFIG: dict[str, Any] = {"layers": 8, "width": 64, "tokens": 16, "rows": 2}
+CPU = torch.device("cpu")
+
+
+class Counter:
+    """Bytes that are held now, and the most that ever were."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def add(self, count: int) -> None:
+        self.now += count
+        self.most = max(self.most, self.now)
+
+
+class Counted:
+    """A tensor that autograd has saved; its bytes count until the graph lets it go."""
+
+    def __init__(self, tensor: torch.Tensor, counter: Counter) -> None:
+        self.tensor, self.counter = tensor, counter
+        counter.add(tensor.nbytes)
+
+    def __del__(self) -> None:
+        self.counter.add(-self.tensor.nbytes)
+
+
+def engines_of(plan: Plan) -> list[Engine]:
+    stages = len(plan.actor_of_stage)
+    split = tuple(str(CONFIG["layers"] * index // stages) for index in range(1, stages))
+    spec = ModelSpec(
+        lambda: transformer(CONFIG["layers"], CONFIG["width"]),
+        F.mse_loss,
+        lambda module: torch.optim.SGD(module.parameters(), lr=1e-3),
+        cut=Cut(split),
+    )
+    world = MemoryWorld(plan)
+    return [
+        make_engine(spec, plan, 0, actor, build_part(spec, plan, actor, CPU), world.transport(0, actor), CPU)
+        for actor in range(plan.pipeline)
+    ]
+
+
+def train(plan: Plan, engines: list[Engine], saved: list[Counter] | None = None) -> None:
+    """Three steps; the first reads the headers."""
+    inputs, targets = batch(CONFIG | {"microbatches": plan.microbatches})
+    if saved is not None:
+        for engine, counter in zip(engines, saved, strict=True):
+            for stage in engine.part.stages.values():
+                stage.forward = counted_forward(stage.forward, counter)  # type: ignore[method-assign]
+    for step in range(1, 4):
+        take_turns([engine.train_step(Order(step, len(inputs), "same", inputs, targets)) for engine in engines])
+
+
+def counted_forward(forward: Callable[..., Any], counter: Counter) -> Callable[..., Any]:
+    def run(*arguments: Any, **options: Any) -> Any:
+        with saved_tensors_hooks(lambda tensor: Counted(tensor.detach(), counter), lambda held: held.tensor):  # type: ignore[no-untyped-call]
+            return forward(*arguments, **options)
+
+    return run
+
+
+def receive_buffers(plan: Plan) -> list[int]:
+    """The most bytes in receive buffers of each actor, over a few steps."""
+    engines = engines_of(plan)
+    most = [0] * len(engines)
+    for engine in engines:
+        for inbox in engine._inboxes.values():
+            post = inbox.post
+
+            def counted(*arguments: Any, post: Any = post, engine: Engine = engine) -> None:
+                post(*arguments)
+                leaves = [leaf for each in engine._inboxes.values() for p in each.posted.values() for leaf in p.leaves]
+                count = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+                most[engine.actor] = max(most[engine.actor], count)
+
+            inbox.post = counted  # type: ignore[method-assign]
+    train(plan, engines)
+    return most
+
+
+def saved_activations(plan: Plan) -> int:
+    """The most bytes that the autograd graphs of any actor hold."""
+    engines = engines_of(plan)
+    counters = [Counter() for _ in engines]
+    train(plan, engines, counters)
+    return max(counter.most for counter in counters)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print("bytes in receive buffers, the most of each actor")
+    for schedule, placement in (
+        ("gpipe", (0, 1)),
+        ("1f1b", (0, 1)),
+        ("interleaved", (0, 1, 0, 1)),
+        ("zbv", (0, 1, 1, 0)),
+    ):
+        found = [
+            receive_buffers(Plan(pipeline=2, placement=placement, schedule=schedule, microbatches=m))
+            for m in (8, 16, 64)
+        ]
+        verdict = "constant" if found[0] == found[1] == found[2] else "not constant"
+        print(f"  {schedule:<12} M=8 {found[0]}  M=16 {found[1]}  M=64 {found[2]}  {verdict}")
+    stages, m = 4, 16
+    plans = [Plan(pipeline=stages, schedule=schedule, microbatches=m) for schedule in ("1f1b", "gpipe")]
+    one, all_of_them = map(saved_activations, plans)
+    goal = stages / m * 1.1
+    print(
+        f"bytes that autograd saves, S={stages}, M={m}: 1f1b {one}, gpipe {all_of_them}, ratio {one / all_of_them:.3f}"
+    )
+    print(f"  goal: at most S/M + 10 % = {goal:.3f}: {'reached' if one / all_of_them <= goal else 'missed'}")
+    for recompute in ("never", "except_last", "always"):
+        kept = saved_activations(Plan(pipeline=stages, schedule="gpipe", microbatches=m, recompute=recompute))
+        print(f"  gpipe, recompute={recompute!r}: {kept}")
+
+
+if __name__ == "__main__":
+    main()
