@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import CNN, mlp
+from raypar.compute.export import described
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.profile import choose_cut, measure_units
 from raypar.planning.errors import ModelError, SplitError
@@ -352,3 +353,40 @@ def test_units_with_skips_dictionaries_and_outputs_without_a_gradient_can_be_mea
     inputs = {"tokens": torch.ones(3, 2, dtype=torch.int64), "mask": torch.ones(3, 2, 1)}
     times = measure_units(spec(Skips), Cut(("a", "b"), (), ("tokens", "mask")), inputs, CPU)
     assert all(seconds > 0 for seconds in times)
+
+
+# ---------------------------------------------------------------- where torch.fx is not enough
+
+
+class AsksForLength(nn.Module):
+    """A branch on a size, which torch.fx cannot trace and torch.export can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) if x.shape[1] > 3 else x)  # type: ignore[no-any-return]
+
+
+def test_a_cut_carries_the_form_of_the_inputs_only_where_the_graph_needs_torch_export():
+    asked: list[Cut] = []
+
+    def measure(cut: Cut) -> list[float]:
+        asked.append(cut)
+        return by_size(cut)
+
+    cut = choose_cut(spec(lambda: Net(AsksForLength)), (0, 1), None, WIDE, measure)
+    assert cut == Cut(("backbone.b",), ("backbone",), ("x",), described(WIDE))
+    assert [units.example for units in asked] == [None, described(WIDE)]
+
+
+def test_torch_export_too_sees_a_model_before_its_weights_are_allocated():
+    assert choose_cut(spec(OnMetaOnly(AsksForLength)), (0, 1), ["b"], WIDE, never).example == described(WIDE)
+    with pytest.raises(SplitError, match=r"torch\.fx could not trace .*With parallelize\(example_inputs=…\)"):
+        choose_cut(spec(OnMetaOnly(AsksForLength)), (0, 1), ["b"], None, never)
+
+
+def test_the_units_of_an_exported_graph_can_be_measured():
+    cut = Cut(("b",), (), ("x",), described(WIDE))
+    assert all(seconds > 0 for seconds in measure_units(spec(AsksForLength), cut, WIDE, CPU))
