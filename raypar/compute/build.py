@@ -51,6 +51,7 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     model = build_whole(spec)
     placement = plan.actor_of_stage
     names = _shapes(model, len(placement))
+    same = _same_tensors(model)
     cuts = {} if len(placement) == 1 else cut_model(model, spec.cut, len(placement))
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     held = holders(model, list(cuts.values())) if cuts else {name: [0] for name, _ in everything}
@@ -58,7 +59,7 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     _drop_others(model, {name for name, stages in held.items() if actor not in {placement[s] for s in stages}})
     if spec.weights is not None:
         mine = model.state_dict()
-        found = read_tensors(spec.weights, [name for name in names if name in mine], known=list(names))
+        found = read_tensors(spec.weights, [name for name in names if name in mine], list(names), same)
         check_shapes(spec.weights, found, {name: names[name] for name in mine})
         model.load_state_dict(found)
     model.to(device)
@@ -109,6 +110,15 @@ def _shapes(model: nn.Module, stages: int) -> dict[str, torch.Size]:
                 "and buffers (register_buffer), or without get_extra_state"
             )
     return {name: tensor.shape for name, tensor in state.items()}
+
+
+def _same_tensors(model: nn.Module) -> dict[str, list[str]]:
+    """Of each name of the model's state dict, all names of the same tensor, in their order."""
+    state = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: names[id(tensor)] for name, tensor in state.items()}
 
 
 def cut_model(model: nn.Module, cut: Cut, stages: int) -> dict[str, list[StageGraph]]:

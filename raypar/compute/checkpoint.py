@@ -278,10 +278,16 @@ def read_state_dict(path: Any) -> dict[str, torch.Tensor]:
     return state
 
 
-def read_tensors(path: str, wanted: Sequence[str], known: Sequence[str]) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: str, wanted: Sequence[str], known: Sequence[str], same: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors `wanted` of a .safetensors or .pt file, without reading the others.
 
-    Raises CheckpointError when the file's names are not those of the model (`known`).
+    known: the names of the model.
+    same:  of each name, all names of the same tensor (of a tied weight), of which a file need hold one. Where it holds
+           several, the last one counts, as it does in plain PyTorch.
+
+    Raises CheckpointError when the file's names are not those of the model.
     """
     if not os.path.exists(path):
         raise CheckpointError(f"weights={path!r}: no such file on this machine; needed a .safetensors or .pt file")
@@ -290,8 +296,8 @@ def read_tensors(path: str, wanted: Sequence[str], known: Sequence[str]) -> dict
 
         try:
             with safe_open(path, framework="pt") as file:
-                _check_names(path, known, file.keys())
-                return {name: file.get_tensor(name) for name in wanted}
+                sources = _names_in(path, known, same or {}, file.keys())
+                return {name: file.get_tensor(sources[name]) for name in wanted}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"weights={path!r} cannot be read as a .safetensors file: {error}") from error
     try:
@@ -300,15 +306,21 @@ def read_tensors(path: str, wanted: Sequence[str], known: Sequence[str]) -> dict
         raise CheckpointError(f"weights={path!r} cannot be read as a .safetensors or .pt file: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"weights={path!r} holds a {type(found).__name__}, needed a state dict")
-    _check_names(path, known, list(found))
-    return {name: found[name] for name in wanted}
+    sources = _names_in(path, known, same or {}, list(found))
+    return {name: found[sources[name]] for name in wanted}
 
 
-def _check_names(path: str, known: Sequence[str], found: Sequence[str]) -> None:
-    missing = [name for name in known if name not in set(found)]
-    extra = [name for name in found if name not in set(known)]
+def _names_in(
+    path: str, known: Sequence[str], same: Mapping[str, Sequence[str]], found: Sequence[str]
+) -> dict[str, str]:
+    """Under which name a file holds each tensor of the model."""
+    there, names_of_model = set(found), set(known)
+    sources = {name: [other for other in same.get(name, [name]) if other in there] for name in known}
+    missing = [name for name, names in sources.items() if not names]
+    extra = [name for name in found if name not in names_of_model]
     if missing or extra:
         raise CheckpointError(f"{path} does not fit the model: {name_lists(missing, extra)}")
+    return {name: names[-1] for name, names in sources.items()}
 
 
 def check_shapes(what: str, found: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:

@@ -252,6 +252,8 @@ def _without(optimizer: torch.optim.Optimizer, copies: list[nn.Parameter]) -> to
         for key in ("params", "param_names"):
             if key in group:
                 group[key] = [value for value, stays in zip(group[key], stay, strict=True) if stays]
+    for copy in copies:
+        optimizer.state.pop(copy, None)  # Adagrad makes its state when it is made
     return optimizer if any(group["params"] for group in optimizer.param_groups) else None
 
 

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 Batch = tuple[Tensor, Tensor]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 MeanLoss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+"""A mean over the rows, or (sum, weight)."""
 
 
 @dataclass
 class Outcome:
-    """What a run has made: the loss of each step, and the weights and buffers behind the last one."""
+    """What a run has made: the loss and the gradient's norm of each step, and the weights and buffers behind the last
+    one."""
 
     losses: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    norms: list[float] = field(default_factory=list)
 
 
 def images(steps: int, rows: int, seed: int = 1) -> list[Batch]:
@@ -56,11 +60,12 @@ def train_on_microbatches(
     build: Callable[[], nn.Module],
     batches: Iterable[Batch],
     make_optimizer: MakeOptimizer,
-    loss_fn: MeanLoss,
+    loss_fn: Loss,
     replicas: int,
     microbatches: int,
+    max_grad_norm: float = float("inf"),
 ) -> Outcome:
-    """One pass for each micro-batch, one after the other: sums over rows, divided once.
+    """One pass for each micro-batch, one after the other: sums over rows, or over what the loss counts, divided once.
 
     The sums of each replica's micro-batches are made first and added then, as replicas do it. In exact numbers that
     changes nothing; in float32 it may change the last bit, which Adam makes a step of any size up to `lr` where a
@@ -70,21 +75,23 @@ def train_on_microbatches(
     optimizer = make_optimizer(model)
     outcome = Outcome()
     for inputs, targets in batches:
-        total = 0.0
+        total = weight = 0.0
         sums: dict[str, Tensor] = {}
         for share in shares(inputs, targets, replicas):
             optimizer.zero_grad()
             for part, labels in microbatches_of(share, microbatches):
-                summed = loss_fn(model(part), labels) * len(part)
+                found = loss_fn(model(part), labels)
+                summed, counted = found if isinstance(found, tuple) else (found * len(part), len(part))
                 summed.backward()
-                total += summed.item()
+                total, weight = total + summed.item(), weight + float(counted)
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     sums[name] = sums[name] + parameter.grad if name in sums else parameter.grad
         for name, parameter in model.named_parameters():
-            parameter.grad = sums[name] / len(inputs) if name in sums else None
+            parameter.grad = sums[name] / weight if name in sums else None
+        outcome.norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
         optimizer.step()
-        outcome.losses.append(total / len(inputs))
+        outcome.losses.append(total / weight)
     outcome.weights = model.state_dict()
     return outcome
 
