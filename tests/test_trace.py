@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import inspect
 import random
 import re
 from collections.abc import Callable
@@ -190,6 +192,27 @@ def test_an_error_of_the_users_own_is_told_as_such():
 
     with pytest.raises(SplitError, match=r"AttributeError: .*'Wrong' object has no attribute 'fc'"):
         trace(Wrong())
+
+
+def checked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+def test_where_no_line_of_the_users_is_known_the_forward_is_named():
+    """Decorators like those of transformers stop torch.fx before it comes to the forward."""
+
+    class Decorated(nn.Module):
+        @checked
+        def forward(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+            return x
+
+    line = inspect.unwrap(Decorated.forward).__code__.co_firstlineno
+    with pytest.raises(SplitError, match=rf"at {re.escape(__file__)}:{line}: ValueError: code: co_varnames"):
+        trace(Decorated())
 
 
 def test_such_code_is_no_hindrance_inside_a_module():

@@ -96,7 +96,7 @@ class ResNet18(nn.Module):
         return logits
 
 
-def gpt2(*, dropout: float = 0.0, tied: bool = False, layers: int = 3, **more: Any) -> GPT2LMHeadModel:
+def gpt2(*, dropout: float = 0.0, tied: bool = False, layers: int = 2, **more: Any) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=WORDS,
         n_positions=16,
@@ -115,7 +115,7 @@ def gpt2(*, dropout: float = 0.0, tied: bool = False, layers: int = 3, **more: A
     return GPT2LMHeadModel(config)
 
 
-def llama(*, layers: int = 3, **more: Any) -> LlamaForCausalLM:
+def llama(*, layers: int = 2, **more: Any) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=WORDS,
         max_position_embeddings=16,
