@@ -149,6 +149,7 @@ def test_a_value_that_a_later_stage_uses_too_may_not_be_changed_in_place(plan: P
     split = Engines(plan, spec_of(Lending, ("relu", "three")))
     with pytest.raises(SplitError, match=r"a stage changes 'one' in place .*choose `split`"):
         split.train(batches)
+    split = Engines(plan, spec_of(Lending, ("relu", "three")))  # those that have failed are done with
     with pytest.raises(SplitError, match=r"a stage changes 'one' in place"):
         split.predict([batches[0][0]])
     together = Engines(plan, spec_of(Lending, ("two", "three"), optimizer=sgd))
