@@ -39,6 +39,7 @@ class StageCode:
     run: takes the model's inputs and the received values by source stage; returns the made values and,
          in the last stage, the model's output behind them.
     uses_inputs: whether it needs the model's inputs at all.
+    code: the traced code, which holds the buffers that forward uses by hand beside the model.
     """
 
     run: Callable[[Tree, dict[int, Values]], tuple[Any, ...]]
@@ -46,6 +47,7 @@ class StageCode:
     receives: dict[int, list[str]] = field(default_factory=dict)
     sends: dict[int, list[str]] = field(default_factory=dict)
     makes: list[str] = field(default_factory=list)
+    code: nn.Module | None = None
 
 
 def whole_model(model: nn.Module) -> StageCode:
@@ -99,7 +101,7 @@ def part_of_model(model: nn.Module, part: StageGraph, *, compiled: bool = False)
                 )
         return made
 
-    return StageCode(run, bool(part.inputs), part.receives, part.sends, part.makes)
+    return StageCode(run, bool(part.inputs), part.receives, part.sends, part.makes, code)
 
 
 def _is_same(value: Any, default: Any) -> bool:
@@ -140,8 +142,8 @@ class _Saved:
 
 @dataclass
 class _Arrived:
-    """What the forward pass of one micro-batch needs to be run again, as it was: `buffers` are those that it has
-    changed, by name, as they were before."""
+    """What the forward pass of one micro-batch needs to be run again, as it was: `buffers` are copies of those that it
+    has changed, by name, as they were before."""
 
     inputs: Tree
     received: dict[int, Values]
@@ -194,7 +196,8 @@ class Stage:
         if keep:
             self.saved[microbatch], sends, loss = self._run(inputs, received, targets, rows)
             return sends, loss
-        before = {name: buffer.clone() for name, buffer in self._buffers().items()}
+        before = self._buffers()
+        copies = {id(buffer): buffer.clone() for buffer in before.values()}  # one of each, also of a shared one
         versions = [_versions(value) for value in (inputs, targets)]
         _, sends, loss = self._run(inputs, received, targets, rows, copy=True)
         if versions != [_versions(value) for value in (inputs, targets)]:
@@ -203,7 +206,11 @@ class Stage:
                 "forward that leaves its inputs as they are, or Plan(recompute='never')"
             )
         now = self._buffers()
-        changed = {name: old for name, old in before.items() if name in now and not _are_equal(now[name], old)}
+        changed = {
+            name: copies[id(buffer)]
+            for name, buffer in before.items()
+            if name in now and not _are_equal(now[name], copies[id(buffer)])
+        }
         self.arrived[microbatch] = _Arrived(inputs, received, targets, rows, changed)
         return sends, loss
 
@@ -211,12 +218,13 @@ class Stage:
         return microbatch in self.arrived
 
     def recompute(self, microbatch: int) -> None:
-        """Run a forward pass again, with the buffers that it ran with; they are left as they are now."""
+        """Run a forward pass again, with copies of the buffers that it ran with, which autograd may keep; the buffers
+        themselves are left as they are."""
         arrived = self.arrived.pop(microbatch)
-        now = {name: self._buffers()[name].clone() for name in arrived.buffers}
+        now = self._buffers()
         self._set_buffers(arrived.buffers)
         self.saved[microbatch], _, _ = self._run(arrived.inputs, arrived.received, arrived.targets, arrived.rows)
-        self._set_buffers(now)
+        self._set_buffers({name: now[name] for name in arrived.buffers})
 
     def _run(
         self, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, *, copy: bool = False
@@ -231,13 +239,15 @@ class Stage:
         return saved, sends, (loss[0].detach(), loss[1]) if loss else None
 
     def _buffers(self) -> dict[str, torch.Tensor]:
-        return dict(self.module.named_buffers()) if self.module is not None else {}
+        return dict(self.module.named_buffers(remove_duplicate=False)) if self.module is not None else {}
 
     def _set_buffers(self, values: dict[str, torch.Tensor]) -> None:
-        buffers = self._buffers()
-        for name, value in values.items():
-            # Through .data, which autograd does not count as a change: what it has saved of the buffer is still right.
-            buffers[name].data.copy_(value)
+        """Let the modules hold other tensors as their buffers."""
+        holders = [self.module, self.codes["train"].code] if values else []
+        for holder in [each for each in holders if each is not None]:
+            for name in values.keys() & dict(holder.named_buffers(remove_duplicate=False)).keys():
+                path, _, own = name.rpartition(".")
+                setattr(holder.get_submodule(path), own, values[name])
 
     def evaluate(
         self, mode: str, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, *, with_loss: bool
