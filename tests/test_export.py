@@ -131,6 +131,31 @@ def test_trees_of_every_kind_come_in_go_between_the_leaves_and_come_out() -> Non
         assert found.other is None
 
 
+class TakesAll(nn.Module):
+    def forward(self, x: Tensor, factors: list[Tensor], constant: Tensor, size: torch.Size) -> tuple[Any, ...]:
+        return sum(factors) * x + constant, size, factors[0]
+
+
+class HandsOver(Branching):
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaf = TakesAll()
+        self.weights = nn.ParameterList([torch.rand(6), torch.rand(6)])
+        self.plain = torch.rand(6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, nn.Parameter]:  # type: ignore[override]
+        constant = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+        y, size, weight = self.leaf(super().forward(x), [*self.weights, self.plain], constant, torch.Size([3, 4]))
+        return y * size[1] * weight, self.weights[0]
+
+
+def test_a_leaf_may_be_handed_parameters_constants_lists_and_sizes() -> None:
+    model = HandsOver()
+    found, weight = exported(model)(ROWS)
+    assert torch.equal(found, model(ROWS)[0])
+    assert weight is model.weights[0]
+
+
 def test_the_leaves_are_the_users_modules_with_their_hooks_dropout_and_mode() -> None:
     class Dropped(Branching):
         def __init__(self) -> None:

@@ -25,7 +25,7 @@ from torch.fx.experimental import _config  # backed_size_oblivious has no public
 
 from raypar.compute import randomness, tree
 from raypar.compute.batch_form import CHECK, Form, is_same, named
-from raypar.compute.leaves import LEAF, Call, Leaves, Slot, put_back
+from raypar.compute.leaves import LEAF, Call, Leaves, Slot, flat, put_back
 from raypar.compute.one_row import are_alike
 from raypar.compute.trace import (
     Lost,
@@ -363,7 +363,7 @@ def _opener(call: Call) -> Callable[..., Any]:
     """Takes the tensors out of what a leaf returns."""
 
     def open_(value: Tree) -> list[torch.Tensor]:
-        found, structure = tree.flatten(value)
+        found, structure = flat(value)
         alike = structure == call.returns and all(
             isinstance(leaf, torch.Tensor) if slot is Slot.TENSOR else is_same(leaf, slot)
             for leaf, slot in zip(found, call.found, strict=True)

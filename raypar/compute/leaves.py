@@ -110,11 +110,11 @@ class Leaves:
         changed = [mode for mode, was in self.modes.items() if modes()[mode] != was]
         if changed:
             raise Lost(f"code runs inside a change of torch's {' and '.join(changed)}")
-        values, structure = tree.flatten(_without_torch_sizes((args, kwargs)))
+        values, structure = flat((args, kwargs))
         arguments = [_slot(value) for value in values]
         for value in arguments:
             self._check(value, f"gets a value of type {type(value).__name__}")
-        found, returns = tree.flatten(self._run(module, args, kwargs))
+        found, returns = flat(self._run(module, args, kwargs))
         for value in found:
             if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
                 raise Lost(f"the module {name!r} returns a number that depends on the shape of its inputs")
@@ -145,7 +145,7 @@ class Leaves:
 
     def _check(self, value: Any, what: str) -> None:
         """Refuse a value that is made anew in each step, such as a cache: the graph would hold this one for ever."""
-        plain = None | bool | int | float | complex | str | bytes | torch.dtype | torch.device | torch.Size
+        plain = None | bool | int | float | complex | str | bytes | torch.dtype | torch.device
         lasting = type | FunctionType | BuiltinFunctionType | Enum | nn.Module
         if isinstance(value, plain | lasting):
             return
@@ -161,12 +161,9 @@ def _slot(value: Any) -> Any:
     return Slot.SIZE if isinstance(value, torch.SymInt) else value
 
 
-def _without_torch_sizes(values: Tree) -> Tree:
-    """A torch.Size is no tree: one with unknown sizes becomes a tuple."""
-    found, structure = tree.flatten(values)
-    return tree.unflatten(
-        [tuple(v) if isinstance(v, torch.Size) and not all(type(n) is int for n in v) else v for v in found], structure
-    )
+def flat(values: Tree) -> tuple[list[Any], Structure]:
+    """As `tree.flatten`, a torch.Size being a tuple: it becomes one when it is put together again."""
+    return tree.flatten(tree.unflatten(*tree.flatten(values)))
 
 
 @contextlib.contextmanager
