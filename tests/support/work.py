@@ -55,6 +55,15 @@ def frozen() -> nn.Module:
     return model
 
 
+def tied_ends() -> nn.Module:
+    """A layer near the begin and one near the end share their weight and their bias; dropout between them."""
+    inside = [nn.Linear(8, 8), nn.Dropout(0.3), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8)]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), *inside, nn.Linear(8, 10))
+    first, last = model.get_submodule("2"), model.get_submodule("6")
+    last.weight, last.bias = first.weight, first.bias
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "cnn": CNN,
     "mlp": mlp,
@@ -62,6 +71,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "partly": Partly,
     "frozen": frozen,
     "with_batch_norm": with_batch_norm,
+    "tied_ends": tied_ends,
 }
 
 
