@@ -21,6 +21,7 @@ from raypar.compute.part import Cut, ModelSpec, Part
 from raypar.compute.precision import autocast_of
 from raypar.compute.split import StageGraph, check_split, cut_graph, edges_of, holders
 from raypar.compute.stage import Stage, StageCode, part_of_model, whole_model
+from raypar.compute.trace import module_calls
 from raypar.compute.transport import Transport
 from raypar.planning.errors import ModelError
 from raypar.planning.plan import Plan
@@ -56,7 +57,9 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     held = holders(model, list(cuts.values())) if cuts else {name: [0] for name, _ in everything}
     ties = _ties(model, held, placement)
-    _drop_others(model, {name for name, stages in held.items() if actor not in {placement[s] for s in stages}})
+    held_here = [parts[stage] for parts in cuts.values() for stage in plan.stages_of(actor)]
+    called = {name for part in held_here for name in module_calls(part.graph)}
+    _drop_others(model, {name for name, stages in held.items() if actor not in {placement[s] for s in stages}}, called)
     if spec.weights is not None:
         mine = model.state_dict()
         found = read_tensors(spec.weights, [name for name in names if name in mine], list(names), same)
@@ -144,8 +147,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _drop_others(model: nn.Module, others: set[str]) -> None:
-    """Remove the parameters and buffers of other actors, and every module that held nothing else."""
+def _drop_others(model: nn.Module, others: set[str], called: set[str]) -> None:
+    """Remove the parameters and buffers of other actors, and every module that held nothing else and is not called."""
     for prefix, module in list(model.named_modules()):
         dot = f"{prefix}." if prefix else ""
         own = [
@@ -162,7 +165,7 @@ def _drop_others(model: nn.Module, others: set[str]) -> None:
         for name in [name for name, _ in module.named_children()]:
             full = f"{prefix}.{name}" if prefix else name
             held_others = any(other.startswith(full + ".") for other in others)
-            if held_others and not any(own.startswith(full + ".") for own in kept):
+            if held_others and not any(own.startswith(full + ".") for own in [*kept, *(f"{c}." for c in called)]):
                 delattr(module, name)
 
 
