@@ -24,8 +24,10 @@ from raypar.cluster.placement import Needs, arrange, nodes_of_bundles, pins_of_w
 from raypar.planning.errors import RayparError, RunError, StageDiedError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts
 
-# Ray asks a machine every 3 s for a sign of life, and gives it up after five times without one.
+# Ray asks a machine every 3 s for a sign of life, and gives it up after five times without one. The machine of a
+# process that has died tells at once.
 _DEATH_IS_KNOWN_S = 30.0
+_DEATH_ON_LIVING_MACHINE_S = 1.0
 
 
 class Fleet:
@@ -136,15 +138,21 @@ class Fleet:
 
         A living actor answers, and a call to a dead one fails at once, as soon as Ray knows of the death: of a
         process that takes a moment, of a whole machine half a minute. So a silent one is waited for that
-        long, or for `seconds`; it may be busy.
+        long, or for `seconds`; but only a moment where its machine lives, which this driver or another actor's answer
+        from there shows: then it is stopped or busy.
         """
         if not self.handles:
             return None
         calls: list[Any] = [handle.describe.remote() for replica in self.handles for handle in replica]
+        nodes = [info["node_id"] for replica in self.infos for info in replica] or list(map(str, range(len(calls))))
+        here = ray.get_runtime_context().get_node_id()
         deadline = time.monotonic() + seconds
         waiting = calls
         dead: dict[int, RayActorError] = {}
         while waiting and not dead:
+            living = {here, *(node for node, call in zip(nodes, calls, strict=True) if call not in waiting)}
+            if all(nodes[calls.index(call)] in living for call in waiting):
+                deadline = min(deadline, time.monotonic() + _DEATH_ON_LIVING_MACHINE_S)
             done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
                 break

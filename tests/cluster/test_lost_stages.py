@@ -1,0 +1,103 @@
+"""A stage actor that stops or dies in the midst of a step of a split schedule: fit() ends in time, in an error that
+names what was lost, and the stopped process is gone too."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.train
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import raypar
+from raypar import Plan, Timeouts, Trainer
+from raypar.planning.errors import RunError, StageDiedError, TimeoutExceededError
+
+PEER, MARGIN = 3.0, 15.0
+"""Seconds: the limit of a wait between peers, and what a run may take to end beyond it on a busy machine."""
+
+
+class Struck(nn.Module):
+    """A layer whose process gets a signal in the forward pass of its second step's micro-batch 1."""
+
+    def __init__(self, folder: Path, strike: signal.Signals | None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.folder, self.strike, self.calls = folder, strike, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        if self.calls == 1:
+            (self.folder / f"pid{os.getpid()}").touch()
+        if self.calls == 6 and self.strike is not None:  # 4 micro-batches a step
+            (self.folder / "struck").write_text(str(time.time()))
+            os.kill(os.getpid(), self.strike)
+        return torch.tanh(self.layer(x))
+
+
+def loop(config: dict[str, Any]) -> None:
+    folder = Path(config["folder"])
+    (folder / f"pid{os.getpid()}").touch()
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(Struck(folder, config["strike"] if n == 2 else None) for n in range(4)))
+
+    replica = raypar.parallelize(
+        build,
+        loss_fn=F.mse_loss,
+        optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=0.1),
+        split=["1", "2", "3"],
+    )
+    for _ in range(3):
+        replica.train_step(torch.ones(8, 4), torch.zeros(8, 4))
+
+
+def fails(folder: Path, strike: signal.Signals) -> RunError:
+    """The error that a run ends in, not later than it may, when the actor of stages 1 and 2 is struck in stage 2."""
+    with pytest.raises(RunError) as caught:
+        Trainer(
+            loop,
+            plan=Plan(pipeline=2, placement=[0, 1, 1, 0], schedule="zbv", microbatches=4),  # type: ignore[arg-type]
+            train_loop_config={"folder": str(folder), "strike": strike},
+            run_config=ray.train.RunConfig(name="run", storage_path=str(folder)),
+            timeouts=Timeouts(start=60, peer=PEER, stop=2),
+        ).fit()
+    assert time.time() - float((folder / "struck").read_text()) < PEER + MARGIN
+    return caught.value
+
+
+def assert_none_is_left(folder: Path) -> None:
+    """Of two stage actors and the train worker."""
+    processes = [Path("/proc") / path.name.removeprefix("pid") for path in folder.glob("pid*")]
+    assert len(processes) == 3
+    deadline = time.monotonic() + 5
+    while any(process.exists() for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [process for process in processes if process.exists()]
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_stage_that_stops_in_the_midst_of_a_step_is_named_and_ended(tmp_path: Path) -> None:
+    """It took 30 s longer than the limit: the driver waited for Ray to find that the stopped actor's machine is lost,
+    though another actor there had answered."""
+    found = fails(tmp_path, signal.SIGSTOP)
+    assert isinstance(found, TimeoutExceededError)
+    where = r"replica 0, stage [03], micro-batch [0-3]: waiting for (activations|gradients) from stage [12]"
+    assert re.match(where + r" took longer than Timeouts\(peer=…\) allows", str(found)), found
+    assert_none_is_left(tmp_path)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_stage_that_dies_in_the_midst_of_a_step_is_named(tmp_path: Path) -> None:
+    found = fails(tmp_path, signal.SIGKILL)
+    assert isinstance(found, StageDiedError)
+    assert (found.replica, found.stage) == (0, 1)
+    assert str(found).startswith("The actor of stages 1, 2 of replica 0")
+    assert_none_is_left(tmp_path)
