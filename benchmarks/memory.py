@@ -18,9 +18,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformer import batch, transformer
 
 from raypar.compute.build import build_part
-from raypar.compute.engine import Engine, Order
+from raypar.compute.engine import Engine
 from raypar.compute.in_process import make_engine
 from raypar.compute.memory_links import MemoryWorld, take_turns
+from raypar.compute.order import Order
 from raypar.compute.part import Cut, ModelSpec
 from raypar.planning.plan import Plan
 

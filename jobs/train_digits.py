@@ -125,6 +125,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--pipeline", type=int, default=1, help="stage actors a replica (default: 1)")
     add("--microbatches", type=int, help="parts of a replica's batch (default: 4 a stage actor; 1 without a pipeline)")
     add("--schedule", default="1f1b", help="gpipe, 1f1b (default), interleaved, zb-h1, zbv, or a CSV file")
+    add("--data-strategy", default="ddp", help="how replicas stay one model: ddp (default), local_sgd")
+    add(
+        "--sync-every",
+        type=steps,
+        metavar="STEPS",
+        help="with local_sgd: steps between averages, or epoch (default: 20)",
+    )
     add("--placement", type=int, nargs="+", metavar="ACTOR", help="the actor of each stage, as in 0 1 0")
     add("--split", nargs="+", metavar="MODULE", help="modules at which a new stage begins (default: balanced)")
     add("--epochs", type=positive, default=15, help="times through the digits (default: 15)")
@@ -137,6 +144,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--max-failures", type=int, default=0, help="restarts after failures (default: 0)")
     add("--local", action="store_true", help="in this process, without Ray")
     return parser.parse_args(arguments)
+
+
+def steps(text: str) -> int | str:
+    return text if text == "epoch" else positive(text)
 
 
 def positive(text: str) -> int:
@@ -171,6 +182,7 @@ def main(arguments: list[str]) -> int:
 
 def train(args: argparse.Namespace, name: str) -> tuple[raypar.Plan, ray.train.Result]:
     fields = {"data": args.data, "pipeline": args.pipeline, "schedule": args.schedule, "placement": args.placement}
+    fields |= {"data_strategy": args.data_strategy, "sync_every": args.sync_every}
     plan = raypar.Plan(**fields, **({} if args.microbatches is None else {"microbatches": args.microbatches}))
     digits = located(args.digits)
     if args.digits == DIGITS:

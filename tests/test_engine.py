@@ -64,9 +64,9 @@ def test_weights_change_only_after_every_backward_pass_of_every_replica(plan: Pl
     events: list[str] = []
 
     def spy(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*args: Any) -> Any:
+        def noted(*args: Any, **options: Any) -> Any:
             events.append(name)
-            return call(*args)
+            return call(*args, **options)
 
         return noted
 

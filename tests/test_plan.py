@@ -136,6 +136,29 @@ def test_what_is_none_of_the_known_values_is_refused_with_the_near_ones(field: s
         Plan(**{field: value})
 
 
+def test_replicas_that_train_apart_are_averaged_every_20_steps_unless_the_plan_says_otherwise():
+    assert (Plan().data_strategy, Plan().sync_every) == ("ddp", None)
+    assert Plan(data_strategy="local_sgd").sync_every == 20
+    assert [Plan(data_strategy="local_sgd", sync_every=every).sync_every for every in (1, "epoch")] == [1, "epoch"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data_strategy": "dpp"}, r"Plan\(data_strategy='dpp'\): unknown data_strategy; did you mean 'ddp'\?"),
+        ({"data_strategy": None}, r"unknown data_strategy; known: 'ddp'"),
+        ({"sync_every": 5}, r"Plan\(sync_every=5, data_strategy='ddp'\): .* set data_strategy='local_sgd', or leave"),
+        ({"data_strategy": "local_sgd", "sync_every": 0}, r"Plan\(sync_every=0\): needed a whole number of steps"),
+        ({"data_strategy": "local_sgd", "sync_every": True}, r"Plan\(sync_every=True\)"),
+        ({"data_strategy": "local_sgd", "sync_every": 2.0}, r"Plan\(sync_every=2.0\)"),
+        ({"data_strategy": "local_sgd", "sync_every": "step"}, r"needed a whole number of steps, .*, or 'epoch'"),
+    ],
+)
+def test_a_data_strategy_and_what_it_cannot_be_combined_with(fields: dict[str, Any], message: str):
+    with pytest.raises(PlanError, match=message):
+        Plan(**fields)
+
+
 @pytest.mark.parametrize(
     ("placement", "message"),
     [

@@ -10,8 +10,8 @@ import torch
 
 from raypar.compute.actors import ReplicaState
 from raypar.compute.checkpoint import Storage, read
-from raypar.compute.engine import Order, StepResult
 from raypar.compute.microbatch import shared
+from raypar.compute.order import Order, StepResult
 from raypar.compute.replica import Replica, report
 from raypar.compute.session import Loop, Position, Session, enter
 from raypar.compute.timing import Timing

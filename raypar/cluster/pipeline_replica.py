@@ -15,8 +15,8 @@ from raypar.cluster.failures import death, unwrapped
 from raypar.compute import microbatch
 from raypar.compute.actors import ReplicaState
 from raypar.compute.checkpoint import Storage
-from raypar.compute.engine import Order, StepResult
 from raypar.compute.in_process import merge, with_lr
+from raypar.compute.order import Order, StepResult
 from raypar.compute.part import ModelSpec
 from raypar.compute.timing import Timing
 from raypar.compute.tree import Tree

@@ -19,9 +19,10 @@ from raypar.compute.actors import ReplicaState
 from raypar.compute.build import build_part, one_process_a_node
 from raypar.compute.channel import Waiting
 from raypar.compute.checkpoint import Storage, read
-from raypar.compute.engine import Engine, Order, StepResult, pairs
+from raypar.compute.engine import Engine, pairs
 from raypar.compute.faults import failed_wait, user_code
 from raypar.compute.memory import keep_freed_memory
+from raypar.compute.order import Order, StepResult
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.process_links import ProcessTransport, join_world, leave_world, open_store
 from raypar.compute.profile import measure_units

@@ -19,7 +19,7 @@ from raypar.cluster.failures import as_raypar_error, unwrapped
 from raypar.cluster.pipeline_replica import PipelineActors
 from raypar.compute import microbatch
 from raypar.compute.actors import Actors
-from raypar.compute.build import bucket_sums, build_part, ddp_sum, one_process_a_node
+from raypar.compute.build import build_part, ddp_sum, one_process_a_node
 from raypar.compute.checkpoint import Storage, checkpoint_to_resume, read
 from raypar.compute.gradients import Collective
 from raypar.compute.in_process import InProcessActors, make_engine
@@ -134,10 +134,8 @@ class WorkerSession(Session):
             snapshot = read(self.restored, self.storage.filesystem) if self.restored is not None else None
         transport = _WorkerTransport(self.plan, self.control)
         trains = any(p.requires_grad for p in part.module.parameters())
-        in_ddp = self.size > 1 and len(part.stages) == 1 and trains
-        sums = (
-            ddp_sum(part, dist.group.WORLD) if in_ddp and dist.group.WORLD is not None else bucket_sums(part, transport)
-        )
+        in_ddp = self.size > 1 and len(part.stages) == 1 and trains and self.plan.data_strategy == "ddp"
+        sums = ddp_sum(part, dist.group.WORLD) if in_ddp and dist.group.WORLD is not None else None
         engine = make_engine(spec, self.plan, self.rank, 0, part, transport, device, sums, snapshot)
         return InProcessActors([engine], lambda calls: [drive(call) for call in calls])
 

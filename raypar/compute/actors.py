@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from raypar.compute.engine import Order, StepResult
+from raypar.compute.order import Order, StepResult
 from raypar.compute.timing import Timing
 from raypar.compute.tree import Tree
 from raypar.planning.timeline import Event

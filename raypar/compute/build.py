@@ -169,9 +169,12 @@ def _drop_others(model: nn.Module, others: set[str], called: set[str]) -> None:
                 delattr(module, name)
 
 
-def bucket_sums(part: Part, transport: Transport) -> dict[int, GradientSum]:
-    """Gradients summed in buckets over each stage's process group."""
-    return {stage: BucketSum(part.trainable(stage), transport.same_stage(stage)) for stage in part.stages}
+def bucket_sums(part: Part, transport: Transport, plan: Plan) -> dict[int, GradientSum]:
+    """Gradients summed in buckets over each stage's process group; not at all where replicas train apart."""
+    apart = plan.data_strategy == "local_sgd"
+    return {
+        stage: BucketSum(part.trainable(stage), None if apart else transport.same_stage(stage)) for stage in part.stages
+    }
 
 
 def ddp_sum(part: Part, group: dist.ProcessGroup) -> dict[int, GradientSum]:

@@ -2,9 +2,9 @@
 
     passes of its stages, as its program lists them ─▶ gradients summed over replicas ─▶ commit
 
-The commit is one sum over all actors of all replicas: loss, weight, squared norm of the gradients. When it ends,
-every stage of every replica has finished its backward passes, all actors know the same numbers, and each
-decides the same: step the optimizer, skip, or give the step up whole.
+The commit is one sum over all actors of all replicas (see raypar.compute.commit). When it ends, every stage of every
+replica has finished its backward passes, all actors know the same numbers, and each decides the same: step the
+optimizer, skip, or give the step up whole.
 
 An engine's calls are generators that yield what they wait for (see raypar.compute.transport).
 """
@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
-from raypar.compute import microbatch
+from raypar.compute import commit, microbatch
 from raypar.compute.channel import Inbox, Outbox, Waiting, layout_of_gradients
 from raypar.compute.faults import failed_wait, user_code
 from raypar.compute.gradients import GradientSum
 from raypar.compute.learning import Learner
+from raypar.compute.local_sgd import Averaging
+from raypar.compute.order import Order, StepResult
 from raypar.compute.part import Part
 from raypar.compute.randomness import seed_pass
 from raypar.compute.stage import Values
@@ -31,43 +33,10 @@ from raypar.compute.ties import Ties
 from raypar.compute.timing import Clock
 from raypar.compute.transport import Transport
 from raypar.compute.tree import Tree
-from raypar.planning.errors import NonFiniteError
 from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.program import Compute, Message, Post, Program, Release, Send, programs
 from raypar.planning.schedule import Action, Schedule
 from raypar.planning.schedules import forward_only, one_forward_one_backward
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a replica asks of its actors: one batch, and what is to be done with it.
-
-    step:    number of the optimizer step, from 1.
-    rows:    of this replica's share of the batch; may be 0.
-    key:     describes everything about the batch's shape but the rows.
-    inputs, targets: tensors or NumPy arrays; None for an actor that needs none of them.
-    """
-
-    step: int
-    rows: int
-    key: Hashable
-    inputs: Tree
-    targets: Tree
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The outcome of one optimizer step, the same on every actor but for `lr` (None without an optimizer).
-
-    skipped: nothing was trained: no row had a weight, or the gradients overflowed under the loss scale.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    samples: int
-    lr: float | None
-    skipped: bool
 
 
 @dataclass
@@ -101,10 +70,11 @@ class Engine:
         device: torch.device,
         seed: int,
         *,
+        averaging: Averaging | None = None,
         trace: bool = False,
     ) -> None:
         self.plan, self.replica, self.actor = plan, replica, actor
-        self.part, self.learner, self.sums = part, learner, sums
+        self.part, self.learner, self.sums, self.averaging = part, learner, sums, averaging
         self.device, self.seed = device, seed
         self.placement = plan.actor_of_stage
         self.clock = Clock(device, trace=trace)
@@ -129,32 +99,27 @@ class Engine:
         self.clock.begin_step(order.step)
         run = self._start("train", order)
         yield from self._play(run)
-        found = [_total([loss for loss, _ in run.sums]), _total([weight for _, weight in run.sums])]
-        samples = order.rows if self._is_last_actor else 0
-        squares = self.learner.squared_norm() if self.replica == 0 else 0.0
-        with self.clock.traced("commit", next(iter(self.part.stages))):
-            loss, weight, squared, samples = yield from self._sum_over_all([*found, squares, samples])
-        mean = loss / weight if weight else math.nan
-        if not (math.isfinite(loss) and math.isfinite(squared)):
-            self.learner.give_up()
-            for stage in self.part.stages.values():
-                stage.forget()
-            if self.learner.loss_scale is not None and self.learner.loss_scale.shrink():
-                return StepResult(order.step, mean, math.inf, int(samples), None, skipped=True)
-            yield from self._find_non_finite(order, loss)
-        with self._user_code("the optimizer's step"):
-            lr, norm = self.learner.commit(weight, squared)
-        if weight:
+        totals = yield from self._totals(run, order)
+        lr: float | None = None
+        norm, skipped = math.inf, True
+        if totals.are_finite:
+            with self._user_code("the optimizer's step"):
+                lr, norm = self.learner.commit(*totals.of(self.replica), others=bool(totals.weight))
+            skipped = not totals.weight
+        else:
+            yield from self._give_up(order, totals.loss)
+        averaged = yield from self._average(order, totals)
+        if averaged or not skipped:
             with self._waiting_for("the new values of tied weights"):
                 yield from self.ties.spread_weights()
-        return StepResult(order.step, mean, norm, int(samples), lr, skipped=not weight)
+        return StepResult(order.step, totals.mean, norm, totals.samples, lr, skipped)
 
     def eval_step(self, order: Order) -> Waiting:
         """Forward passes alone; returns the loss's (sum, weight) over this replica on the actor of the last stage, and
         (0, 0) elsewhere."""
         run = self._start("eval", order)
         yield from self._play(run)
-        return _total([loss for loss, _ in run.sums]), _total([weight for _, weight in run.sums])
+        return commit.total([loss for loss, _ in run.sums]), commit.total([weight for _, weight in run.sums])
 
     def predict(self, order: Order) -> Waiting:
         """Forward passes alone; returns the model's output on the actor of the last stage, None elsewhere."""
@@ -348,6 +313,40 @@ class Engine:
             stage = next(iter(self.part.stages)) if stage is None else stage
             raise failed_wait(f"replica {self.replica}, stage {stage}: {what}", error, self.replica, stage) from error
 
+    def _totals(self, run: _Pass, order: Order) -> Waiting:
+        """The commit's sum: what all actors know of the step."""
+        loss, weight = (commit.total([pair[index] for pair in run.sums]) for index in (0, 1))
+        samples = order.rows if self._is_last_actor else 0
+        apart = self.plan.data if self.averaging is not None else 0
+        squared = self.learner.squared_norm() if apart or self.replica == 0 else 0.0
+        numbers = commit.numbers(loss, weight, squared, samples, self.replica, apart)
+        with self.clock.traced("commit", next(iter(self.part.stages))):
+            return commit.totals((yield from self._sum_over_all(numbers)))
+
+    def _give_up(self, order: Order, loss: float) -> Waiting:
+        """Drop a step whose loss or gradient is not finite, in all actors alike; raises NonFiniteError unless that may
+        be the loss scale's fault."""
+        self.learner.give_up()
+        for stage in self.part.stages.values():
+            stage.forget()
+        if self.learner.loss_scale is None or not self.learner.loss_scale.shrink():
+            yield from self._find_non_finite(order, loss)
+
+    def _average(self, order: Order, totals: commit.Totals) -> Waiting:
+        """Where replicas train apart, average their weights if that is due; returns whether it was."""
+        if self.averaging is None:
+            return False
+        if totals.are_finite:
+            self.averaging.count(totals)
+        if not self.averaging.is_due(order):
+            return False
+        stage = next(iter(self.part.stages))
+        with self._waiting_for("averaging the weights of all replicas"), self.clock.traced("reduce", stage):
+            means = yield from self.averaging.mean()
+        with self._user_code("the outer optimizer's step"):
+            self.averaging.take(means)
+        return True
+
     def _find_non_finite(self, order: Order, loss: float) -> Waiting:
         """Play the forward passes of the failed step again, to name the first stage that is not finite."""
         run = self._start("search", order)
@@ -357,18 +356,7 @@ class Engine:
         self.learner.give_up()
         bad = yield from self._sum_over_all([float(in_batch), *(float(not ok) for ok in run.finite)])
         first = next((stage for stage, count in enumerate(bad[1:]) if count), None)
-        what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-        where = "all stages' outputs are finite"
-        if first is not None:
-            where = f"the first values that are not finite come out of stage {first}"
-        if bad[0]:
-            where += "; the batch itself holds values that are not finite"
-        raise NonFiniteError(
-            f"{what} at step {order.step}: {where}. The step was not committed. Look at that batch or stage, lower "
-            "the learning rate, or set max_grad_norm.",
-            step=order.step,
-            stage=first,
-        )
+        raise commit.non_finite(order.step, loss, bool(bad[0]), first)
 
     def _user_code(
         self, what: str, stage: int | None = None, number: int | None = None
@@ -390,8 +378,3 @@ def pairs(plan: Plan, part: Part) -> set[tuple[int, int]]:
                 if mode == "train":
                     found.add((placement[target], placement[source]))
     return found | part.ties | {(holder, owner) for owner, holder in part.ties}
-
-
-def _total(values: list[torch.Tensor]) -> float:
-    """The sum of scalars in their order, with one wait for the device."""
-    return math.fsum(torch.stack([v.reshape(()).double() for v in values]).tolist()) if values else 0.0

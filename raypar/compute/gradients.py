@@ -39,6 +39,23 @@ class GradientSum(Protocol):
         """Sum what the stage's backward passes have left in `.grad`; `rows` is 0 where there were none."""
 
 
+def buckets_of(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters of one type and device together, in their order, in parts of BUCKET_BYTES or of one parameter."""
+    buckets: list[list[nn.Parameter]] = []
+    room: dict[tuple[torch.dtype, torch.device], int] = {}
+    open_buckets: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kind = (parameter.dtype, parameter.device)
+        size = parameter.numel() * parameter.element_size()
+        if kind not in open_buckets or room[kind] < size:
+            open_buckets[kind] = []
+            buckets.append(open_buckets[kind])
+            room[kind] = BUCKET_BYTES
+        open_buckets[kind].append(parameter)
+        room[kind] -= size
+    return buckets
+
+
 class BucketSum:
     """Flat buckets over a process group, after the stage's last backward pass of the step.
 
@@ -48,18 +65,7 @@ class BucketSum:
 
     def __init__(self, parameters: Sequence[nn.Parameter], collective: Collective | None) -> None:
         self.collective = collective if collective is not None and collective.size > 1 else None
-        self.buckets: list[list[nn.Parameter]] = []
-        room: dict[tuple[torch.dtype, torch.device], int] = {}
-        open_buckets: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-        for parameter in parameters:
-            kind = (parameter.dtype, parameter.device)
-            size = parameter.numel() * parameter.element_size()
-            if kind not in open_buckets or room[kind] < size:
-                open_buckets[kind] = []
-                self.buckets.append(open_buckets[kind])
-                room[kind] = BUCKET_BYTES
-            open_buckets[kind].append(parameter)
-            room[kind] -= size
+        self.buckets = buckets_of(parameters)
 
     def around(self, is_last: bool) -> AbstractContextManager[None]:
         return nullcontext()

@@ -13,10 +13,12 @@ from raypar.compute.actors import ReplicaState
 from raypar.compute.build import bucket_sums
 from raypar.compute.channel import Waiting
 from raypar.compute.checkpoint import Snapshot, check_shapes
-from raypar.compute.engine import Engine, Order, StepResult
+from raypar.compute.engine import Engine
 from raypar.compute.gradients import GradientSum
 from raypar.compute.learning import Learner
+from raypar.compute.local_sgd import Averaging
 from raypar.compute.memory_links import take_turns
+from raypar.compute.order import Order, StepResult
 from raypar.compute.part import ModelSpec, Part
 from raypar.compute.precision import LossScale
 from raypar.compute.timing import Timing
@@ -43,16 +45,18 @@ def make_engine(
 ) -> Engine:
     """The engine of one actor over its part of the model, restored where there is a snapshot."""
     learner = Learner(part, spec, LossScale() if plan.precision == "fp16" else None)
+    averaging = Averaging(plan, replica, part, spec, transport) if plan.data_strategy == "local_sgd" else None
     engine = Engine(
         plan,
         replica,
         actor,
         part,
         learner,
-        sums or bucket_sums(part, transport),
+        sums or bucket_sums(part, transport, plan),
         transport,
         device,
         spec.seed,
+        averaging=averaging,
         trace=spec.trace,
     )
     if snapshot is not None:
@@ -77,6 +81,8 @@ def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
         raise CheckpointError(f"the state lacks {len(missing)} names of the model: {', '.join(missing[:10])}")
     check_shapes("the state", state, {name: tensor.shape for name, tensor in mine.items()})
     engine.part.module.load_state_dict({name: state[name] for name in mine})
+    if engine.averaging is not None:
+        engine.averaging.restart()
 
 
 def state_of(engine: Engine) -> ReplicaState:

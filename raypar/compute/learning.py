@@ -79,9 +79,12 @@ class Learner:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return float(get_total_norm(gradients)) ** 2 if gradients else 0.0
 
-    def commit(self, weight: float, squared_norm: float) -> tuple[float | None, float]:
-        """Divide the gradient sums by the step's weight (and the loss scale), clip, and step; nothing happens with
-        weight 0.
+    def commit(self, weight: float, squared_norm: float, *, others: bool = False) -> tuple[float | None, float]:
+        """Divide the gradient sums by their weight (and the loss scale), clip, and step. With weight 0 no parameter
+        changes.
+
+        others: whether other replicas, which train apart, have trained in this step: then the learning rate and the
+                loss scale go on also where this one has nothing to train on.
 
         Returns the learning rate used (None without an optimizer) and the norm of the whole model's
         gradient, before clipping.
@@ -89,9 +92,11 @@ class Learner:
         divisor = weight * self.scale
         norm = math.sqrt(squared_norm) / divisor if weight else 0.0
         lr = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else None
-        if weight and self.optimizer is not None:
+        if not weight:
+            self._clear()
+        if (weight or others) and self.optimizer is not None:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
-            scale = 1.0 / divisor
+            scale = 1.0 / divisor if weight else 1.0
             if self.max_grad_norm is not None:
                 scale *= min(1.0, self.max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
             if gradients and scale != 1.0:
@@ -101,7 +106,7 @@ class Learner:
             self.optimizer.step()
             if self.scheduler is not None:
                 self.scheduler.step()
-        if weight and self.loss_scale is not None:
+        if (weight or others) and self.loss_scale is not None:
             self.loss_scale.grow()
         self._clear()
         return lr, norm
@@ -120,17 +125,8 @@ class Learner:
         if self.optimizer is None:
             return {"optimizer": {}, "scheduler": None, "loss_scale": scale}
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        kind, groups = type(self.optimizer).__name__, self.optimizer.param_groups
         schedule = self.scheduler.state_dict() if self.scheduler is not None else None
-        found = {}
-        for number, group in enumerate(groups):
-            options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            kept = _kept_for_group(schedule, number, len(groups))
-            for parameter in group["params"]:
-                state = {key: _to_cpu(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
-                entry = {"class": kind, "state": state, "options": options, "scheduler": kept}
-                found[names[id(parameter)]] = entry
-        return {"optimizer": found, "scheduler": schedule, "loss_scale": scale}
+        return {"optimizer": entries_of(self.optimizer, names, schedule), "scheduler": schedule, "loss_scale": scale}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` of any actors has given, this actor's own parameters only. Raises CheckpointError
@@ -139,29 +135,51 @@ class Learner:
             self.loss_scale.load_state(state["loss_scale"])
         if self.optimizer is None:
             return
-        saved, kind = state["optimizer"], type(self.optimizer).__name__
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        packed = self.optimizer.state_dict()
-        brought: list[list[dict[str, Any]]] = []
-        for group, plain in zip(self.optimizer.param_groups, packed["param_groups"], strict=True):
-            brought.append([])
-            for parameter, index in zip(group["params"], plain["params"], strict=True):
-                name = names[id(parameter)]
-                if name not in saved:
-                    raise CheckpointError(f"the checkpoint has no optimizer state for the parameter {name!r}")
-                before = saved[name].get("class", kind)  # not in checkpoints of earlier versions
-                if before != kind:
-                    raise CheckpointError(
-                        f"the checkpoint's optimizer for the parameter {name!r} is {before}, found {kind}; needed: "
-                        f"optimizer= gives {before} again, or a run with another name that begins with these weights, "
-                        "parallelize(…, weights='…/model.pt')"
-                    )
-                packed["state"][index] = saved[name]["state"]
-                plain.update(saved[name]["options"])
-                brought[-1].append(saved[name].get("scheduler", {}))
-        self.optimizer.load_state_dict(packed)
+        brought = load_entries(self.optimizer, names, state["optimizer"], "optimizer=")
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(_for_groups(state["scheduler"], self.scheduler.state_dict(), brought))
+
+
+def entries_of(optimizer: torch.optim.Optimizer, names: dict[int, str], schedule: Any = None) -> dict[str, Any]:
+    """The state of an optimizer by parameter name, as in Learner.state. `names`: of each parameter, by its id."""
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    found = {}
+    for number, group in enumerate(groups):
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        kept = _kept_for_group(schedule, number, len(groups))
+        for parameter in group["params"]:
+            state = {key: _to_cpu(value) for key, value in optimizer.state.get(parameter, {}).items()}
+            found[names[id(parameter)]] = {"class": kind, "state": state, "options": options, "scheduler": kept}
+    return found
+
+
+def load_entries(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], saved: dict[str, Any], argument: str
+) -> list[list[dict[str, Any]]]:
+    """Take over the entries of this optimizer's parameters; returns, of each group, what its parameters have brought
+    along for the scheduler. `argument`: of parallelize, that made the optimizer. Raises CheckpointError."""
+    kind = type(optimizer).__name__
+    packed = optimizer.state_dict()
+    brought: list[list[dict[str, Any]]] = []
+    for group, plain in zip(optimizer.param_groups, packed["param_groups"], strict=True):
+        brought.append([])
+        for parameter, index in zip(group["params"], plain["params"], strict=True):
+            name = names[id(parameter)]
+            if name not in saved:
+                raise CheckpointError(f"the checkpoint has no optimizer state for the parameter {name!r}")
+            before = saved[name].get("class", kind)  # not in checkpoints of earlier versions
+            if before != kind:
+                raise CheckpointError(
+                    f"the checkpoint's optimizer for the parameter {name!r} is {before}, found {kind}; needed: "
+                    f"{argument} gives {before} again, or a run with another name that begins with these weights, "
+                    "parallelize(…, weights='…/model.pt')"
+                )
+            packed["state"][index] = saved[name]["state"]
+            plain.update(saved[name]["options"])
+            brought[-1].append(saved[name].get("scheduler", {}))
+    optimizer.load_state_dict(packed)
+    return brought
 
 
 # A scheduler's state has lists with one value for each parameter group (base_lrs, _last_lr, CyclicLR's max_lrs), and
@@ -234,12 +252,17 @@ def _make_optimizer(
         if whole or "empty parameter list" not in str(error):  # torch's own words
             raise
         return None
+    return checked_optimizer(optimizer, "optimizer(module)")
+
+
+def checked_optimizer(optimizer: Any, call: str) -> torch.optim.Optimizer:
+    """What a function of the user's returned; raises ModelError where it is of no use. `call` names the function."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ModelError(f"optimizer(module) returned {type(optimizer).__name__}, needed a torch.optim.Optimizer")
+        raise ModelError(f"{call} returned {type(optimizer).__name__}, needed a torch.optim.Optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ModelError(
-            "optimizer: found LBFGS, which evaluates the whole model several times within one step; needed an "
-            "optimizer that works parameter by parameter, such as SGD or AdamW"
+            f"{call.partition('(')[0]}: found LBFGS, which evaluates the whole model several times within one step; "
+            "needed an optimizer that works parameter by parameter, such as SGD or AdamW"
         )
     return optimizer
 

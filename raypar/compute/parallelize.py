@@ -30,6 +30,7 @@ def parallelize(
     split: Sequence[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    outer_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
 ) -> Replica:
     """Build the model on the actors of this replica, fresh, or restored from the run's newest checkpoint.
 
@@ -49,6 +50,10 @@ def parallelize(
                     modules larger than a fair share are cut inside where their forward can be traced.
     weights:        a .safetensors or .pt file with the whole model's state dict to start from.
     seed:           of the weights and of the random numbers in training.
+    outer_optimizer: with Plan(data_strategy="local_sgd"), called with the parameters that a process trains; its step
+                    takes the weights of the last average by (they - the new average) as their gradient. DiLoCo:
+                    lambda parameters: torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True).
+                    Default None: the average itself, as SGD with lr=1 and no momentum gives it.
 
     Called once in a train loop, by all replicas alike. Raises SplitError, ModelError, CheckpointError. A model
     that cannot be cut is refused before its weights exist. Whether all values can cross the stages' borders is
@@ -60,6 +65,13 @@ def parallelize(
     for name, value in (("build_model", build_model), ("loss_fn", loss_fn), ("optimizer", optimizer)):
         if not callable(value):
             raise ModelError(f"parallelize({name}=…): found {type(value).__name__}, needed a function")
+    if outer_optimizer is not None and not callable(outer_optimizer):
+        raise ModelError(f"parallelize(outer_optimizer=…): found {type(outer_optimizer).__name__}, needed a function")
+    if outer_optimizer is not None and session.plan.data_strategy != "local_sgd":
+        raise ModelError(
+            f"parallelize(outer_optimizer=…): found Plan(data_strategy={session.plan.data_strategy!r}), in which no "
+            "weights are averaged; needed data_strategy='local_sgd', or no outer_optimizer"
+        )
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ModelError(f"parallelize(max_grad_norm={max_grad_norm!r}): needed a number above 0, or None")
     spec = ModelSpec(
@@ -70,6 +82,7 @@ def parallelize(
         max_grad_norm,
         os.path.abspath(weights) if weights is not None else None,
         seed,
+        outer_optimizer=outer_optimizer,
     )
     if example_inputs is not None:
         example_inputs = _plain_tensors(example_inputs)

@@ -43,6 +43,7 @@ class ModelSpec:
     seed: int = 0
     cut: Cut = field(default_factory=Cut)
     trace: bool = False
+    outer_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
 
 
 @dataclass

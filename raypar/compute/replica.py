@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from raypar.compute import microbatch
 from raypar.compute.actors import Actors
 from raypar.compute.checkpoint import check_shapes, name_lists
-from raypar.compute.engine import Order, StepResult
+from raypar.compute.order import Order, StepResult
 from raypar.compute.session import Position, Session, current
 from raypar.compute.timing import Bubble, bubble_of
 from raypar.planning.errors import CheckpointError, DataError, NonFiniteError, UsageError
@@ -27,7 +27,7 @@ class StepOutput:
     """The outcome of `train_step`. `step` is known at once; everything else waits for the step to end.
 
     loss:      the mean over the global batch, the same on every replica.
-    grad_norm: of the whole model's gradient, before clipping.
+    grad_norm: of the whole model's gradient, before clipping; with Plan(data_strategy="local_sgd") of this replica's.
     samples:   rows of the global batch.
     lr:        the learning rate of the first parameter group in this step; None where nothing is trained.
     skipped:   True where the step changed nothing, since the global batch had no row, or its rows no weight (the
@@ -102,6 +102,7 @@ class Replica:
         self._wait_until_in_flight(IN_FLIGHT - 1)
         order = self._order(self._step + 1, inputs, targets)
         position = self._session.trained_on_batch()
+        order = replace(order, is_last=self._session.is_last_batch())
         output = StepOutput(order.step, lambda: self._settle(output, wait))
         try:
             wait = self._actors.train(order)
@@ -138,7 +139,8 @@ class Replica:
         return int(total) if isinstance(value, int | np.integer) else total
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights and buffers of the whole model on the CPU, under the names of build_model()."""
+        """The weights and buffers of the whole model on the CPU, under the names of build_model(): this replica's own,
+        where replicas train apart."""
         self.wait()
         return self._actors.state().model
 

@@ -185,6 +185,17 @@ class Session(ABC):
         self._trained = self.open_loops[-1] if self.open_loops else None
         return self.position.copy()
 
+    def is_last_batch(self) -> bool:
+        """Whether the newest step uses the last batch of a loop. Raises UsageError where replicas wait for that one to
+        average their weights, and there is no loop."""
+        loop = self._trained
+        if loop is None and self.plan.sync_every == "epoch":
+            raise UsageError(
+                "train_step: found Plan(sync_every='epoch') and a step outside a loop over raypar.batches, where no "
+                "batch is known to be the last one; needed: for batch in raypar.batches(…), or a number of steps"
+            )
+        return loop is not None and loop.trained == loop.count
+
     def committed(self, samples: int, loss: float, step: int, position: Position) -> None:
         """Show progress after a committed step, which has brought the run to `position`; a few times a second."""
         if self._rate.count(samples) and self.rank == 0:

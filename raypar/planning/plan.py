@@ -15,6 +15,9 @@ from raypar.planning.table import OwnSchedule, Table, name_of, own_schedule, rea
 SCHEDULE_NAMES = tuple(SCHEDULES)
 RECOMPUTE_NAMES = ("never", "always", "except_last")
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
+DATA_STRATEGY_NAMES = ("ddp", "local_sgd")
+SYNC_EVERY = 20
+"""The default of `sync_every`."""
 
 
 def _check_fields(cls: type[Any], given: dict[str, Any], error: type[ConfigError]) -> None:
@@ -62,6 +65,15 @@ class Plan:
                   to float16, with a loss scale that all stages and replicas share). Weights, their gradients and
                   the optimizer's state keep their own type.
     compile:      whether each stage's module goes through torch.compile. Default False.
+    data_strategy: how the replicas stay one model. All weigh a replica by the rows (or tokens) that it trained on.
+                  "ddp" (the default): gradients are summed over the replicas once a step, and all take the same step.
+                  "local_sgd": each replica takes steps of its own, by its own gradient and that one's norm, and the
+                  parameters are averaged every `sync_every` steps (Stich 2019, https://arxiv.org/abs/1805.09767); with
+                  parallelize(outer_optimizer=…) as in DiLoCo. In between, eval_step, predict and state_dict use the
+                  weights of their own replica. Buffers, and what the optimizer keeps, are never averaged.
+    sync_every:   with "local_sgd" only: steps of the run from one average to the next (those whose number it
+                  divides), default 20; or "epoch": behind the step on the last batch of a loop over raypar.batches. A
+                  loop that is left before its last batch brings no average.
 
     Raises PlanError for a field that is unknown, out of range, or contradicts another one.
     """
@@ -74,6 +86,8 @@ class Plan:
     recompute: str = "never"
     precision: str = "fp32"
     compile: bool = False
+    data_strategy: str = "ddp"
+    sync_every: int | str | None = None
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         if args:
@@ -97,6 +111,23 @@ class Plan:
         if self.placement is not None:
             object.__setattr__(self, "placement", self._checked_placement(self.placement))
         self._check_schedule()
+        self._check_data_strategy()
+
+    def _check_data_strategy(self) -> None:
+        _one_of("data_strategy", self.data_strategy, DATA_STRATEGY_NAMES)
+        if self.data_strategy == "local_sgd":
+            if self.sync_every is None:
+                object.__setattr__(self, "sync_every", SYNC_EVERY)
+            whole = isinstance(self.sync_every, int) and not isinstance(self.sync_every, bool) and self.sync_every > 0
+            if not whole and self.sync_every != "epoch":
+                raise PlanError(
+                    f"Plan(sync_every={self.sync_every!r}): needed a whole number of steps, at least 1, or 'epoch'."
+                )
+        elif self.sync_every is not None:
+            raise PlanError(
+                f"Plan(sync_every={self.sync_every!r}, data_strategy={self.data_strategy!r}): only replicas that train "
+                "apart are averaged; set data_strategy='local_sgd', or leave `sync_every` out."
+            )
 
     def _check_schedule(self) -> None:
         if isinstance(self.schedule, str):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from raypar.compute import microbatch
 from raypar.compute.build import build_part
 from raypar.compute.channel import Waiting
-from raypar.compute.engine import Engine, Order, StepResult
+from raypar.compute.engine import Engine
 from raypar.compute.in_process import make_engine
 from raypar.compute.memory_links import MemoryWorld, take_turns
+from raypar.compute.order import Order, StepResult
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.tree import Tree
 from raypar.planning.plan import Plan

@@ -1,0 +1,75 @@
+"""A step's commit: the numbers that all actors add up, so that all of them decide the same.
+
+loss, weight, squared norm, rows              of all replicas together
+weight and squared norm of replica 0, 1, …    beside them, where replicas train apart
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from raypar.planning.errors import NonFiniteError
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What every actor knows of a step once it commits.
+
+    loss, weight: of the global batch, not divided.
+    squared:      the squared norm of the gradient sums; of all replicas' own ones where they train apart.
+    samples:      rows of the global batch.
+    of_replica:   (weight, squared norm) of each replica where they train apart, else empty.
+    """
+
+    loss: float
+    weight: float
+    squared: float
+    samples: int
+    of_replica: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def mean(self) -> float:
+        return self.loss / self.weight if self.weight else math.nan
+
+    @property
+    def are_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.squared)
+
+    def of(self, replica: int) -> tuple[float, float]:
+        """What a replica's gradients are divided by, and the squared norm by which they are clipped."""
+        return self.of_replica[replica] if self.of_replica else (self.weight, self.squared)
+
+
+def numbers(loss: float, weight: float, squared: float, samples: int, replica: int, apart: int) -> list[float]:
+    """One actor's share of the sum. `apart`: the number of replicas where they train apart, else 0."""
+    own = [number for other in range(apart) for number in ((weight, squared) if other == replica else (0.0, 0.0))]
+    return [loss, weight, squared, float(samples), *own]
+
+
+def totals(summed: list[float]) -> Totals:
+    loss, weight, squared, samples, *own = summed
+    return Totals(loss, weight, squared, int(samples), tuple(zip(own[::2], own[1::2], strict=True)))
+
+
+def total(values: list[torch.Tensor]) -> float:
+    """The sum of scalars in their order, with one wait for the device."""
+    return math.fsum(torch.stack([v.reshape(()).double() for v in values]).tolist()) if values else 0.0
+
+
+def non_finite(step: int, loss: float, in_batch: bool, stage: int | None) -> NonFiniteError:
+    """The error of a step whose loss or gradient is not finite. `stage`: the first one whose output is not, if any."""
+    what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+    where = "all stages' outputs are finite"
+    if stage is not None:
+        where = f"the first values that are not finite come out of stage {stage}"
+    if in_batch:
+        where += "; the batch itself holds values that are not finite"
+    return NonFiniteError(
+        f"{what} at step {step}: {where}. The step was not committed. Look at that batch or stage, lower "
+        "the learning rate, or set max_grad_norm.",
+        step=step,
+        stage=stage,
+    )
