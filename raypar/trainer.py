@@ -32,7 +32,8 @@ class Trainer:
     train_loop:          called in each train worker (one a replica), with `train_loop_config` or nothing.
     plan:                how many replicas, how many stages, which schedule.
     train_loop_config:   a dict for the loop. Default: none.
-    datasets:            name to Parquet file or folder, local or a URI; read with `raypar.batches(name, …)`.
+    datasets:            name to Parquet file or folder, local or a URI; or to a torch.utils.data.Dataset, or a function
+                         that returns an iterable of samples. Read with `raypar.batches(name, …)`.
     run_config:          ray.train.RunConfig. The same name and storage path as an earlier run resume it. Without a
                          name each `fit()` is a run of its own: it gets a new name and resumes nothing.
                          `failure_config` says how often a failed run restarts by itself (default: not at all,
@@ -79,7 +80,7 @@ class Trainer:
         if train_loop_config is not None:
             _check_type("train_loop_config", train_loop_config, dict, "a dict")
         if datasets is not None:
-            _check_type("datasets", datasets, Mapping, "a dict of names to Parquet files or folders")
+            _check_type("datasets", datasets, Mapping, "a dict of names to data sets")
         if run_config is not None:
             _check_type("run_config", run_config, ray.train.RunConfig, "a ray.train.RunConfig")
         if scaling_config is not None:

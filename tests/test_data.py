@@ -13,10 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypar.compute import data, tree
+from raypar.compute import tree
+from raypar.compute.batch import Batch
 from raypar.compute.checkpoint import Storage
-from raypar.compute.data import Batch, Table, batches, check_datasets
+from raypar.compute.data import batches, check_datasets
 from raypar.compute.local import run_local
+from raypar.compute.parquet import RowGroups
 from raypar.compute.session import current, epochs
 from raypar.planning.errors import DataError, UsageError
 from raypar.planning.plan import Plan, Timeouts
@@ -54,16 +56,17 @@ def rows_of(of_epoch: Batches) -> list[list[int]]:
     return [batch["row"].tolist() for batch in of_epoch]
 
 
-def test_a_data_set_is_read_once_for_each_choice_of_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_small_data_set_is_read_once_for_each_choice_of_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each epoch and each evaluation read and decoded the whole file again."""
     path = write(tmp_path / "rows.parquet", a=pa.array([1, 2]), b=pa.array([3, 4]))
     read: list[Any] = []
+    original = RowGroups.read
 
-    def counting(name: str, path: Any, columns: Any) -> Table:
-        read.append(columns)
-        return Table(name, path, columns)
+    def counting(groups: RowGroups, number: int) -> Any:
+        read.append(groups.columns)
+        return original(groups, number)
 
-    monkeypatch.setattr(data, "Table", counting)
+    monkeypatch.setattr(RowGroups, "read", counting)
 
     def loop() -> None:
         for _ in epochs(3):
@@ -71,7 +74,7 @@ def test_a_data_set_is_read_once_for_each_choice_of_columns(tmp_path: Path, monk
             assert [set(batch) for batch in batches("train", batch_size=1, columns=["a"])] == [{"a"}, {"a"}]
 
     run_local(loop, Plan(), {"train": path}, Timeouts(), Storage.open("/dev/null", "run"))
-    assert read == [None, ["a"]]
+    assert read == [["a", "b"], ["a"]]
 
 
 # ---------------------------------------------------------------- columns as tensors
@@ -192,6 +195,20 @@ def test_the_order_of_an_epoch_is_the_same_whatever_the_batch_size(tmp_path: Pat
     assert orders[0] == orders[1] == orders[2]
 
 
+def test_a_data_set_that_is_larger_than_a_window_has_the_same_global_batches_whatever_the_number_of_replicas(
+    tmp_path: Path,
+):
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"row": range(100)}), path, row_group_size=10)
+    ((first, second),) = shares(path, passes=2, batch_size=16, window=30)
+    for of_epoch in (first, second):
+        assert sorted(chain(*rows_of(of_epoch))) == list(range(100))
+    assert rows_of(first) != rows_of(second)
+    for replicas in (2, 3):
+        of_replicas = [rows_of(of_epochs[0]) for of_epochs in shares(path, replicas, batch_size=16, window=30)]
+        assert [list(chain(*each)) for each in zip(*of_replicas, strict=True)] == rows_of(first)
+
+
 @settings(deadline=None, max_examples=25)
 @given(rows=st.integers(1, 40), batch_size=st.integers(1, 12), replicas=st.integers(1, 4), shuffle=st.booleans())
 def test_the_replicas_shares_form_the_same_global_batches_whatever_their_number(
@@ -234,7 +251,11 @@ def test_a_last_batch_that_is_not_full_can_be_left_out(tmp_path: Path):
         ),
         (lambda d: write(d / "t.parquet", x=pa.array([], pa.int64())), r"t\.parquet has no row, needed at least one"),
         (lambda d: (d / "t.parquet").write_text("text") and d / "t.parquet", r"t\.parquet is no Parquet file"),
-        (lambda d: [1, 2], r"datasets\['train'\]: found list, needed the path or URI of Parquet data"),
+        (lambda d: [1, 2], r"datasets\['train'\]: found list, needed the path or URI of Parquet data, a torch\.utils"),
+        (
+            lambda d: write(d / "t.parquet", name=["a", "b"], n=[1, None]),
+            r"t\.parquet, column 'name' has type string, needed numbers",
+        ),
         (lambda d: "nosuch://bucket/t.parquet", r"nosuch://bucket/t\.parquet cannot be reached"),
     ],
 )
@@ -254,11 +275,11 @@ def test_no_data_sets_are_fine():
     ("options", "message"),
     [
         ({"columns": ["lable"]}, r"batches\('train'\): .*t\.parquet has no column 'lable'; did you mean 'label'\?"),
-        ({}, r"batches\('train'\): column 'name' has type string, needed numbers, .* batches\(…, columns=\[…\]\)"),
-        ({"columns": ["ragged"]}, r"column 'ragged' has type list<.*>, needed numbers, booleans, or lists of a fixed"),
+        ({}, r"batches\('train'\): .*t\.parquet, column 'name' has type string, .* batches\(…, columns=\[…\]\)"),
+        ({"columns": ["ragged"]}, r"t\.parquet, row group 0, column 'ragged' holds lists that differ in their length"),
         ({"columns": ["when"]}, r"column 'when' has type timestamp"),
-        ({"columns": ["gaps"]}, r"column 'gaps' has 1 nulls; fill them or drop these rows"),
-        ({"columns": ["inner"]}, r"column 'inner' has 1 nulls; fill them or drop these rows"),
+        ({"columns": ["gaps"]}, r"t\.parquet, row group 0, column 'gaps' has 1 nulls; fill them or drop these rows"),
+        ({"columns": ["inner"]}, r"t\.parquet, row group 0, column 'inner' has 1 nulls; fill them or drop these rows"),
         ({"columns": ["label"], "batch_size": 9, "drop_last": True}, r"has 3 rows, so that no batch is full; lower"),
     ],
 )  # fmt: skip
@@ -276,15 +297,6 @@ def test_a_column_that_is_missing_or_holds_no_numbers_is_refused(tmp_path: Path,
         shares(path, **({"batch_size": 2} | options))
 
 
-def test_files_that_differ_in_their_columns_are_refused(tmp_path: Path):
-    write(tmp_path / "a.parquet", x=[1])
-    write(tmp_path / "b.parquet", y=[1])
-    with pytest.raises(DataError, match=r"batches\('train'\): the files of .* differ in their schema"):
-        shares(tmp_path, batch_size=1)
-    with pytest.raises(DataError, match=r"b\.parquet has no column 'x'"):
-        shares(tmp_path, batch_size=1, columns=["x"])
-
-
 def test_an_unknown_data_set_is_refused_with_the_near_name(tmp_path: Path):
     with pytest.raises(DataError, match=r"batches\('trian'\): no such data set; did you mean 'train'\?; see Trainer"):
         shares(numbered(tmp_path / "t.parquet", 1), read=lambda name, **_: batches("trian", batch_size=1))
@@ -294,6 +306,12 @@ def test_an_unknown_data_set_is_refused_with_the_near_name(tmp_path: Path):
 def test_a_batch_size_is_a_whole_number_of_at_least_one(tmp_path: Path, batch_size: Any):
     with pytest.raises(UsageError, match=r"batches\('train', batch_size=.*\): needed a whole number of at least 1"):
         shares(numbered(tmp_path / "t.parquet", 1), batch_size=batch_size)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("window", 0), ("window", 1.5), ("seed", -1), ("seed", None)])
+def test_a_window_and_a_seed_are_whole_numbers(tmp_path: Path, argument: str, value: Any):
+    with pytest.raises(UsageError, match=rf"batches\('train', {argument}={value}\): needed a whole number of at least"):
+        shares(numbered(tmp_path / "t.parquet", 1), batch_size=1, **{argument: value})
 
 
 def test_what_is_wrong_is_said_when_batches_is_called_not_when_the_first_batch_is_asked_for(tmp_path: Path):
@@ -308,9 +326,3 @@ def test_what_is_wrong_is_said_when_batches_is_called_not_when_the_first_batch_i
 def test_outside_a_train_loop_there_are_no_batches():
     with pytest.raises(UsageError, match=r"raypar\.batches was called outside a train loop; needed: a call from"):
         batches("train", batch_size=1)
-
-
-def test_an_empty_folder_of_rows_is_refused_by_batches_too(tmp_path: Path):
-    write(tmp_path / "t.parquet", x=pa.array([], pa.int64()))
-    with pytest.raises(DataError, match=r"batches\('train'\): .* has no row"):
-        Table("train", tmp_path, None)

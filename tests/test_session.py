@@ -335,7 +335,7 @@ def test_a_loop_that_was_never_finished_does_not_hold_up_the_epoch(run: Any, tmp
     run(loop)
 
 
-@pytest.mark.parametrize("changed", [{"batch_size": 3}, {"seed": 1}, {"shuffle": False}])
+@pytest.mark.parametrize("changed", [{"batch_size": 3}, {"seed": 1}, {"shuffle": False}, {"window": 2}])
 def test_an_epoch_is_not_resumed_with_other_batches(run: Any, changed: dict[str, Any]):
     """Behind two batches of 2 rows, with batch_size=3, the resumed run went on at row 6: two rows were never seen."""
 
@@ -350,7 +350,8 @@ def test_an_epoch_is_not_resumed_with_other_batches(run: Any, changed: dict[str,
 
     with pytest.raises(
         UsageError,
-        match=r"goes on behind batch 2 of an epoch with batch_size=2, shuffle=True, seed=0; found batch_size=",
+        match=r"goes on behind batch 2 of an epoch with batch_size=2, shuffle=True, seed=0, window=7, rows=7, "
+        r"row_groups=1; found batch_size=",
     ):
         crash_and_go_on(run, body)
 

@@ -1,121 +1,79 @@
-"""Rows of Parquet as batches of tensors, the same global batches whatever the plan.
+"""`raypar.batches`: rows as batches of tensors, the same global batches whatever the plan.
 
-Which rows form global batch b of epoch e depends on the seed alone. Each replica then takes its contiguous
-share of the batch's rows, as equal as can be; the last ones may get none of a short batch.
+Which rows form global batch b of epoch e depends on the data and the seed alone (see raypar.planning.order). Each
+replica takes its contiguous share of the batch's rows, as equal as can be; the last ones may get none of a short batch.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 import torch
+from torch.utils.data import Dataset, IterableDataset
 
-from raypar.compute.checkpoint import resolve
+from raypar.compute import samples, windows
+from raypar.compute.batch import Batch
+from raypar.compute.parquet import RowGroups
 from raypar.compute.session import Loop, Session, current
-from raypar.compute.tree import like_dict
 from raypar.planning.errors import DataError, UsageError, near_names
+from raypar.planning.order import Order
+
+logger = logging.getLogger("raypar")
+
+WINDOW_BYTES = 256 << 20
+"""Of rows in memory that are shuffled together, where `window` does not say how many."""
+
+_KINDS = (
+    "the path or URI of Parquet data, a torch.utils.data.Dataset, a function without arguments that returns a fresh "
+    "iterable of samples, or a ray.data.Dataset"
+)
 
 
-class Batch(dict[str, torch.Tensor]):
-    """One batch: a tensor for each column, rows first. Asking for another column raises DataError."""
+@dataclass(frozen=True)
+class Sharded:
+    """A data set that others have cut into one shard a replica: `read(rows, drop_last)` goes through this replica's,
+    so many rows at a time, each batch a dict of tensors by column."""
 
-    def __missing__(self, column: str) -> torch.Tensor:
-        raise DataError(f"the batch has no column {column!r}; {near_names(column, self)}")
-
-
-like_dict(Batch)
+    read: Callable[[int, bool], Iterator[Mapping[str, torch.Tensor]]]
 
 
 def check_datasets(datasets: Mapping[str, Any] | None) -> None:
-    """Raise DataError for a data set that is missing, empty, or no Parquet; reads the footers only."""
-    for name, path in (datasets or {}).items():
-        if not isinstance(path, str | os.PathLike):
-            raise DataError(f"datasets[{name!r}]: found {type(path).__name__}, needed the path or URI of Parquet data")
-        rows = sum(count_rows(name, file, fs) for fs, file in files_of(name, path))
-        if rows == 0:
-            raise DataError(f"datasets[{name!r}]: {os.fspath(path)} has no row, needed at least one")
+    """Raise DataError for a data set that is missing, empty, or nothing that `batches` can read. Of Parquet the footers
+    are read; a data set of which no column can be read is refused, one of which some can is left to `batches`."""
+    for name, given in (datasets or {}).items():
+        who = f"datasets[{name!r}]"
+        if _is_path(given):
+            groups = RowGroups(who, given)
+            if all(groups.problem(column) is not None for column in groups.columns):
+                groups.check()
+        elif _is_indexed(given):
+            _length(who, given)
+        elif not callable(given) and not isinstance(given, IterableDataset | Sharded):
+            raise DataError(f"{who}: found {type(given).__name__}, needed {_KINDS}")
 
 
-def files_of(name: str, path: str | os.PathLike[str]) -> list[tuple[pafs.FileSystem, str]]:
-    """The Parquet files of a data set: one file, or all *.parquet below a folder, by name."""
-    text = os.fspath(path)
+def _is_path(given: Any) -> bool:
+    return isinstance(given, str | os.PathLike)
+
+
+def _is_indexed(given: Any) -> bool:
+    return isinstance(given, Dataset) and not isinstance(given, IterableDataset)
+
+
+def _length(who: str, dataset: Any) -> int:
     try:
-        fs, inside = resolve(text)
-        info = fs.get_file_info(inside)
-        if info.type == pafs.FileType.Directory:
-            entries = fs.get_file_info(pafs.FileSelector(inside, recursive=True))
-            found = sorted(entry.path for entry in entries if entry.path.endswith(".parquet"))
-        else:
-            found = [inside] if info.type == pafs.FileType.File else []
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"datasets[{name!r}]: {text} cannot be reached: {error}") from error
-    if not found:
-        what = "holds no *.parquet file" if info.type == pafs.FileType.Directory else "does not exist"
-        raise DataError(f"datasets[{name!r}]: {text} {what}, needed a Parquet file or a folder of them")
-    return [(fs, file) for file in found]
-
-
-def count_rows(name: str, file: str, fs: pafs.FileSystem) -> int:
-    try:
-        return int(pq.read_metadata(file, filesystem=fs).num_rows)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"datasets[{name!r}]: {file} is no Parquet file: {error}") from error
-
-
-class Table:
-    """The chosen columns of a data set as arrays with one row an example."""
-
-    def __init__(self, name: str, path: str | os.PathLike[str], columns: Sequence[str] | None) -> None:
-        tables = []
-        for fs, file in files_of(name, path):
-            known = pq.read_schema(file, filesystem=fs).names
-            for column in columns or []:
-                if column not in known:
-                    raise DataError(f"batches({name!r}): {file} has no column {column!r}; {near_names(column, known)}")
-            tables.append(pq.read_table(file, columns=list(columns) if columns else None, filesystem=fs))
-        try:
-            table = pa.concat_tables(tables)
-        except pa.ArrowException as error:
-            raise DataError(
-                f"batches({name!r}): the files of {os.fspath(path)} differ in their schema: {error}"
-            ) from error
-        self.rows = table.num_rows
-        if self.rows == 0:
-            raise DataError(f"batches({name!r}): {os.fspath(path)} has no row, needed at least one")
-        self.columns = {column: _as_array(name, column, table.column(column)) for column in table.column_names}
-
-    def take(self, rows: np.ndarray) -> Batch:
-        return Batch({name: torch.from_numpy(values[rows]) for name, values in self.columns.items()})
-
-
-def _as_array(name: str, column: str, chunks: pa.ChunkedArray) -> np.ndarray:
-    """A column as one NumPy array, without a Python object a value."""
-    array = chunks.combine_chunks()
-    is_tensor = isinstance(chunks.type, pa.FixedShapeTensorType)
-    array = array.storage if is_tensor else array
-    sizes = []
-    nulls = array.null_count
-    while pa.types.is_fixed_size_list(array.type):
-        sizes.append(array.type.list_size)
-        array = array.flatten()
-        nulls += array.null_count
-    if nulls:
-        raise DataError(f"batches({name!r}): column {column!r} has {nulls} nulls; fill them or drop these rows")
-    shape = list(chunks.type.shape) if is_tensor else sizes
-    kind = array.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise DataError(
-            f"batches({name!r}): column {column!r} has type {chunks.type}, needed numbers, booleans, or lists of a "
-            "fixed size of them; choose the columns to read with batches(…, columns=[…])"
-        )
-    values: np.ndarray = array.to_numpy(zero_copy_only=False)
-    return values.reshape(len(chunks), *shape)
+        rows = len(dataset)
+    except (TypeError, NotImplementedError):
+        raise DataError(f"{who}: {type(dataset).__name__} has no len(), needed its number of rows") from None
+    if rows == 0:
+        raise DataError(f"{who}: {type(dataset).__name__} has no row, needed at least one")
+    return rows
 
 
 def batches(
@@ -126,17 +84,37 @@ def batches(
     drop_last: bool = False,
     columns: Sequence[str] | None = None,
     seed: int = 0,
-) -> Iterator[Batch]:
+    window: int | None = None,
+) -> Iterator[Any]:
     """The batches of a data set that are still to do in this epoch, as this replica's share of each.
 
     name:       a key of Trainer(datasets=…).
     batch_size: rows of a global batch, over all replicas; each gets its share of them.
-    shuffle:    another order of all rows in every epoch, drawn from (seed, epoch); False: as stored.
+    shuffle:    another order of the rows in every epoch, drawn from (seed, epoch); False: as stored.
     drop_last:  leave out a last batch that is not full.
-    columns:    names of the columns to read; None: all.
+    columns:    of Parquet, the names of the columns to read; None: all.
+    window:     of Parquet, how many rows are shuffled together; None: as many as fill 256 MiB.
 
-    Yields a dict of CPU tensors by column, rows first: a fixed-shape tensor column as its shape, a list of
-    fixed size as one dimension. The columns are read once and stay in memory.
+    What a batch is, on the CPU, rows first:
+
+    - **Parquet**: a dict of tensors by column, a fixed-shape tensor column as its shape, a list of fixed size as one
+      dimension (also within another), and a list of any size where all have the same length.
+    - **torch.utils.data.Dataset**: what torch's default_collate makes of its samples: a dict of tensors where a sample
+      is a dict, a tuple of tensors where it is a tuple. Each replica fetches its own samples only, in the thread of the
+      loop, so that random transforms repeat. Slow ones are better done once: write Parquet.
+    - **a function** that returns a fresh iterable of samples, or an IterableDataset: the same. Needs shuffle=False: its
+      order is its own, and must be the same at each call and on each replica, each of which goes through all of it.
+    - **ray.data.Dataset**: a dict of tensors by column. Ray Train cuts it into equal shards, one a replica (a few rows
+      may be left over), and a batch takes as many rows of each; so batch_size must be a multiple of the replicas.
+      Needs shuffle=False: shuffle it with Ray Data. A resumed run repeats the epoch that it was in, and logs it.
+
+    **How Parquet is shuffled.** A data set of no more rows than `window` is permuted as a whole, and stays in memory.
+    A larger one is read in windows: its row groups are permuted, then as many of them as have no more than `window`
+    rows together (at least one) are read and their rows permuted. So each row comes once an epoch, at a place that may
+    be anywhere; but rows of one row group come near each other, within one window. Where rows that lie together are
+    alike (sorted by class or by time), shuffle them once before they are written, or make the window larger and the row
+    groups smaller. A replica keeps its rows of two windows, the next being read while the batches of one are trained
+    on, whatever the size of the data set. Nothing is read that lies before the batch at which a resumed run goes on.
 
     After a resume within an epoch, loops over a data set pass over the batches that steps have trained on, until a
     step trains on that data set again: a loop that evaluates on the same rows stands behind the one that trains.
@@ -144,42 +122,147 @@ def batches(
     `for a, b in zip(batches("a", …), batches("b", …))`. So train on each batch before the next one is taken: those
     that were fetched ahead count as trained on, and a resumed run leaves them out.
 
-    Raises DataError for an unknown name or column, a column that holds no numbers, or nulls; UsageError where a
-    resumed epoch would go on with another batch_size, shuffle or seed.
+    Raises DataError for an unknown name or column, a column that holds no numbers, nulls, or lists of several lengths:
+    at the call where the files' footers tell, else when they are read. UsageError for arguments that the data set does
+    not take, and where a resumed epoch would go on with another batch_size, shuffle, seed or window or with other rows.
     """
     session = current("batches")
     if name not in session.datasets:
         raise DataError(
             f"batches({name!r}): no such data set; {near_names(name, session.datasets)}; see Trainer(datasets=…)"
         )
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise UsageError(f"batches({name!r}, batch_size={batch_size!r}): needed a whole number of at least 1")
+    given, who = session.datasets[name], f"batches({name!r}"
+    for argument, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("window", window, 1)):
+        if not (argument == "window" and value is None):
+            _check_whole(who, argument, value, least)
+    for argument, chosen in (("columns", columns), ("window", window)):
+        if chosen is not None and not _is_path(given):
+            raise UsageError(f"{who}, {argument}={chosen!r}): it is for Parquet, found a {type(given).__name__}")
+    if shuffle and not _is_path(given) and not _is_indexed(given):
+        raise UsageError(
+            f"{who}, shuffle=True): found a {type(given).__name__}, whose order is its own; needed shuffle=False"
+        )
+    wanted = Order((), batch_size, window or 0, int(seed) if shuffle else None, session.position.epoch, drop_last)
+    source = _open(session, name, given, columns, wanted)
+    batching = {"batch_size": batch_size, "shuffle": bool(shuffle), "seed": int(seed), **source.layout}
+    return _batches(session, Loop(name, source.count, batching), source)
+
+
+def _check_whole(who: str, argument: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{who}, {argument}={value!r}): needed a whole number of at least {least}")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A data set as one loop reads it.
+
+    read:   this replica's shares of the batches from a number on.
+    count:  the batches of an epoch, None where only its end tells.
+    layout: what decides, besides the arguments of `batches`, which rows are in which batch.
+    """
+
+    read: Callable[[int], Generator[Any]]
+    count: int | None = None
+    layout: dict[str, int] = field(default_factory=dict)
+    only_whole_epochs: bool = False
+
+
+def _open(session: Session, name: str, given: Any, columns: Sequence[str] | None, wanted: Order) -> _Source:
+    """Find out what there is to read; `wanted` is the order but for the sizes of the data set."""
+    who, place = f"batches({name!r})", (session.rank, session.size)
+    if _is_path(given):
+        groups = _row_groups(session, name, given, columns)
+        window = min(groups.rows, wanted.window or max(1, int(WINDOW_BYTES // groups.row_bytes)))
+        order = replace(wanted, sizes=groups.sizes, window=window)
+        layout = {"window": window, "rows": order.rows, "row_groups": len(groups.sizes)}
+        return _Source(lambda first: _of_parquet(groups, order, first, *place), _count(who, order), layout)
+    if _is_indexed(given):
+        rows = _length(who, given)
+        order = replace(wanted, sizes=(rows,), window=rows)
+        return _Source(
+            lambda first: samples.indexed(who, given, order, first, *place), _count(who, order), {"rows": rows}
+        )
+    size, drop_last = wanted.batch_size, wanted.drop_last
+    if isinstance(given, Sharded):
+        if size % session.size:
+            raise UsageError(
+                f"batches({name!r}, batch_size={size}): needed a multiple of {session.size}, since each replica has a "
+                "shard of its own"
+            )
+        return _Source(lambda first: _of_shard(given, size // session.size, drop_last), only_whole_epochs=True)
+    factory = partial(iter, given) if isinstance(given, IterableDataset) else given
+    return _Source(lambda first: samples.streamed(who, factory, size, drop_last, first, *place))
+
+
+def _row_groups(session: Session, name: str, path: Any, columns: Sequence[str] | None) -> RowGroups:
+    """The footers, and the rows too where they fit into a window: read once, for all loops and epochs."""
     wanted = (name, None if columns is None else tuple(columns))
     if wanted not in session.tables:
-        session.tables[wanted] = Table(name, session.datasets[name], columns)
-    table: Table = session.tables[wanted]
-    if drop_last and table.rows < batch_size:
+        groups = RowGroups(f"batches({name!r})", path, columns)
+        groups.check()
+        session.tables[wanted] = groups
+    found: RowGroups = session.tables[wanted]
+    return found
+
+
+def _count(who: str, order: Order) -> int:
+    if order.count == 0:
         raise DataError(
-            f"batches({name!r}, batch_size={batch_size}, drop_last=True): the data set has {table.rows} rows, so that "
+            f"{who}: batch_size={order.batch_size} and drop_last=True, but the data set has {order.rows} rows, so that "
             "no batch is full; lower batch_size or keep the last batch"
         )
-    return _batches(session, name, table, batch_size, shuffle, drop_last, seed)
+    return order.count
 
 
-def _batches(
-    session: Session, name: str, table: Table, batch_size: int, shuffle: bool, drop_last: bool, seed: int
-) -> Iterator[Batch]:
-    count = table.rows // batch_size if drop_last else -(-table.rows // batch_size)
-    order = np.arange(table.rows)
-    if shuffle:
-        order = np.random.default_rng([seed, session.position.epoch]).permutation(table.rows)
-    loop = Loop(name, count, {"batch_size": batch_size, "shuffle": bool(shuffle), "seed": int(seed)})
-    start = session.begin_loop(loop)
+def _of_parquet(groups: RowGroups, order: Order, first: int, replica: int, replicas: int) -> Generator[Batch]:
+    with closing(windows.batches(groups, order, first, replica, replicas)) as found:
+        for arrays in found:
+            yield Batch({column: torch.from_numpy(values) for column, values in arrays.items()})
+
+
+def _of_shard(shard: Sharded, rows: int, drop_last: bool) -> Generator[Batch]:
+    for batch in shard.read(rows, drop_last):
+        yield Batch(batch)
+
+
+def _batches(session: Session, loop: Loop, source: _Source) -> Generator[Any]:
+    """What `batches` returns: the batches of a source, known to the session as a loop."""
+    if source.only_whole_epochs and (done := session.restart(loop.name)):
+        logger.warning(
+            "batches(%r): this data set resumes by epoch only, so epoch %d begins again, of which %d batches were "
+            "trained on before.",
+            loop.name,
+            session.position.epoch,
+            done,
+        )
+    start = index = session.begin_loop(loop)
     try:
-        for index in range(start, count):
-            session.next_batch(loop, index)
-            rows = order[index * batch_size : (index + 1) * batch_size]
-            yield table.take(np.array_split(rows, session.size)[session.rank])
+        with closing(source.read(start)) as read:
+            for batch, is_last in (
+                _with_the_last_known(read) if loop.count is None else ((each, False) for each in read)
+            ):
+                if is_last:
+                    loop.count = index + 1
+                session.next_batch(loop, index)
+                index += 1
+                yield batch
+        if index == 0:
+            raise DataError(
+                f"batches({loop.name!r}): the data set gave no sample, or too few for a full batch; a function must "
+                "return a fresh iterable at each call"
+            )
+        loop.count = index
         session.full_pass(loop)
     finally:
         session.end_loop(loop)
+
+
+def _with_the_last_known(items: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each with whether it is the last, which takes the next one to know."""
+    end: Any = object()
+    item = next(items, end)
+    while item is not end:
+        following = next(items, end)
+        yield item, following is end
+        item = following

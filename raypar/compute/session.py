@@ -48,14 +48,14 @@ class Position:
 class Loop:
     """A loop over the batches of a data set that has begun and not ended.
 
-    count:    the batches of a whole epoch.
+    count:    the batches of a whole epoch; None where only its end will tell. Known with the last batch at the latest.
     batching: as in Position.
     newest:   the index of the batch that the loop has got last.
     trained:  how many of the epoch's batches were used when the last step was taken within this loop; 0 before any.
     """
 
     name: str
-    count: int
+    count: int | None
     batching: dict[str, Any]
     newest: int = -1
     trained: int = 0
@@ -153,6 +153,10 @@ class Session(ABC):
         self.open_loops.append(loop)
         return start
 
+    def restart(self, name: str) -> int:
+        """Pass over nothing of a data set that cannot be resumed within an epoch; returns how many batches it were."""
+        return self.passed.pop(name, 0)
+
     def next_batch(self, loop: Loop, index: int) -> None:
         loop.newest = index
         self.open_loops.remove(loop)
@@ -163,7 +167,7 @@ class Session(ABC):
 
     def full_pass(self, loop: Loop) -> None:
         """A loop has come to its end. Warns, once a data set, of a second epoch that raypar knows nothing of."""
-        if self.passed.get(loop.name, 0) >= loop.count:
+        if loop.count is not None and self.passed.get(loop.name, 0) >= loop.count:
             del self.passed[loop.name]  # there was nothing left to train on
         if loop.trained and loop.batching["shuffle"] and self.epochs is None:
             self.full_passes[loop.name] += 1
@@ -237,7 +241,7 @@ class Session(ABC):
         batches that were trained on has ended or has come to its last batch, the epoch is over and a resumed
         run starts the next one: it never enters an epoch that has no batch left."""
         position = self.position
-        going_on = any(0 < loop.trained < loop.count for loop in self.open_loops)
+        going_on = any(loop.trained and loop.trained != loop.count for loop in self.open_loops)
         if self.epochs is not None and position.trained and not going_on:
             return Position(position.epoch + 1)
         return position.copy()

@@ -1,0 +1,118 @@
+"""Batches out of row groups: a window of rows in memory, and the next one read meanwhile.
+
+    thread   │ reads window 0 │ reads window 1 ······ │ reads window 2 ······ │
+    loop     │ ·············· │ batches of window 0   │ batches of window 1   │ …
+
+At any time the rows of two windows are in memory, and of those only what this replica takes. A data set that is no
+larger than one window is read once and stays.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import numpy as np
+
+from raypar.compute.parquet import Arrays, RowGroups
+from raypar.compute.prefetch import ahead
+from raypar.planning.order import Order, Window
+
+_READERS = 2
+"""Row groups that are read at once: one is decoded while another one comes from the store."""
+
+
+def load(
+    groups: RowGroups, numbers: tuple[int, ...], rows: np.ndarray, buffers: Arrays, stopped: threading.Event
+) -> Arrays:
+    """Some rows of the row groups `numbers`, which count as laid end to end; `rows` ascend.
+
+    In `buffers` where these are large enough: the arrays may be longer than `rows`. Row groups without one of the rows
+    are not read. Gives up half-way once `stopped` is set.
+    """
+    found: Arrays = {}
+    lock = threading.Lock()
+    borders = np.cumsum([0, *(groups.sizes[number] for number in numbers)])
+    wanted = np.flatnonzero(np.diff(np.searchsorted(rows, borders))).tolist() or [0]  # one tells the shapes
+
+    def place(column: str, values: np.ndarray) -> np.ndarray:
+        with lock:
+            if column not in found:
+                fits = column in buffers and len(buffers[column]) >= len(rows)
+                found[column] = buffers[column] if fits else np.empty((len(rows), *values.shape[1:]), values.dtype)
+            return found[column]
+
+    def fill(at: int) -> None:
+        first = borders[at]
+        for arrays in groups.read(numbers[at]):
+            if stopped.is_set():
+                return
+            size = len(next(iter(arrays.values())))
+            begin, end = np.searchsorted(rows, (first, first + size))
+            for column, values in arrays.items():
+                target = place(column, values)[begin:end]
+                if len(target) == size:
+                    target[:] = values
+                else:
+                    np.take(values, rows[begin:end] - first, axis=0, out=target, mode="clip")
+            first += size
+
+    with ThreadPoolExecutor(_READERS, "raypar reads row groups") as pool:
+        try:
+            for _ in pool.map(fill, wanted):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return found
+
+
+def batches(groups: RowGroups, order: Order, first: int, replica: int, replicas: int) -> Generator[Arrays]:
+    """A replica's shares of the batches from number `first` on."""
+    windows = order.windows(first, replica, replicas)
+    if order.rows <= order.window:
+        yield from _cut((window, window.rows, whole(groups)) for window in windows)
+        return
+    stopped = threading.Event()
+    spare: list[Arrays] = []  # the buffers of the window before, once its batches are done
+
+    def filled() -> Iterator[tuple[Window, np.ndarray, Arrays]]:
+        for window in windows:
+            kept = np.zeros(sum(groups.sizes[number] for number in window.groups), bool)
+            kept[window.rows] = True
+            arrays = load(groups, window.groups, np.flatnonzero(kept), spare.pop() if spare else {}, stopped)
+            yield window, (np.cumsum(kept) - 1)[window.rows], arrays
+
+    with closing(ahead(filled(), stopped.set)) as coming:
+        yield from _cut(coming, spare)
+
+
+def whole(groups: RowGroups) -> Arrays:
+    """All rows, read once."""
+    if not groups.table:
+        numbers = tuple(range(len(groups.sizes)))
+        groups.table = load(groups, numbers, np.arange(groups.rows), {}, threading.Event())
+    return groups.table
+
+
+def _cut(windows: Iterator[tuple[Window, np.ndarray, Arrays]], spare: list[Arrays] | None = None) -> Generator[Arrays]:
+    """The batches of windows, each with where its rows are in which arrays. Arrays that are done go to `spare`."""
+    parts: list[Arrays] = []
+    for window, places, arrays in windows:
+        begin = 0
+        for size, is_whole in window.pieces:
+            rows = places[begin : begin + size]
+            parts.append({column: np.take(values, rows, axis=0) for column, values in arrays.items()})
+            begin += size
+            if is_whole:
+                yield _joined(parts)
+                parts = []
+        if spare is not None:
+            spare.append(arrays)
+
+
+def _joined(parts: list[Arrays]) -> Arrays:
+    if len(parts) == 1:
+        return parts[0]
+    return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from raypar.compute.prefetch import ahead
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("raypar reads")]
+
+
+def test_items_come_in_their_order_and_the_thread_ends_with_them():
+    assert list(ahead(iter(range(5)), lambda: None)) == list(range(5))
+    assert not readers()
+
+
+def test_the_next_item_is_made_while_one_is_in_use_and_no_further_one():
+    made = [threading.Event() for _ in range(4)]
+
+    def items() -> Iterator[int]:
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+
+    found = ahead(items(), lambda: None)
+    assert next(found) == 0
+    assert made[1].wait(10)
+    assert not made[2].is_set()
+    assert next(found) == 1
+    assert made[2].wait(10)
+    assert not made[3].is_set()
+    found.close()
+
+
+def test_items_are_made_in_another_thread():
+    assert list(ahead((threading.current_thread() for _ in range(2)), lambda: None)) != [threading.current_thread()] * 2
+
+
+def test_an_error_is_raised_where_the_item_would_have_come():
+    def items() -> Iterator[int]:
+        yield 0
+        raise OSError("the disk is gone")
+
+    found = ahead(items(), lambda: None)
+    assert next(found) == 0
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(found)
+    assert not readers()
+
+
+def test_closing_stops_the_item_that_is_being_made_and_waits_for_its_thread():
+    begun, stopped = threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        begun.set()
+        assert stopped.wait(10)
+        yield 1
+
+    found = ahead(items(), stopped.set)
+    next(found)
+    assert begun.wait(10)
+    found.close()
+    assert stopped.is_set()
+    assert not readers()
+
+
+def test_what_is_never_asked_for_starts_no_thread():
+    ahead(iter(range(5)), lambda: None)
+    assert not readers()
