@@ -157,7 +157,7 @@ def test_the_rows_of_two_windows_are_in_memory_and_of_those_only_the_replicas_ow
     for replicas in (1, 2):
         buffers.clear()
         assert len(read(groups, order_of(groups, batch_size=10, window=20), replicas=replicas)) == 20
-        assert len(buffers) == 2 * 2  # two columns
+        assert len(buffers) <= 2 * 2  # of two columns
         assert {len(values) for values in buffers.values()} == {20 // replicas}
 
 
