@@ -49,7 +49,14 @@ def blocks(config: dict[str, Any], step: Callable[[], raypar.StepOutput]) -> Non
 class OnRay:
     """Runs a block of steps at each call and returns the seconds of a step, the slowest replica's."""
 
-    def __init__(self, train_loop: Callable[[dict[str, Any]], None], plan: raypar.Plan, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        train_loop: Callable[[dict[str, Any]], None],
+        plan: raypar.Plan,
+        config: dict[str, Any],
+        *,
+        trace: bool = False,
+    ) -> None:
         self.batons = [Baton.remote() for _ in range(plan.data)]  # type: ignore[attr-defined]
         self.storage = tempfile.TemporaryDirectory()
         trainer = raypar.Trainer(
@@ -57,6 +64,7 @@ class OnRay:
             plan=plan,
             train_loop_config={**config, "batons": self.batons},
             run_config=ray.train.RunConfig(name="benchmark", storage_path=self.storage.name),
+            trace=trace,
         )
         self.thread = threading.Thread(target=trainer.fit)
         self.thread.start()

@@ -9,6 +9,7 @@ measured in the same rounds, so that the best of one can be compared with the be
     python benchmarks/pipeline.py --schedules 1f1b --microbatches 8 --rounds 6
     python benchmarks/pipeline.py --width 32 --tokens 8 --microbatches 32 --steps 5      # the runtime's own cost
     python benchmarks/pipeline.py --same-malloc    # torch's processes keep freed memory too, as stage actors do
+    python benchmarks/pipeline.py --trace --microbatches 8 --rounds 60    # what Trainer(trace=True) costs
 """
 
 from __future__ import annotations
@@ -160,10 +161,7 @@ def measure(config: dict[str, Any], schedules: list[str], rounds: int) -> None:
         own = config | {"schedule": schedule}
         port = 20000 + (os.getpid() * 7 + m * 11 + number) % 20000
         contenders.append(Processes([(torch_process, (rank, port, own)) for rank in range(ACTORS)]))
-        placement = PLACEMENTS[schedule]
-        contenders.append(
-            OnRay(train_loop, raypar.Plan(pipeline=2, placement=placement, microbatches=m, schedule=schedule), own)  # type: ignore[arg-type]
-        )
+        contenders.append(OnRay(train_loop, plan_of(schedule, m), own))
     try:
         whole_times, *others = in_turns(contenders, rounds)
     finally:
@@ -176,9 +174,7 @@ def measure(config: dict[str, Any], schedules: list[str], rounds: int) -> None:
         found = compare(ours, peer)
         medians["raypar"].append((found.raypar, schedule, ours))
         medians["torch"].append((found.peer, schedule, peer))
-        actions = sum(map(len, raypar.schedule_of(
-            raypar.Plan(pipeline=2, placement=PLACEMENTS[schedule], microbatches=m, schedule=schedule)  # type: ignore[arg-type]
-        ).rows))  # fmt: skip
+        actions = sum(map(len, raypar.schedule_of(plan_of(schedule, m)).rows))
         own_cost = (found.raypar - whole / ACTORS) * 1e6 / (actions / ACTORS)
         shares = f"{whole / found.raypar / bound:>8.2f} {whole / found.peer / bound:>8.2f}"
         times = f"{found.raypar * 1e3:>9.1f} {found.peer * 1e3:>9.1f}"
@@ -187,6 +183,27 @@ def measure(config: dict[str, Any], schedules: list[str], rounds: int) -> None:
     (_, ours_name, ours), (_, peer_name, peer) = min(medians["raypar"]), min(medians["torch"])
     best = compare(ours, peer)
     print(f"best: {ours_name} against {peer_name}: {best.ratio:.3f} [{best.low:.3f}, {best.high:.3f}]", flush=True)
+
+
+def plan_of(schedule: str, microbatches: int) -> raypar.Plan:
+    placement: Any = PLACEMENTS[schedule]
+    return raypar.Plan(pipeline=2, placement=placement, microbatches=microbatches, schedule=schedule)
+
+
+def measure_trace(config: dict[str, Any], schedules: list[str], rounds: int) -> None:
+    """Print what tracing costs: a run that is traced against one that is not, in turns."""
+    for schedule in schedules:
+        own, plan = config | {"schedule": schedule}, plan_of(schedule, config["microbatches"])
+        runs = [OnRay(train_loop, plan, own, trace=trace) for trace in (False, True)]
+        try:
+            plain, traced = in_turns(runs, rounds)
+        finally:
+            for run in runs:
+                run.stop()
+        found = compare(plain, traced)
+        times = f"{found.raypar * 1e3:>9.1f} {found.peer * 1e3:>9.1f}"
+        interval = f"{found.ratio:>7.3f} [{found.low:.3f}, {found.high:.3f}]"
+        print(f"{schedule:<12} {config['microbatches']:>3} {times} {interval}", flush=True)
 
 
 def main() -> None:
@@ -200,14 +217,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of a block")
     parser.add_argument("--rounds", type=int, default=12, help="blocks of each contender")
     parser.add_argument("--same-malloc", action="store_true", help="torch's processes keep freed memory too")
+    parser.add_argument("--trace", action="store_true", help="raypar alone: the cost of Trainer(trace=True)")
     args = parser.parse_args()
     ray.init(num_cpus=4 * len(args.schedules) + 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     print(f"{args.layers} layers, width {args.width}, {args.tokens} tokens, {args.rows} rows a micro-batch; ms a step")
-    print("bound: 2M/(M+1) times one process; idle: microseconds an action beyond half of one process's time")
-    print("schedule       M    raypar     torch   ratio  95 % interval   raypar/bound torch/bound    idle", flush=True)
+    run = measure_trace if args.trace else measure
+    if args.trace:
+        print("schedule       M     plain    traced   ratio  95 % interval", flush=True)
+    else:
+        print("bound: 2M/(M+1) times one process; idle: microseconds an action beyond half of one process's time")
+        print(
+            "schedule       M    raypar     torch   ratio  95 % interval   raypar/bound torch/bound    idle", flush=True
+        )
     for microbatches in args.microbatches:
         config = {key: getattr(args, key) for key in ("layers", "width", "tokens", "rows", "steps", "same_malloc")}
-        measure(config | {"microbatches": microbatches, "schedule": "gpipe"}, args.schedules, args.rounds)
+        run(config | {"microbatches": microbatches, "schedule": "gpipe"}, args.schedules, args.rounds)
     ray.shutdown()
 
 

@@ -45,8 +45,9 @@ class Trainer:
                          can scale to some, else {"CPU": 1}.
     timeouts:            raypar.Timeouts. Default: minutes, see there.
     trace:               True records what each actor does when, and writes the last steps to the run's folder when all
-                         loops have returned: timeline.json, which ui.perfetto.dev and chrome://tracing open, and
-                         timeline.svg, a chart of one step with the schedule's ideal under it. Default: False.
+                         loops have returned, or the run has failed: timeline.json, which ui.perfetto.dev and
+                         chrome://tracing open, and timeline.svg, a chart of one step with the schedule's ideal under
+                         it. Default: False.
     local:               True runs everything in this process, without Ray, repeatable, for debugging.
 
     Raises ConfigError (or PlanError, DataError, InfeasiblePlanError below it) before a process starts, for what

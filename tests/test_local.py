@@ -18,7 +18,7 @@ from raypar.compute.local import Turns, run_local
 from raypar.compute.parallelize import parallelize
 from raypar.compute.replica import Replica, report
 from raypar.compute.session import current
-from raypar.planning.errors import NonFiniteError, UsageError
+from raypar.planning.errors import ModelError, NonFiniteError, UsageError
 from raypar.planning.plan import Plan, Timeouts
 
 NOWHERE = Storage.open("/dev/null", "run")  # nothing can be written there
@@ -53,6 +53,35 @@ def make_replica() -> Replica:
 
 
 X = torch.ones(2, 1)
+
+
+def three_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen", "refused"), [("0", False, False), ("head", False, True), ("head", True, False)]
+)
+def test_an_optimizer_that_selects_nothing_on_any_actor_is_refused_where_there_is_something_to_train(
+    name: str, frozen: bool, refused: bool
+):
+    """A misspelt name in `optimizer=` trained nothing, without a word."""
+
+    def loop() -> None:
+        parallelize(
+            lambda: three_layers().requires_grad_(not frozen),
+            loss_fn=F.mse_loss,
+            optimizer=lambda module: torch.optim.SGD([p for n, p in module.named_parameters() if n.startswith(name)]),
+            split=["1", "2"],
+        )
+
+    plan = Plan(pipeline=3, microbatches=2)
+    if refused:
+        with pytest.raises(ModelError, match="optimizer: found one without any parameter on every actor"):
+            run_local(loop, plan, {}, Timeouts(), NOWHERE)
+    else:
+        run_local(loop, plan, {}, Timeouts(), NOWHERE)
+
 
 # ---------------------------------------------------------------- one replica at a time
 

@@ -207,13 +207,38 @@ def test_a_step_without_a_row_counts_neither_as_good_nor_as_bad() -> None:
 def test_gradients_that_are_not_finite_at_any_scale_end_the_run_with_the_usual_error() -> None:
     engines = engines_of(PLANS[4])
     before = all_weights(engines)
+    (batch,) = reference.images(1, 8)
+    set_factor(engines, 1, 3, float("inf"))
+    for step in range(1, 23):
+        assert train_step(engines, step, batch)[0].skipped
+    with pytest.raises(NonFiniteError, match="the gradient is not finite at step 23: all stages' outputs are finite"):
+        train_step(engines, 23, batch)
+    assert reference.worst_difference(all_weights(engines), before) == 0
+
+
+@each_plan
+def test_a_loss_that_is_not_finite_ends_the_run_at_once_since_no_scale_is_to_blame(plan: Plan) -> None:
+    """It took 22 skipped steps until the scale was down."""
+    engines = engines_of(plan)
+    before = all_weights(engines)
     images, labels = reference.images(1, 8)[0]
     images[0, 0, 0, 0] = float("nan")
-    for step in range(1, 23):
-        assert train_step(engines, step, (images, labels))[0].skipped
-    with pytest.raises(NonFiniteError, match="stage 0; the batch itself"):
-        train_step(engines, 23, (images, labels))
+    with pytest.raises(
+        NonFiniteError, match=r"the loss became nan at step 1: .* stage 0; the batch itself .* precision='bf16'"
+    ):
+        train_step(engines, 1, (images, labels))
     assert reference.worst_difference(all_weights(engines), before) == 0
+
+
+def test_a_loss_in_float16_is_summed_over_rows_in_float32() -> None:
+    """40 rows with a mean loss of 2000 make a sum of 80000, which float16 cannot hold."""
+
+    def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
+        return (output * 0).mean().half() + 2000
+
+    engines = Engines(PLANS[0], spec_of(model, loss_fn=loss_fn))
+    (batch,) = reference.images(1, 80)
+    assert train_step(engines, 1, batch)[0].loss == 2000.0
 
 
 @each_plan
@@ -288,7 +313,6 @@ def test_evaluation_and_prediction_run_under_autocast_too(precision: str) -> Non
 
 def test_the_scale_is_in_the_checkpoint_and_resumed_with_any_plan(tmp_path: Path) -> None:
     (batch,) = reference.images(1, 8)
-    spoilt = batch[0] * 1e20
     found: list[Any] = []
 
     def train(plan: Plan, loop: Callable[[Replica], None]) -> None:
@@ -299,7 +323,10 @@ def test_the_scale_is_in_the_checkpoint_and_resumed_with_any_plan(tmp_path: Path
         run_local(train_loop, plan, {}, Timeouts(), Storage.open(tmp_path, "run"))
 
     def first(replica: Replica) -> None:
-        assert replica.train_step(spoilt, batch[1]).skipped
+        factor = replica._actors.engines[-1].part.module.get_buffer("4.0.factor")  # type: ignore[attr-defined]
+        factor.fill_(1e30)
+        assert replica.train_step(*batch).skipped
+        factor.fill_(1.0)
         assert not replica.train_step(*batch).skipped
         report({}, replica)
 

@@ -377,6 +377,27 @@ def test_a_state_that_is_loaded_is_there_on_all_actors(tmp_path: Path) -> None:
     assert reference.worst_difference(found, needed.weights) <= TOLERANCE
 
 
+@pytest.mark.parametrize("plan", [Plan(), PLANS[1], PLANS[2]], ids=name_of)
+def test_where_a_state_that_is_loaded_has_several_values_of_one_the_last_counts_on_all_actors(
+    plan: Plan, tmp_path: Path
+) -> None:
+    """As in plain PyTorch. Each actor took the last of the names that it knows itself, and they differed."""
+    whole = InThreeStages().state_dict()
+    whole = {name: torch.full_like(tensor, number) for number, (name, tensor) in enumerate(whole.items())}
+    model = InThreeStages()
+    model.load_state_dict(whole)
+
+    def loop(replica: Replica) -> dict[str, Tensor]:
+        replica.load_state_dict(whole)
+        for engine in replica._actors.engines:  # type: ignore[attr-defined]
+            for name, tensor in engine.part.module.state_dict().items():
+                assert torch.equal(tensor, model.state_dict()[name])
+        return replica.state_dict()
+
+    (found,) = local(loop, plan, tmp_path, InThreeStages, adam)
+    assert reference.worst_difference(found, model.state_dict()) == 0
+
+
 def write(weights: dict[str, Tensor], path: Path) -> str:
     if path.suffix == ".safetensors":
         save_file({name: tensor.clone() for name, tensor in weights.items()}, path)

@@ -6,6 +6,7 @@ import itertools
 import json
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,22 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 8))
 
 
-def loop() -> None:
-    replica = raypar.parallelize(
+def make(loss_fn: Callable[..., Any] = F.mse_loss) -> raypar.Replica:
+    return raypar.parallelize(
         build,
-        loss_fn=F.mse_loss,
+        loss_fn=loss_fn,
         optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=0.1),
         split=["2", "4", "5"],
     )
+
+
+def loop() -> None:
+    replica = make()
     for _ in range(STEPS):
         replica.train_step(torch.ones(8, 8), torch.zeros(8, 8))
 
 
-def run(folder: Path, plan: Plan, **options: Any) -> Path:
+def run(folder: Path, plan: Plan, loop: Callable[[], None] = loop, **options: Any) -> Path:
     config = ray.train.RunConfig(name="traced", storage_path=str(folder))
     raypar.Trainer(loop, plan=plan, run_config=config, local=True, **options).fit()
     return folder / "traced"
@@ -87,6 +92,63 @@ def test_the_chart_has_a_row_an_actor_a_box_an_action_and_the_ideal_under_it(tra
         for action in row:
             assert titles[str(action)] == 2 + 1  # of each replica, and in the ideal
     assert any("local mode: the actors take turns, step 3" in word for word in words)
+
+
+@pytest.mark.parametrize(
+    "plan", [V, Plan(pipeline=4, microbatches=4), Plan(data=2, pipeline=4, microbatches=2)], ids=["zbv", "1f1b", "two"]
+)
+@pytest.mark.parametrize("how", ["user code", "not finite", "Ctrl-C"])
+def test_a_run_that_fails_leaves_the_timeline_of_the_steps_before(tmp_path: Path, plan: Plan, how: str):
+    """That is when one wants it most, and there was none."""
+
+    def failing() -> None:
+        replica = make()
+        for step in range(STEPS):
+            value = float("nan") if how == "not finite" and step == STEPS - 1 else 1.0
+            replica.train_step(torch.full((8, 8), value), torch.zeros(8, 8))
+        replica.wait()
+        raise {"user code": KeyError("mine"), "Ctrl-C": KeyboardInterrupt()}[how]
+
+    error = {"user code": KeyError, "not finite": raypar.errors.NonFiniteError, "Ctrl-C": KeyboardInterrupt}[how]
+    with pytest.raises(error):
+        run(tmp_path, plan, failing, trace=True)
+    trace = json.loads((tmp_path / "traced" / "timeline.json").read_text())["traceEvents"]
+    found = Counter(e["args"]["step"] for e in trace if e["ph"] == "X" and e["cat"] in "FBIW")
+    actions = plan.data * sum(map(len, schedule_of(plan).rows))
+    assert found == dict.fromkeys(range(1, STEPS + 1), actions)
+    assert f"step {STEPS}" in (tmp_path / "traced" / "timeline.svg").read_text()
+
+
+def test_a_step_that_breaks_off_is_in_the_trace_and_the_chart_shows_the_last_whole_one(tmp_path: Path):
+    def failing() -> None:
+        calls = itertools.count()
+
+        def loss_fn(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            if next(calls) == 6:
+                raise ValueError("in step 2, micro-batch 2")
+            return F.mse_loss(output, targets)
+
+        replica = make(loss_fn)
+        for _ in range(STEPS):
+            replica.train_step(torch.ones(8, 8), torch.zeros(8, 8))
+
+    with pytest.raises(raypar.errors.UserCodeError, match="in step 2, micro-batch 2"):
+        run(tmp_path, Plan(pipeline=4, microbatches=4), failing, trace=True)
+    trace = json.loads((tmp_path / "traced" / "timeline.json").read_text())["traceEvents"]
+    names = {e["name"] for e in trace if e["ph"] == "X" and e["args"]["step"] == 2}
+    assert {"3F0", "3F1", "2F2"} <= names
+    assert "3F2" not in names
+    assert "step 1" in (tmp_path / "traced" / "timeline.svg").read_text()
+
+
+def test_where_the_timeline_of_a_failed_run_cannot_be_written_its_error_is_told(tmp_path: Path):
+    def failing() -> None:
+        make().train_step(torch.ones(8, 8), torch.zeros(8, 8))
+        (tmp_path / "traced" / "timeline.json").mkdir(parents=True)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        run(tmp_path, V, failing, trace=True)
 
 
 def test_nothing_is_recorded_unless_asked_for(tmp_path: Path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,9 @@ def test_a_clock_sums_the_passes_of_each_stage_and_the_spans_of_the_steps(clock:
     run_step(clock, [(0, "F"), (2, "F"), (0, "F"), (2, "B"), (0, "I"), (0, "W")])
     run_step(clock, [(0, "F"), (0, "B")])
     found = clock.read()
-    assert found == Timing(forward={0: 3.0, 2: 1.0}, backward={0: 3.0, 2: 1.0}, passes={0: 3, 2: 1}, span=18.0)
+    assert found == Timing(
+        forward={0: 3.0, 2: 1.0}, backward={0: 3.0, 2: 1.0}, passes={0: 3, 2: 1}, span=18.0, weight={0: 1.0}
+    )
     assert found.busy == 8.0
 
 
@@ -71,6 +74,17 @@ def test_the_bubble_is_the_share_of_the_actors_time_in_which_they_do_not_compute
     assert found.simulated == pytest.approx(1 - 4 / 5)  # M / (M + S - 1) of the time is used
     assert found.note is None
     assert (found.forward, found.backward) == ((1000.0, 1000.0), (2000.0, 2000.0))
+
+
+@pytest.mark.parametrize(("weight", "bubble"), [(1.0, 1 - 12 / 13), (0.5, 1 - 12 / 14)])
+def test_a_split_backward_pass_is_simulated_with_the_measured_part_for_the_weights(weight: float, bubble: float):
+    """It was taken for half of the backward pass, whatever the model."""
+    plan = Plan(pipeline=2, microbatches=4, schedule="zb-h1")
+    timings = [dataclasses.replace(times(stage), weight={stage: weight}) for stage in range(2)]
+    found = bubble_of(plan, timings, [actor(1), actor(2)])
+    assert found is not None
+    assert found.simulated == pytest.approx(bubble)
+    assert found.backward == (2000.0, 2000.0)
 
 
 def test_a_wait_longer_than_the_schedules_shows_as_a_larger_measured_bubble():

@@ -23,6 +23,7 @@ from raypar.cluster.failures import death, unwrapped
 from raypar.cluster.placement import Needs, arrange, nodes_of_bundles, pins_of_workers, reserve
 from raypar.planning.errors import RayparError, RunError, StageDiedError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts
+from raypar.planning.timeline import Event
 
 # Ray asks a machine every 3 s for a sign of life, and gives it up after five times without one. The machine of a
 # process that has died tells at once.
@@ -165,6 +166,16 @@ class Fleet:
                     except RayActorError as error:
                         dead[calls.index(call)] = error
         return stage_died(self._plan, self.infos, dead) if dead else None
+
+    def recorded(self) -> list[Event]:
+        """What the actors that answer within Timeouts(stop=…) did in the last steps of a traced run."""
+        calls: list[Any] = [handle.events.remote() for replica in self.handles for handle in replica]
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=self._timeouts.stop)
+        found: list[Event] = []
+        for call in done:
+            with contextlib.suppress(RayActorError, RayTaskError):
+                found += ray.get(call)
+        return found
 
     def stop(self) -> None:
         """Kills the actors and gives their resources back. May be called twice, and after a failed start."""

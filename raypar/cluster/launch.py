@@ -40,6 +40,7 @@ from raypar.cluster.script_modules import send_script_modules
 from raypar.cluster.stage_actor import StageActor
 from raypar.cluster.worker import Job, run_worker
 from raypar.compute.checkpoint import Storage, newest_checkpoint, read_manifest
+from raypar.compute.timeline import write_timeline
 from raypar.planning.errors import CheckpointError, ConfigError, PeerLostError, RayparError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts
 
@@ -194,6 +195,9 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
             # A silent actor may only be busy; it is worth the wait where its death may be the cause.
             autopsy = fleet.autopsy(1.0) if _explains_itself(found) else fleet.autopsy()
             found = failures.root_cause(error, autopsy, run.timeouts.start)
+            if run.trace:
+                with contextlib.suppress(CheckpointError):  # the other error counts
+                    write_timeline(run.storage, run.plan, fleet.recorded(), in_turns=False)
         raise found from found.__cause__
     finally:
         with uninterrupted():

@@ -15,7 +15,7 @@ from raypar.cluster.failures import death, unwrapped
 from raypar.compute import microbatch
 from raypar.compute.actors import ReplicaState
 from raypar.compute.checkpoint import Storage
-from raypar.compute.in_process import merge, with_lr
+from raypar.compute.in_process import check_something_is_stepped, merge, with_lr
 from raypar.compute.order import Order, StepResult
 from raypar.compute.part import ModelSpec
 from raypar.compute.timing import Timing
@@ -47,6 +47,7 @@ class PipelineActors:
         self.handles, self.plan, self.replica, self.timeouts = handles, plan, replica, timeouts
         spec_once = ray.put(spec)
         built = self._call("build", spec_once, storage, restored, limit="start")
+        check_something_is_stepped(answer["steps"] for answer in built)
         self._names: dict[str, torch.Size] = built[0]["names"]
         self._uses_inputs = [answer["uses_inputs"] for answer in built]
         self._last = plan.actor_of_stage[-1]

@@ -26,7 +26,7 @@ from raypar.compute.order import Order, StepResult
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.process_links import ProcessTransport, join_world, leave_world, open_store
 from raypar.compute.profile import measure_units
-from raypar.compute.timing import Timing
+from raypar.compute.timing import Clock, Timing
 from raypar.compute.transport import drive
 from raypar.compute.tree import Tree
 from raypar.planning.errors import NonFiniteError, RayparError
@@ -48,6 +48,7 @@ class StageActor:
             keep_freed_memory()
         self.store: dist.TCPStore | None = None
         self.engine: Engine | None = None
+        self.clock: Clock | None = None  # of the engine; after a failure it tells what was done until then
         self.failure: RayparError | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -96,8 +97,10 @@ class StageActor:
             self.engine = in_process.make_engine(
                 spec, self.plan, self.replica, self.actor, part, transport, self.device, snapshot=snapshot
             )
+        self.clock = self.engine.clock
         uses_inputs = any(stage.uses_inputs for stage in part.stages.values())
-        return {"names": part.names, "uses_inputs": uses_inputs, "describe": self.describe()}
+        steps = in_process.steps_of(self.engine)
+        return {"names": part.names, "uses_inputs": uses_inputs, "steps": steps, "describe": self.describe()}
 
     # ------------------------------------------------------------ steps
 
@@ -110,7 +113,7 @@ class StageActor:
         return sums
 
     def events(self) -> list[Event]:
-        return self.engine.clock.events(self.replica, self.actor) if self.engine is not None else []
+        return self.clock.events(self.replica, self.actor) if self.clock is not None else []
 
     def predict(self, order: Order) -> Tree:
         return microbatch.to_arrays(self._run(lambda engine: engine.predict(order)))

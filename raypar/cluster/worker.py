@@ -28,6 +28,7 @@ from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.process_links import ProcessCollective
 from raypar.compute.profile import measure_units
 from raypar.compute.session import Session, enter
+from raypar.compute.timeline import write_timeline
 from raypar.compute.transport import drive
 from raypar.planning.plan import Plan, Timeouts
 
@@ -54,13 +55,21 @@ def run_worker(config: dict[str, Any]) -> None:
     """The train loop of a Ray Train worker; `config["job"]` is a Job. Raises RayparErrors only."""
     job: Job = config["job"]
     rank = ray.train.get_context().get_world_rank()
+    session: WorkerSession | None = None
     try:
         session = WorkerSession(job, rank)
         session.restore(session.gather(checkpoint_to_resume(job.storage) if rank == 0 else None)[0])
         enter(session)
         job.train_loop()
         session.finish()
+        if job.trace:
+            events = [event for each in session.gather(session.recorded()) for event in each]
+            if rank == 0:
+                write_timeline(job.storage, job.plan, events, in_turns=False)
     except Exception as error:
+        if session is not None and job.trace and not job.actors and rank == 0:  # stage actors are asked by the driver
+            with contextlib.suppress(Exception):
+                write_timeline(job.storage, job.plan, session.recorded(), in_turns=False)
         raise as_raypar_error(error, rank) from None
 
 

@@ -85,6 +85,7 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
         set(ties),
         {owner: [model.get_parameter(n) for n in names] for (owner, holder), names in ties.items() if holder == actor},
         {holder: [model.get_parameter(n) for n in names] for (owner, holder), names in ties.items() if owner == actor},
+        same,
     )
 
 

@@ -59,7 +59,7 @@ def total(values: list[torch.Tensor]) -> float:
     return math.fsum(torch.stack([v.reshape(()).double() for v in values]).tolist()) if values else 0.0
 
 
-def non_finite(step: int, loss: float, in_batch: bool, stage: int | None) -> NonFiniteError:
+def non_finite(step: int, loss: float, in_batch: bool, stage: int | None, precision: str) -> NonFiniteError:
     """The error of a step whose loss or gradient is not finite. `stage`: the first one whose output is not, if any."""
     what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient is not finite"
     where = "all stages' outputs are finite"
@@ -67,9 +67,10 @@ def non_finite(step: int, loss: float, in_batch: bool, stage: int | None) -> Non
         where = f"the first values that are not finite come out of stage {stage}"
     if in_batch:
         where += "; the batch itself holds values that are not finite"
+    wider = ", or take precision='bf16', for float16 ends at 65504" if precision == "fp16" else ""
     return NonFiniteError(
         f"{what} at step {step}: {where}. The step was not committed. Look at that batch or stage, lower "
-        "the learning rate, or set max_grad_norm.",
+        f"the learning rate, or set max_grad_norm{wider}.",
         step=step,
         stage=stage,
     )

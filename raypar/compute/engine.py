@@ -329,7 +329,9 @@ class Engine:
         self.learner.give_up()
         for stage in self.part.stages.values():
             stage.forget()
-        if self.learner.loss_scale is None or not self.learner.loss_scale.shrink():
+        # The loss is summed before it is scaled: where it is not finite itself, no smaller scale would help.
+        scale = self.learner.loss_scale if math.isfinite(loss) else None
+        if scale is None or not scale.shrink():
             yield from self._find_non_finite(order, loss)
 
     def _average(self, order: Order, totals: commit.Totals) -> Waiting:
@@ -356,7 +358,7 @@ class Engine:
         self.learner.give_up()
         bad = yield from self._sum_over_all([float(in_batch), *(float(not ok) for ok in run.finite)])
         first = next((stage for stage, count in enumerate(bad[1:]) if count), None)
-        raise commit.non_finite(order.step, loss, bool(bad[0]), first)
+        raise commit.non_finite(order.step, loss, bool(bad[0]), first, self.plan.precision)
 
     def _user_code(
         self, what: str, stage: int | None = None, number: int | None = None

@@ -24,7 +24,7 @@ from raypar.compute.precision import LossScale
 from raypar.compute.timing import Timing
 from raypar.compute.transport import Transport
 from raypar.compute.tree import Tree
-from raypar.planning.errors import CheckpointError
+from raypar.planning.errors import CheckpointError, ModelError
 from raypar.planning.plan import Plan
 from raypar.planning.timeline import Event
 
@@ -73,14 +73,18 @@ def restore(engine: Engine, snapshot: Snapshot) -> None:
 
 
 def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
-    """Take over the values of this actor's parameters and buffers. Raises CheckpointError for missing names
-    or other shapes, before anything has changed."""
+    """Take over the values of this actor's parameters and buffers; of several names of a tied weight the last one
+    counts, on all actors, as in plain PyTorch. Raises CheckpointError for missing names or other shapes, before
+    anything has changed."""
     mine = engine.part.module.state_dict()
     missing = [name for name in mine if name not in state]
     if missing:
         raise CheckpointError(f"the state lacks {len(missing)} names of the model: {', '.join(missing[:10])}")
     check_shapes("the state", state, {name: tensor.shape for name, tensor in mine.items()})
-    engine.part.module.load_state_dict({name: state[name] for name in mine})
+    same = engine.part.same
+    engine.part.module.load_state_dict(
+        {name: state[[other for other in same.get(name, [name]) if other in state][-1]] for name in mine}
+    )
     if engine.averaging is not None:
         engine.averaging.restart()
 
@@ -135,6 +139,22 @@ def describe(engine: Engine) -> dict[str, Any]:
     }
 
 
+def steps_of(engine: Engine) -> bool | None:
+    """Whether an actor's optimizer steps anything; None where the actor has nothing to train."""
+    return engine.learner.optimizer is not None if engine.learner.parameters else None
+
+
+def check_something_is_stepped(of_actors: Iterable[bool | None]) -> None:
+    """Raise ModelError where the model has parameters to train, and no actor's optimizer has selected any. That one
+    of them selects none is no error: groups go by name or type, and the others' parameters are elsewhere."""
+    asked = [found for found in of_actors if found is not None]
+    if asked and not any(asked):
+        raise ModelError(
+            "optimizer: found one without any parameter on every actor, though the model has parameters that require a "
+            "gradient; needed one that selects some of module.parameters()"
+        )
+
+
 class InProcessActors:
     """The actors of one replica, all in this process.
 
@@ -145,6 +165,7 @@ class InProcessActors:
     def __init__(self, engines: Sequence[Engine], drive_step: Drive = take_turns) -> None:
         self.engines = engines
         self.drive_step = drive_step
+        check_something_is_stepped([steps_of(engine) for engine in engines])
 
     def _run(self, calls: Sequence[Waiting], drive: Drive = take_turns) -> list[Any]:
         kept = randomness.save_state()

@@ -10,6 +10,7 @@ that came last.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import random
 import threading
@@ -28,7 +29,8 @@ from raypar.compute.memory_links import MemoryWorld, take_turns
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.profile import measure_units
 from raypar.compute.session import Session, enter
-from raypar.planning.errors import UsageError
+from raypar.compute.timeline import write_timeline
+from raypar.planning.errors import CheckpointError, UsageError
 from raypar.planning.plan import Plan, Timeouts
 
 CPU = torch.device("cpu")
@@ -133,7 +135,7 @@ class LocalSession(Session):
 
     def __init__(self, run: _Run, rank: int, datasets: dict[str, Any]) -> None:
         super().__init__(run.plan, rank, datasets, run.storage, run.timeouts)
-        self.trace, self.takes_turns = run.trace, True
+        self.trace = run.trace
         self.run = run
 
     def gather(self, value: Any) -> list[Any]:
@@ -221,7 +223,7 @@ def run_local(
 
     keep: how many checkpoints stay (None: all).
     say:   is told from which checkpoint the run goes on.
-    trace: write the timeline of the last steps, once all loops have returned.
+    trace: write the timeline of the last steps, once all loops have returned, or as far as they came.
 
     Returns the history of metrics of the first replica. Raises what the first loop that failed raised.
     """
@@ -231,6 +233,7 @@ def run_local(
         say(f"Going on from {newest}")
     before = randomness.save_state()
     errors: dict[int, BaseException] = {}
+    sessions: list[LocalSession] = []
 
     def replica(rank: int) -> None:
         try:
@@ -241,6 +244,7 @@ def run_local(
             np.random.seed(seed % 2**32)
             random.seed(seed)
             session = LocalSession(run, rank, datasets)
+            sessions.append(session)
             session.restore(newest)
             run.history = session.history if rank == 0 else run.history
             enter(session)
@@ -261,6 +265,10 @@ def run_local(
             _run_threads(replica, plan.data, run.turns, timeouts.stop)
     finally:
         randomness.restore_state(before)
+    if trace:
+        with contextlib.suppress(CheckpointError) if errors else contextlib.nullcontext():  # the first error counts
+            events = [event for session in sessions for event in session.recorded()]
+            write_timeline(storage, plan, events, in_turns=plan.data * plan.pipeline > 1)
     if errors:
         raise errors[min(errors)]
     return run.history

@@ -58,6 +58,7 @@ class Part:
     lent:   the tied weights of which others hold copies, by holder, in the same order as there.
     edges:  of the stage graph, by mode.
     names:  of the whole model's state dict, in its order, with the shapes.
+    same:   of each of them, all names of the same tensor, in the model's order.
     """
 
     module: nn.Module
@@ -68,6 +69,7 @@ class Part:
     ties: set[tuple[int, int]] = field(default_factory=set)
     copies: dict[int, list[nn.Parameter]] = field(default_factory=dict)
     lent: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+    same: dict[str, list[str]] = field(default_factory=dict)
 
     def is_copy(self, tensor: torch.Tensor) -> bool:
         """Whether a parameter is owned by another actor."""

@@ -2,7 +2,9 @@
 
 Gradients of float16 activations are small enough to become 0, so the loss is multiplied by a scale, and the
 gradient sums are divided by it at the commit (Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740). Where they
-overflow in any stage of any replica, all skip the step. The commit tells all actors the same numbers, so each
+overflow in any stage of any replica, all skip the step: it is dropped whole, and buffers are as before it (with
+torch.amp.GradScaler batch norm keeps what it has seen of it). A loss that is not finite itself has nothing to do with
+the scale, and ends the run as without one. The commit tells all actors the same numbers, so each
 keeps the same scale without a word.
 """
 

@@ -31,7 +31,7 @@ class StepOutput:
     samples:   rows of the global batch.
     lr:        the learning rate of the first parameter group in this step; None where nothing is trained.
     skipped:   True where the step changed nothing, since the global batch had no row, or its rows no weight (the
-               sum of the weights that loss_fn returned was 0).
+               sum of the weights that loss_fn returned was 0), or the gradients overflowed under precision="fp16".
     """
 
     def __init__(self, step: int, wait: Callable[[], StepResult]) -> None:

@@ -21,7 +21,6 @@ from raypar.compute import checkpoint
 from raypar.compute.actors import Actors
 from raypar.compute.checkpoint import Snapshot, Storage
 from raypar.compute.part import Cut, ModelSpec
-from raypar.compute.timeline import write_timeline
 from raypar.planning.errors import CheckpointError, UsageError
 from raypar.planning.plan import Plan, Timeouts
 from raypar.planning.timeline import Event
@@ -99,19 +98,15 @@ class Session(ABC):
         self.history = manifest["history"]
 
     def finish(self) -> None:
-        """The train loop has returned: wait for its last steps, and write the timeline of a traced run."""
+        """The train loop has returned: wait for its last steps."""
         if self.wait_for_steps is not None:
             self.wait_for_steps()
-        if self.trace:
-            events = [event for each in self.gather(self.events() if self.events else []) for event in each]
-            if self.rank == 0:
-                in_turns = self.size * self.plan.pipeline > 1 and self.takes_turns
-                write_timeline(self.storage, self.plan, events, in_turns=in_turns)
+
+    def recorded(self) -> list[Event]:
+        """What this replica's actors did in the last steps; nothing where the run is not traced."""
+        return self.events() if self.trace and self.events is not None else []
 
     # ------------------------------------------------------------ what local mode and train workers do differently
-
-    takes_turns = False
-    """Whether all actors share one thread."""
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:

@@ -360,4 +360,6 @@ class Stage:
             )
         weight = torch.as_tensor(found[1] if is_pair else rows, dtype=torch.float64).detach()
         value = value.reshape(())
+        if value.dtype in (torch.float16, torch.bfloat16):
+            value = value.float()  # a sum over rows may leave float16's range where the mean does not
         return value if is_pair else value * rows, weight

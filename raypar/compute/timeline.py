@@ -8,16 +8,22 @@ from collections.abc import Sequence
 from raypar.compute.checkpoint import Storage
 from raypar.planning.errors import CheckpointError
 from raypar.planning.plan import Plan, schedule_of
-from raypar.planning.timeline import Event, chrome_trace, gantt
+from raypar.planning.timeline import Event, chrome_trace, gantt, newest_step
 
 TRACE, CHART = "timeline.json", "timeline.svg"
 
 
 def write_timeline(storage: Storage, plan: Plan, events: Sequence[Event], *, in_turns: bool) -> None:
-    """Write both. `in_turns`: the actors shared one thread, so that none ever computed beside another; the chart says
-    so. Raises CheckpointError where the storage cannot be written to."""
-    last = max((event.step for event in events), default=0)
-    count = len({event.microbatch for event in events if event.step == last and event.is_compute})
+    """Write both, over those of an earlier attempt; nothing where no step was recorded.
+
+    in_turns: the actors shared one thread, so that none ever computed beside another; the chart says so.
+
+    Raises CheckpointError where the storage cannot be written to.
+    """
+    if not events:
+        return
+    step = newest_step(events)
+    count = len({event.microbatch for event in events if event.step == step and event.is_compute})
     title = f"Plan(data={plan.data}, pipeline={plan.pipeline}, microbatches={count}, schedule={plan.schedule_name!r})"
     if in_turns:
         title += ", local mode: the actors take turns"

@@ -6,7 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,15 +20,17 @@ from raypar.planning.timeline import Event
 class Timing:
     """Sums over the training steps since the last `Clock.read`. Seconds.
 
-    forward, backward: of each stage, all its passes together, recomputing among the backward ones; `passes` counts
-                       the forward ones.
+    forward, backward: of each stage, all its passes together, recomputing among the backward ones, and both parts of
+                       those that the schedule splits; `passes` counts the forward ones.
     span:              from the start of each step to the actor's last pass in it.
+    weight:            of each stage whose backward passes are split, the mean of the parts for the weights.
     """
 
     forward: dict[int, float]
     backward: dict[int, float]
     passes: dict[int, int]
     span: float
+    weight: dict[int, float] = field(default_factory=dict)
 
     @property
     def busy(self) -> float:
@@ -78,8 +80,10 @@ class Clock:
             yield
             return
         start = self._now()
-        yield
-        self.steps[-1][1].append((start, self._now(), kind, stage, microbatch))
+        try:
+            yield
+        finally:  # also what failed: how long an actor waited for a message that never came
+            self.steps[-1][1].append((start, self._now(), kind, stage, microbatch))
 
     def begin_step(self, step: int = 0) -> None:
         if self.trace:
@@ -91,21 +95,19 @@ class Clock:
         self.started = self._now()
 
     def events(self, replica: int, actor: int) -> list[Event]:
-        """What was traced."""
+        """What was traced and is over by now: after a failure a GPU may never come to the end of the last ones."""
         if self.origin is None:
             return []
         first, epoch = self.origin
 
         def seconds(moment: Any) -> float:
-            if self.cuda:
-                moment.synchronize()
-                return epoch + float(first.elapsed_time(moment)) / 1e3
-            return epoch + float(moment - first)
+            return epoch + (float(first.elapsed_time(moment)) / 1e3 if self.cuda else float(moment - first))
 
         return [
             Event(replica, actor, step, kind, stage, microbatch, seconds(start), seconds(end))
             for step, marks in self.steps
             for start, end, kind, stage, microbatch in marks
+            if not self.cuda or end.query()
         ]
 
     def end_step(self) -> None:
@@ -132,7 +134,8 @@ class Clock:
         stages = sorted({stage for stage, kind in self.sums if kind != "span"})
         passes = {s: int(self.sums.get((s, "F"), [0.0, 0])[1]) for s in stages}
         backward = {s: sum(total(s, kind) for kind in "BIW") for s in stages}
-        timing = Timing({s: total(s, "F") for s in stages}, backward, passes, total(-1, "span"))
+        weight = {s: total(s, "W") / self.sums[s, "W"][1] for s in stages if (s, "W") in self.sums}
+        timing = Timing({s: total(s, "F") for s in stages}, backward, passes, total(-1, "span"), weight)
         self.sums.clear()
         return timing
 
@@ -144,7 +147,7 @@ class Bubble:
     measured:  over the steps since the last call.
     simulated: what the schedule leaves with the measured time of each stage, when messages take no time; None where
                actors share cores, with the reason in `note`: the times of the stages then hold each other's.
-    forward, backward: milliseconds of each stage for one micro-batch.
+    forward, backward: milliseconds of each stage for one micro-batch; backward with both parts where it is split.
     """
 
     measured: float
@@ -165,10 +168,12 @@ def bubble_of(plan: Plan, timings: Sequence[Timing], actors: Sequence[dict[str, 
         return None
     forward = [sum(t.forward.get(s, 0.0) for t in timings) / passes[s] for s in stages]
     backward = [sum(t.backward.get(s, 0.0) for t in timings) / passes[s] for s in stages]
+    split = [[t.weight[s] for t in timings if s in t.weight] for s in stages]
+    weight = [sum(found) / len(found) if found else 0.0 for found in split]
     longest = max(t.span for t in timings)
     measured = 1.0 - sum(t.busy for t in timings) / (longest * len(timings))
     note = _crowded(actors)
-    simulated = None if note else simulate(schedule_of(plan), forward, backward).bubble
+    simulated = None if note else simulate(schedule_of(plan), forward, backward, weight).bubble
     return Bubble(measured, simulated, note, tuple(t * 1e3 for t in forward), tuple(t * 1e3 for t in backward))
 
 

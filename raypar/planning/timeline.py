@@ -77,15 +77,25 @@ def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
     return {"traceEvents": found, "displayTimeUnit": "ms"}
 
 
+def newest_step(events: Sequence[Event]) -> int | None:
+    """The last step that all actors have recorded to its commit; where there is none, the last one that all of them
+    have begun, or None."""
+    actors = {(event.replica, event.actor) for event in events}
+    for chosen in ([event for event in events if event.kind == "commit"], events):
+        steps = [{e.step for e in chosen if (e.replica, e.actor) == actor} for actor in actors]
+        shared = set.intersection(*steps) if steps else set()
+        if shared:
+            return max(shared)
+    return None
+
+
 def gantt(events: Sequence[Event], schedule: Schedule, title: str) -> str:
-    """The last step that all actors have recorded as an SVG chart: a row an actor, and under it the schedule's ideal,
-    each action taking the mean of its measured times and messages none."""
+    """The newest step as an SVG chart: a row an actor, and under it the schedule's ideal, each action taking the mean
+    of its measured times and messages none."""
     actors = sorted({(event.replica, event.actor) for event in events})
-    steps = [{e.step for e in events if (e.replica, e.actor) == actor} for actor in actors]
-    shared = set.intersection(*steps) if steps else set()
-    if not shared:
+    step = newest_step(events)
+    if step is None:
         return _svg([], [], title, 0.0, "no step was recorded")
-    step = max(shared)
     shown = [event for event in events if event.step == step]
     origin = min(event.start for event in shown)
     rows = [

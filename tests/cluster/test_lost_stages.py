@@ -3,6 +3,7 @@ names what was lost, and the stopped process is gone too."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -68,6 +69,7 @@ def fails(folder: Path, strike: signal.Signals) -> RunError:
             train_loop_config={"folder": str(folder), "strike": strike},
             run_config=ray.train.RunConfig(name="run", storage_path=str(folder)),
             timeouts=Timeouts(start=60, peer=PEER, stop=2),
+            trace=True,
         ).fit()
     assert time.time() - float((folder / "struck").read_text()) < PEER + MARGIN
     return caught.value
@@ -83,6 +85,13 @@ def assert_none_is_left(folder: Path) -> None:
     assert not [process for process in processes if process.exists()]
 
 
+def assert_timeline_of_the_living_one(folder: Path) -> None:
+    """It ends with a wait for what never came."""
+    trace = [e for e in json.loads((folder / "run" / "timeline.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    assert {(e["tid"], e["args"]["step"]) for e in trace} == {(0, 1), (0, 2)}
+    assert trace[-1]["cat"] == "wait"
+
+
 @pytest.mark.usefixtures("nothing_left")
 def test_a_stage_that_stops_in_the_midst_of_a_step_is_named_and_ended(tmp_path: Path) -> None:
     """It took 30 s longer than the limit: the driver waited for Ray to find that the stopped actor's machine is lost,
@@ -91,6 +100,7 @@ def test_a_stage_that_stops_in_the_midst_of_a_step_is_named_and_ended(tmp_path: 
     assert isinstance(found, TimeoutExceededError)
     where = r"replica 0, stage [03], micro-batch [0-3]: waiting for (activations|gradients) from stage [12]"
     assert re.match(where + r" took longer than Timeouts\(peer=…\) allows", str(found)), found
+    assert_timeline_of_the_living_one(tmp_path)
     assert_none_is_left(tmp_path)
 
 
@@ -100,4 +110,5 @@ def test_a_stage_that_dies_in_the_midst_of_a_step_is_named(tmp_path: Path) -> No
     assert isinstance(found, StageDiedError)
     assert (found.replica, found.stage) == (0, 1)
     assert str(found).startswith("The actor of stages 1, 2 of replica 0")
+    assert_timeline_of_the_living_one(tmp_path)
     assert_none_is_left(tmp_path)

@@ -19,7 +19,7 @@ from models import CNN
 from raypar import Plan, Timeouts, Trainer
 from raypar.cluster.pipeline_replica import PipelineActors
 from raypar.compute.checkpoint import Storage
-from raypar.planning.errors import TimeoutExceededError, UserCodeError
+from raypar.planning.errors import ModelError, TimeoutExceededError, UserCodeError
 from support import reference
 
 STEPS, ROWS, LR = 5, 32, 0.1
@@ -84,10 +84,13 @@ def test_five_steps_on_ray_equal_a_plain_loop(
 
 
 class Silent:
-    """A stage actor that is built, and then never answers again."""
+    """A stage actor that is built, and then never answers again; `steps`: whether its optimizer has a parameter."""
+
+    def __init__(self, *, steps: bool = True) -> None:
+        self.steps = steps
 
     def build(self, *arguments: Any) -> dict[str, Any]:
-        return {"names": {}, "uses_inputs": True, "describe": {}}
+        return {"names": {}, "uses_inputs": True, "steps": self.steps, "describe": {}}
 
     def state(self) -> None:
         threading.Event().wait()
@@ -105,6 +108,16 @@ def test_an_actor_that_stands_still_is_named_when_its_state_is_asked_for(tmp_pat
         TimeoutExceededError, match=r"replica 3, stage 0, 2, 1: no answer to 'state'.*Timeouts\(peer=…\)"
     ):
         actors.state()
+    for handle in handles:
+        ray.kill(handle)
+
+
+def test_an_optimizer_without_a_parameter_on_any_actor_is_refused(tmp_path: Path, nothing_left: None) -> None:
+    remote: Any = ray.remote(num_cpus=0)(Silent)
+    handles = [remote.remote(steps=False), remote.remote(steps=False)]
+    spec: Any = None
+    with pytest.raises(ModelError, match="without any parameter on every actor"):
+        PipelineActors(handles, Plan(pipeline=2), 0, Timeouts(), spec, Storage.open(tmp_path, "run"), None)
     for handle in handles:
         ray.kill(handle)
 

@@ -11,7 +11,7 @@ from raypar.planning.plan import Plan
 def name_of(plan: Plan) -> str:
     """A plan as the name of a test case: data x pipeline, placement, schedule."""
     where = "" if plan.placement is None else "-on-" + "".join(map(str, plan.placement))
-    return f"{plan.data}x{plan.pipeline}{where}-{plan.schedule}"
+    return f"{plan.data}x{plan.pipeline}{where}-{plan.schedule_name}"
 
 
 REPLICAS = [
