@@ -1,8 +1,9 @@
 """What a pipeline holds at most, counted: bytes in receive buffers, and bytes that autograd has saved.
 
 All actors of a plan run in this process over memory, with the engine that runs everywhere, and each allocation is
-counted where it is made. Receive buffers must not grow with the number of micro-batches; 1F1B must keep S of M
-micro-batches' activations where GPipe keeps all M.
+counted where it is made. Beside them torch.distributed.pipelining's, in two processes over Gloo: what its stages hold
+in their receive buffers after a step, also what came from a stage in the same process. Receive buffers must not grow
+with the number of micro-batches; 1F1B must keep S of M micro-batches' activations where GPipe keeps all M.
 
     python benchmarks/memory.py
 """
@@ -13,7 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from pipeline import ACTORS, PLACEMENTS, Processes, plan_of, port, torch_pipeline
 from torch.autograd.graph import saved_tensors_hooks
 from transformer import batch, transformer
 
@@ -105,6 +108,39 @@ def receive_buffers(plan: Plan) -> list[int]:
     return most
 
 
+def of_torch(rank: int, port: int, config: dict[str, Any], commands: Any, answers: Any) -> None:
+    """Tells the bytes in the receive buffers of both processes once it is asked."""
+    torch.set_num_threads(1)
+    stages, step = torch_pipeline(rank, port, config)
+    commands.get()
+    step()
+    kinds = [kind for stage in stages for kind in (stage.args_recv_info, stage.grad_recv_info)]
+    buffers = [info.buffer for kind in kinds for infos in kind.values() for info in infos]
+    storages = {  # the input of the whole model has no buffer
+        buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes()
+        for buffer in buffers
+        if buffer is not None
+    }
+    received = torch.zeros(ACTORS, dtype=torch.int64)
+    received[rank] = sum(storages.values())
+    dist.all_reduce(received)
+    if rank == 0:
+        answers.put(received.tolist())
+    commands.get()
+    dist.destroy_process_group()
+
+
+def receive_buffers_of_torch(schedule: str, microbatches: int) -> list[int]:
+    config = CONFIG | {"microbatches": microbatches, "schedule": schedule}
+    meet = port(microbatches, list(PLACEMENTS).index(schedule))
+    processes = Processes([(of_torch, (rank, meet, config)) for rank in range(ACTORS)])
+    try:
+        found: Any = processes()
+    finally:
+        processes.stop()
+    return list(found)
+
+
 def saved_activations(plan: Plan) -> int:
     """The most bytes that the autograd graphs of any actor hold."""
     engines = engines_of(plan)
@@ -116,18 +152,15 @@ def saved_activations(plan: Plan) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     print("bytes in receive buffers, the most of each actor")
-    for schedule, placement in (
-        ("gpipe", (0, 1)),
-        ("1f1b", (0, 1)),
-        ("interleaved", (0, 1, 0, 1)),
-        ("zbv", (0, 1, 1, 0)),
-    ):
-        found = [
-            receive_buffers(Plan(pipeline=2, placement=placement, schedule=schedule, microbatches=m))
-            for m in (8, 16, 64)
-        ]
-        verdict = "constant" if found[0] == found[1] == found[2] else "not constant"
-        print(f"  {schedule:<12} M=8 {found[0]}  M=16 {found[1]}  M=64 {found[2]}  {verdict}")
+    for schedule in PLACEMENTS:
+        for name, count in (
+            ("raypar", lambda schedule, m: receive_buffers(plan_of(schedule, m))),
+            ("torch", receive_buffers_of_torch),
+        ):
+            found = [count(schedule, m) for m in (8, 16, 64)]
+            growth = sum(found[-1]) / sum(found[0])
+            verdict = "constant" if found[0] == found[1] == found[2] else f"64/8: {growth:.1f} times"
+            print(f"  {schedule:<12} {name:<7} M=8 {found[0]}  M=16 {found[1]}  M=64 {found[2]}  {verdict}", flush=True)
     stages, m = 4, 16
     plans = [Plan(pipeline=stages, schedule=schedule, microbatches=m) for schedule in ("1f1b", "gpipe")]
     one, all_of_them = map(saved_activations, plans)

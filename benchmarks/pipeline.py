@@ -53,10 +53,8 @@ RIVALS: dict[str, Any] = {
 # ---------------------------------------------------------------- torch.distributed.pipelining, and one process alone
 
 
-def torch_process(rank: int, port: int, config: dict[str, Any], commands: Any, answers: Any) -> None:
-    torch.set_num_threads(1)
-    if config["same_malloc"]:
-        keep_freed_memory()
+def torch_pipeline(rank: int, port: int, config: dict[str, Any]) -> tuple[list[PipelineStage], Callable[[], None]]:
+    """The stages of one process, and a function that runs a step; the other process must be there."""
     store = dist.TCPStore("127.0.0.1", port, ACTORS, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ACTORS)
     torch.manual_seed(0)
@@ -72,19 +70,36 @@ def torch_process(rank: int, port: int, config: dict[str, Any], commands: Any, a
     schedule = RIVALS[config["schedule"]](given, config["microbatches"], loss_fn=F.mse_loss)
     optimizer = torch.optim.SGD([p for part in parts.values() for p in part.parameters()], lr=1e-3)
     inputs, targets = batch(config)
+
+    def step() -> None:
+        losses: list[torch.Tensor] = []
+        first = (inputs,) if placement[0] == rank else ()
+        last = {"target": targets, "losses": losses} if placement[-1] == rank else {}
+        schedule.step(*first, **last)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return stages, step
+
+
+def torch_process(rank: int, port: int, config: dict[str, Any], commands: Any, answers: Any) -> None:
+    torch.set_num_threads(1)
+    if config["same_malloc"]:
+        keep_freed_memory()
+    _, step = torch_pipeline(rank, port, config)
     while commands.get():
         start = time.perf_counter()
         for _ in range(config["steps"]):
-            losses: list[torch.Tensor] = []
-            first = (inputs,) if placement[0] == rank else ()
-            last = {"target": targets, "losses": losses} if placement[-1] == rank else {}
-            schedule.step(*first, **last)
-            optimizer.step()
-            optimizer.zero_grad()
+            step()
         dist.barrier()
         if rank == 0:
             answers.put((time.perf_counter() - start) / config["steps"])
     dist.destroy_process_group()
+
+
+def port(microbatches: int, number: int) -> int:
+    """At which the processes of a contender meet; another one for each, and for each run of the benchmark."""
+    return 20000 + (os.getpid() * 7 + microbatches * 11 + number) % 20000
 
 
 def cuts(config: dict[str, Any]) -> list[int]:
@@ -159,8 +174,7 @@ def measure(config: dict[str, Any], schedules: list[str], rounds: int) -> None:
     contenders: list[Any] = [alone]
     for number, schedule in enumerate(schedules):
         own = config | {"schedule": schedule}
-        port = 20000 + (os.getpid() * 7 + m * 11 + number) % 20000
-        contenders.append(Processes([(torch_process, (rank, port, own)) for rank in range(ACTORS)]))
+        contenders.append(Processes([(torch_process, (rank, port(m, number), own)) for rank in range(ACTORS)]))
         contenders.append(OnRay(train_loop, plan_of(schedule, m), own))
     try:
         whole_times, *others = in_turns(contenders, rounds)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from raypar import read_state_dict
 from raypar.compute.build import build_part
 from raypar.compute.checkpoint import Storage, newest_checkpoint
+from raypar.compute.in_process import load_model
 from raypar.compute.local import run_local
 from raypar.compute.parallelize import parallelize
 from raypar.compute.part import ModelSpec
@@ -377,25 +378,16 @@ def test_a_state_that_is_loaded_is_there_on_all_actors(tmp_path: Path) -> None:
     assert reference.worst_difference(found, needed.weights) <= TOLERANCE
 
 
-@pytest.mark.parametrize("plan", [Plan(), PLANS[1], PLANS[2]], ids=name_of)
-def test_where_a_state_that_is_loaded_has_several_values_of_one_the_last_counts_on_all_actors(
-    plan: Plan, tmp_path: Path
-) -> None:
+def test_where_a_state_that_is_loaded_has_several_values_of_one_the_last_counts_on_all_actors() -> None:
     """As in plain PyTorch. Each actor took the last of the names that it knows itself, and they differed."""
     whole = InThreeStages().state_dict()
     whole = {name: torch.full_like(tensor, number) for number, (name, tensor) in enumerate(whole.items())}
     model = InThreeStages()
     model.load_state_dict(whole)
-
-    def loop(replica: Replica) -> dict[str, Tensor]:
-        replica.load_state_dict(whole)
-        for engine in replica._actors.engines:  # type: ignore[attr-defined]
-            for name, tensor in engine.part.module.state_dict().items():
-                assert torch.equal(tensor, model.state_dict()[name])
-        return replica.state_dict()
-
-    (found,) = local(loop, plan, tmp_path, InThreeStages, adam)
-    assert reference.worst_difference(found, model.state_dict()) == 0
+    engines = Engines(Plan(pipeline=4), spec_of(InThreeStages, ("two", "three", "head"), loss_fn=loss_fn))
+    for engine in engines.all:
+        load_model(engine, whole)
+    assert reference.worst_difference(engines.weights(), model.state_dict()) == 0
 
 
 def write(weights: dict[str, Tensor], path: Path) -> str:
