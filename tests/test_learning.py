@@ -284,7 +284,7 @@ def test_parts_with_other_groups_than_the_saved_one_keep_the_rates_of_their_own(
         assert rates(resumed, 2) == rates(expected, 5)
 
 
-def test_the_state_is_by_parameter_name_and_on_the_cpu():
+def test_the_state_is_by_parameter_name():
     found = learner(model(), decay_by_name)
     step(found, 1)
     state = found.state()["optimizer"]
@@ -292,15 +292,6 @@ def test_the_state_is_by_parameter_name_and_on_the_cpu():
     assert state["0.weight"]["options"]["weight_decay"] == 0.5
     assert state["3.bias"]["options"]["lr"] == 0.3
     assert set(state["0.weight"]["state"]) == {"step", "exp_avg", "exp_avg_sq"}
-
-
-def test_the_state_is_a_copy_that_later_steps_do_not_change():
-    found = learner(model())
-    step(found, 1)
-    state = found.state()["optimizer"]["0.weight"]["state"]
-    kept = state["exp_avg"].clone()
-    step(found, 2)
-    assert torch.equal(state["exp_avg"], kept)
 
 
 def rates_by_group(module: nn.Module) -> torch.optim.Optimizer:
@@ -379,20 +370,6 @@ def test_another_optimizer_than_the_saved_one_is_refused():
     step(found, 1)
     with pytest.raises(CheckpointError, match=r"for the parameter '0\.weight' is SGD, found AdamW; needed: optimizer="):
         learner(model()).load_state(found.state())
-
-
-def test_a_state_from_before_these_were_kept_can_be_loaded_where_there_is_no_scheduler():
-    ours, again = model(), model()
-    found = learner(ours)
-    step(found, 1)
-    state = found.state()
-    for entry in state["optimizer"].values():
-        del entry["class"], entry["scheduler"]
-    again.load_state_dict(ours.state_dict())
-    resumed = learner(again)
-    resumed.load_state(state)
-    assert step(found, 2) == step(resumed, 2)
-    assert equal(ours, again)
 
 
 def head_only(module: nn.Module) -> torch.optim.Optimizer:

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raypar.compute.checkpoint import Storage, list_checkpoints
 from raypar.compute.local import Turns, run_local
+from raypar.compute.manifest import list_checkpoints
 from raypar.compute.parallelize import parallelize
 from raypar.compute.replica import Replica, report
 from raypar.compute.session import current
+from raypar.compute.storage import Storage
 from raypar.planning.errors import ModelError, NonFiniteError, UsageError
 from raypar.planning.plan import Plan, Timeouts
 
@@ -403,10 +404,10 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_says_so(
 
     run(loop, 1, storage, say=said.append)
     first, second = list_checkpoints(storage)
-    content = Path(second, "model.pt").read_bytes()
-    Path(second, "model.pt").write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+    content = Path(second, "__0_0.distcp").read_bytes()
+    Path(second, "__0_0.distcp").write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
     run(loop, 1, storage, keep=1, say=said.append)
     assert steps == [1, 2, 2, 3]
     assert said == [f"Going on from {first}"]
-    assert f"{second}/model.pt is damaged" in caplog.text
+    assert f"{second}/__0_0.distcp is damaged" in caplog.text
     assert [Path(path).name for path in list_checkpoints(storage)] == ["checkpoint_00000003"]

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.checkpoint import Storage
 from raypar.compute.data import batches
 from raypar.compute.local import run_local
 from raypar.compute.memory_links import MemoryWorld
 from raypar.compute.parallelize import parallelize
 from raypar.compute.replica import Replica
 from raypar.compute.session import current, epochs
+from raypar.compute.storage import Storage
 from raypar.planning.errors import CheckpointError, ModelError, NonFiniteError, UsageError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts
 from support import reference

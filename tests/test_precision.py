@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.checkpoint import Storage
 from raypar.compute.local import run_local
 from raypar.compute.parallelize import parallelize
 from raypar.compute.precision import LossScale, autocast_of
 from raypar.compute.replica import Replica, report
+from raypar.compute.storage import Storage
 from raypar.planning.errors import NonFiniteError
 from raypar.planning.plan import Plan, Timeouts
 from support import reference

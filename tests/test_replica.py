@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from raypar.compute.actors import ReplicaState
-from raypar.compute.checkpoint import Storage, read
+from raypar.compute.checkpoint import SaveOrder, save
 from raypar.compute.microbatch import shared
 from raypar.compute.order import Order, StepResult
 from raypar.compute.replica import Replica, report
 from raypar.compute.session import Loop, Position, Session, enter
+from raypar.compute.storage import Storage
 from raypar.compute.timing import Timing
 from raypar.planning.errors import CheckpointError, DataError, NonFiniteError, UsageError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts
+from support.saved import manifest_of, saved_values
 
 Log = list[str]
 
@@ -24,8 +25,9 @@ Log = list[str]
 class FakeActors:
     """Actors that write down what they are asked for; `errors` says what the step of a number raises."""
 
-    def __init__(self, log: Log, errors: dict[int, Exception]) -> None:
-        self.log, self.errors = log, errors
+    def __init__(self, log: Log, errors: dict[int, Exception], storage: Storage) -> None:
+        self.log, self.errors, self.storage = log, errors, storage
+        self.failure: CheckpointError | None = None
         self.orders: list[Order] = []
         self.loaded: dict[str, torch.Tensor] = {}
 
@@ -51,12 +53,21 @@ class FakeActors:
         self.orders.append(order)
         return order.inputs
 
-    def state(self) -> ReplicaState:
-        self.log.append("state")
-        return ReplicaState({"a": torch.ones(1), "b": torch.zeros(2)})
+    def model(self) -> dict[str, torch.Tensor]:
+        self.log.append("model")
+        return {"a": torch.ones(1), "b": torch.zeros(2)}
 
-    def buffers(self) -> dict[str, torch.Tensor]:
-        return {}
+    def save(self, order: SaveOrder) -> None:
+        self.log.append(f"save {order.step}")
+        try:
+            save(self.storage, order, {"model": {"a": torch.ones(1), "b": torch.zeros(2)}})
+        except CheckpointError as error:
+            self.failure = error
+
+    def saved(self, limit_s: float | None = None) -> None:
+        self.log.append("saved")
+        if self.failure is not None:
+            raise self.failure
 
     def load_model(self, state: dict[str, torch.Tensor]) -> None:
         self.loaded = state
@@ -113,8 +124,8 @@ def errors() -> dict[int, Exception]:
 
 
 @pytest.fixture
-def actors(log: Log, errors: dict[int, Exception]) -> FakeActors:
-    return FakeActors(log, errors)
+def actors(log: Log, errors: dict[int, Exception], session: FakeSession) -> FakeActors:
+    return FakeActors(log, errors, session.storage)
 
 
 @pytest.fixture
@@ -314,14 +325,62 @@ def test_a_report_has_the_step_and_the_epoch_beside_the_metrics(inside: FakeSess
     assert type(row["count"]) is int
 
 
-def test_a_report_with_a_replica_waits_for_its_steps_and_saves_them(inside: FakeSession, replica: Replica, log: Log):
+def test_a_report_with_a_replica_waits_for_its_steps_and_begins_to_save_them(
+    inside: FakeSession, replica: Replica, log: Log
+):
     replica.train_step(X, Y)
     report({"loss": 0.5}, replica)
-    assert log == ["start 1", "end 1", "state"]
+    assert log == ["start 1", "end 1", "save 1"]
+    assert inside.published == []
+    inside.finish()
+    assert log[-1] == "saved"
     ((row, path),) = inside.published
     assert row == {"step": 1, "epoch": 0, "loss": 0.5}
-    found = read(str(path), inside.storage.filesystem)
-    assert (found.step, found.history, found.plan["data"]) == (1, [row], 2)
+    found = manifest_of(path)
+    assert (found["step"], found["history"], found["plan"]["data"]) == (1, [row], 2)
+    assert saved_values(path)["model", "a"].tolist() == [1.0]
+
+
+def test_a_checkpoint_is_published_before_the_next_one_is_begun(inside: FakeSession, replica: Replica, log: Log):
+    for _ in range(2):
+        replica.train_step(X, Y)
+        report({}, replica)
+    assert log == ["start 1", "end 1", "save 1", "start 2", "end 2", "saved", "save 2"]
+    report({})
+    assert [row["step"] for row, _ in inside.published] == [1, 2, 2]
+    assert [str(path)[-9:] for _, path in inside.published] == ["_00000001", "_00000002", "None"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_once_at_the_next_report_and_the_run_goes_on(
+    inside: FakeSession, replica: Replica, actors: FakeActors
+):
+    folder = Path(inside.storage.path)
+    replica.train_step(X, Y)
+    folder.write_text("a file where a folder is needed")
+    report({"loss": 0.5}, replica)
+    folder.unlink()
+    replica.train_step(X, Y)
+    with pytest.raises(CheckpointError, match=r"the checkpoint of step 1 could not be written to .* a writable"):
+        report({"loss": 0.25}, replica)
+    inside.finish()
+    assert [row["loss"] for row, _ in inside.published] == [0.5, 0.25]
+    assert [path is None for _, path in inside.published] == [True, False]
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_fails(inside: FakeSession, replica: Replica):
+    Path(inside.storage.path).write_text("a file where a folder is needed")
+    report({}, replica)
+    with pytest.raises(CheckpointError, match="the checkpoint of step 0 could not be written"):
+        inside.finish()
+
+
+def test_a_loop_that_fails_lets_the_checkpoint_under_way_come_to_its_end(
+    inside: FakeSession, replica: Replica, log: Log
+):
+    report({}, replica)
+    inside.give_up()
+    assert log == ["save 0", "saved"]
+    assert inside.published == []
 
 
 def test_a_report_without_a_replica_waits_for_the_steps_under_way_too(inside: FakeSession, replica: Replica, log: Log):
@@ -381,8 +440,8 @@ def test_a_loss_that_is_not_finite_saves_the_last_committed_step_and_names_the_c
     ) as caught:
         steps(3, 5)
     assert (caught.value.step, caught.value.stage) == (3, 1)
-    found = read(str(caught.value.checkpoint), session.storage.filesystem)
-    assert (found.step, found.position) == (
+    found = manifest_of(caught.value.checkpoint)
+    assert (found["step"], found["position"]) == (
         2,
         {"epoch": 0, "trained": {"train": 2}, "batching": {"train": {"batch_size": 3}}},
     )
@@ -399,8 +458,8 @@ def test_a_loss_that_is_not_finite_in_the_first_step_of_an_epoch_saves_that_epoc
         replica.train_step(X, Y)
     with pytest.raises(NonFiniteError) as caught:
         replica.wait()
-    found = read(str(caught.value.checkpoint), session.storage.filesystem)
-    assert (found.step, found.position) == (2, {"epoch": 1, "trained": {}, "batching": {}})
+    found = manifest_of(caught.value.checkpoint)
+    assert (found["step"], found["position"]) == (2, {"epoch": 1, "trained": {}, "batching": {}})
 
 
 def test_a_loss_that_is_not_finite_is_told_also_where_nothing_can_be_saved(

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from raypar.compute import session as module
-from raypar.compute.checkpoint import Storage, newest_checkpoint, read_manifest
 from raypar.compute.data import batches
 from raypar.compute.local import run_local
+from raypar.compute.manifest import newest_checkpoint, read_manifest
 from raypar.compute.parallelize import parallelize
 from raypar.compute.replica import Replica, report
 from raypar.compute.session import Position, Rate, current, epochs
+from raypar.compute.storage import Storage
 from raypar.planning.errors import UsageError
 from raypar.planning.plan import Plan, Timeouts
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from raypar import read_state_dict
 from raypar.compute.build import build_part
-from raypar.compute.checkpoint import Storage, newest_checkpoint
-from raypar.compute.in_process import load_model
 from raypar.compute.local import run_local
+from raypar.compute.manifest import newest_checkpoint
 from raypar.compute.parallelize import parallelize
 from raypar.compute.part import ModelSpec
 from raypar.compute.replica import Replica, report
+from raypar.compute.saved_state import load_model
+from raypar.compute.storage import Storage
 from raypar.planning.errors import CheckpointError
 from raypar.planning.plan import Plan, Timeouts
 from support import reference

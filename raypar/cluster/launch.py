@@ -39,7 +39,8 @@ from raypar.cluster.progress import ProgressDisplay
 from raypar.cluster.script_modules import send_script_modules
 from raypar.cluster.stage_actor import StageActor
 from raypar.cluster.worker import Job, run_worker
-from raypar.compute.checkpoint import Storage, newest_checkpoint, read_manifest
+from raypar.compute.manifest import newest_checkpoint, read_manifest
+from raypar.compute.storage import Storage
 from raypar.compute.timeline import write_timeline
 from raypar.planning.errors import CheckpointError, ConfigError, PeerLostError, RayparError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts

@@ -13,11 +13,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from raypar.cluster.failures import death, unwrapped
 from raypar.compute import microbatch
-from raypar.compute.actors import ReplicaState
-from raypar.compute.checkpoint import Storage
-from raypar.compute.in_process import check_something_is_stepped, merge, with_lr
+from raypar.compute.checkpoint import SaveOrder
+from raypar.compute.in_process import check_something_is_stepped, merge_models, with_lr
 from raypar.compute.order import Order, StepResult
 from raypar.compute.part import ModelSpec
+from raypar.compute.storage import Storage
 from raypar.compute.timing import Timing
 from raypar.compute.tree import Tree
 from raypar.planning.errors import PeerLostError, RayparError, RunError, StageDiedError, TimeoutExceededError
@@ -51,6 +51,7 @@ class PipelineActors:
         self._names: dict[str, torch.Size] = built[0]["names"]
         self._uses_inputs = [answer["uses_inputs"] for answer in built]
         self._last = plan.actor_of_stage[-1]
+        self._saves: list[Any] = []
         self._described = [answer["describe"] for answer in built]
 
     def train(self, order: Order) -> Callable[[], StepResult]:
@@ -64,19 +65,21 @@ class PipelineActors:
     def predict(self, order: Order) -> Tree:
         return microbatch.to_tensors(self._get(self._start("predict", order))[self._last], CPU)
 
-    def state(self) -> ReplicaState:
-        states = self._call("state")
-        for state in states:
-            state.model = microbatch.to_tensors(state.model, CPU)
-            state.optimizer = microbatch.to_tensors(state.optimizer, CPU)
-        return merge(states, self._names)
-
-    def buffers(self) -> dict[str, torch.Tensor]:
-        found = self._call("buffers")
-        return {name: tensor for part in found for name, tensor in microbatch.to_tensors(part, CPU).items()}
+    def model(self) -> dict[str, torch.Tensor]:
+        return merge_models([microbatch.to_tensors(part, CPU) for part in self._call("model")], self._names)
 
     def load_model(self, state: dict[str, torch.Tensor]) -> None:
         self._call("load_model", ray.put(microbatch.to_arrays(state)))
+
+    def save(self, order: SaveOrder) -> None:
+        # Not waited for: an actor takes its copy behind the steps it was given and before those that follow.
+        orders = [order, *[order.for_others()] * (len(self.handles) - 1)]
+        self._saves = [handle.save.remote(own) for handle, own in zip(self.handles, orders, strict=True)]
+
+    def saved(self, limit_s: float | None = None) -> None:
+        saves, self._saves = self._saves, []
+        self._get(saves)
+        self._call("saved", limit_s)
 
     def names(self) -> dict[str, torch.Size]:
         return self._names

@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 
 from raypar.compute import in_process, microbatch
-from raypar.compute.actors import ReplicaState
 from raypar.compute.build import build_part, one_process_a_node
 from raypar.compute.channel import Waiting
-from raypar.compute.checkpoint import Storage, read
+from raypar.compute.checkpoint import SaveOrder, SharedSaver
 from raypar.compute.engine import Engine, pairs
 from raypar.compute.faults import failed_wait, user_code
 from raypar.compute.memory import keep_freed_memory
@@ -26,6 +25,9 @@ from raypar.compute.order import Order, StepResult
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.process_links import ProcessTransport, join_world, leave_world, open_store
 from raypar.compute.profile import measure_units
+from raypar.compute.saved_state import load_model, model_of, state_to_save
+from raypar.compute.shards import SavedTensors
+from raypar.compute.storage import Storage
 from raypar.compute.timing import Clock, Timing
 from raypar.compute.transport import drive
 from raypar.compute.tree import Tree
@@ -49,6 +51,7 @@ class StageActor:
         self.store: dist.TCPStore | None = None
         self.engine: Engine | None = None
         self.clock: Clock | None = None  # of the engine; after a failure it tells what was done until then
+        self.saver: SharedSaver | None = None
         self.failure: RayparError | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -92,12 +95,14 @@ class StageActor:
         with user_code(what, self.replica, held[0]):
             with one_process_a_node():
                 part = build_part(spec, self.plan, self.actor, self.device)
-                snapshot = read(restored, storage.filesystem) if restored is not None else None
+                saved = SavedTensors(restored, storage.filesystem) if restored is not None else None
             transport = ProcessTransport(self.plan, self.replica, self.actor, pairs(self.plan, part), self.timeouts)
             self.engine = in_process.make_engine(
-                spec, self.plan, self.replica, self.actor, part, transport, self.device, snapshot=snapshot
+                spec, self.plan, self.replica, self.actor, part, transport, self.device, saved=saved
             )
         self.clock = self.engine.clock
+        assert transport.saving is not None
+        self.saver = SharedSaver(storage, transport.saving)
         uses_inputs = any(stage.uses_inputs for stage in part.stages.values())
         steps = in_process.steps_of(self.engine)
         return {"names": part.names, "uses_inputs": uses_inputs, "steps": steps, "describe": self.describe()}
@@ -131,28 +136,34 @@ class StageActor:
             error = found if isinstance(found, RayparError) else failed_wait("a step", found, self.replica, stage)
             self.failure = error
             if not isinstance(error, NonFiniteError):
-                self.engine = None
+                self.engine = self.saver = None
                 leave_world(error)
             raise error from None
 
     # ------------------------------------------------------------ state
 
-    def state(self) -> ReplicaState:
-        """This actor's part of the state; tensors as NumPy arrays, which Ray carries without copying them twice."""
-        assert self.engine is not None, "state() before build()"
-        state = in_process.state_of(self.engine)
-        state.model = microbatch.to_arrays(state.model)
-        state.optimizer = microbatch.to_arrays(state.optimizer)
-        return state
-
-    def buffers(self) -> dict[str, Any]:
-        assert self.engine is not None, "buffers() before build()"
-        arrays: dict[str, Any] = microbatch.to_arrays(in_process.buffers_of(self.engine))
+    def model(self) -> dict[str, Any]:
+        """This actor's part of the model's state; as NumPy arrays, which Ray carries without copying them twice."""
+        assert self.engine is not None, "model() before build()"
+        arrays: dict[str, Any] = microbatch.to_arrays(model_of(self.engine))
         return arrays
+
+    def save(self, order: SaveOrder) -> None:
+        """Begin to write this actor's share of a checkpoint."""
+        if self.failure is not None:
+            raise self.failure
+        assert self.engine is not None, "save() before build()"
+        assert self.saver is not None
+        self.saver.start(order, state_to_save(self.engine, order))
+
+    def saved(self, limit_s: float | None) -> None:
+        """Wait until the checkpoint is written."""
+        if self.saver is not None:
+            self.saver.wait(limit_s)
 
     def load_model(self, state: dict[str, Any]) -> None:
         assert self.engine is not None, "load_model() before build()"
-        in_process.load_model(self.engine, microbatch.to_tensors(state, torch.device("cpu")))
+        load_model(self.engine, microbatch.to_tensors(state, torch.device("cpu")))
 
     def timing(self) -> Timing:
         assert self.engine is not None, "timing() before build()"

@@ -20,14 +20,17 @@ from raypar.cluster.pipeline_replica import PipelineActors
 from raypar.compute import microbatch
 from raypar.compute.actors import Actors
 from raypar.compute.build import build_part, ddp_sum, one_process_a_node
-from raypar.compute.checkpoint import Storage, checkpoint_to_resume, read
+from raypar.compute.checkpoint import SharedSaver
 from raypar.compute.gradients import Collective
 from raypar.compute.in_process import InProcessActors, make_engine
+from raypar.compute.manifest import checkpoint_to_resume
 from raypar.compute.memory import keep_freed_memory
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.process_links import ProcessCollective
 from raypar.compute.profile import measure_units
 from raypar.compute.session import Session, enter
+from raypar.compute.shards import SavedTensors
+from raypar.compute.storage import Storage
 from raypar.compute.timeline import write_timeline
 from raypar.compute.transport import drive
 from raypar.planning.plan import Plan, Timeouts
@@ -67,6 +70,8 @@ def run_worker(config: dict[str, Any]) -> None:
             if rank == 0:
                 write_timeline(job.storage, job.plan, events, in_turns=False)
     except Exception as error:
+        if session is not None:
+            session.give_up()
         if session is not None and job.trace and not job.actors and rank == 0:  # stage actors are asked by the driver
             with contextlib.suppress(Exception):
                 write_timeline(job.storage, job.plan, session.recorded(), in_turns=False)
@@ -102,9 +107,7 @@ class WorkerSession(Session):
         self.job, self.trace = job, job.trace
         self.control: dist.ProcessGroup | None = None
         if self.size > 1:
-            group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=job.timeouts.peer))
-            assert isinstance(group, dist.ProcessGroup)
-            self.control = group
+            self.control = _group(job.timeouts)
 
     def gather(self, value: Any) -> list[Any]:
         if self.control is None:
@@ -140,13 +143,14 @@ class WorkerSession(Session):
             keep_freed_memory()
         with one_process_a_node():
             part = build_part(spec, self.plan, 0, device)
-            snapshot = read(self.restored, self.storage.filesystem) if self.restored is not None else None
+            saved = SavedTensors(self.restored, self.storage.filesystem) if self.restored is not None else None
         transport = _WorkerTransport(self.plan, self.control)
         trains = any(p.requires_grad for p in part.module.parameters())
         in_ddp = self.size > 1 and len(part.stages) == 1 and trains and self.plan.data_strategy == "ddp"
         sums = ddp_sum(part, dist.group.WORLD) if in_ddp and dist.group.WORLD is not None else None
-        engine = make_engine(spec, self.plan, self.rank, 0, part, transport, device, sums, snapshot)
-        return InProcessActors([engine], lambda calls: [drive(call) for call in calls])
+        engine = make_engine(spec, self.plan, self.rank, 0, part, transport, device, sums, saved)
+        saver = SharedSaver(self.storage, _group(self.timeouts))
+        return InProcessActors([engine], saver, lambda calls: [drive(call) for call in calls])
 
     def publish(self, metrics: dict[str, Any], path: str | None) -> None:
         if self.rank == 0:
@@ -162,6 +166,13 @@ class WorkerSession(Session):
     def show_progress(self, progress: dict[str, Any]) -> None:
         with contextlib.suppress(Exception):  # a lost line of progress is no reason to stop
             self.job.board.push.remote({"kind": "progress", **progress})
+
+
+def _group(timeouts: Timeouts) -> dist.ProcessGroup:
+    """A new group of all train workers over Gloo; all of them call for it alike."""
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeouts.peer))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _device() -> torch.device:

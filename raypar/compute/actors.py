@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from raypar.compute.checkpoint import SaveOrder
 from raypar.compute.order import Order, StepResult
 from raypar.compute.timing import Timing
 from raypar.compute.tree import Tree
 from raypar.planning.timeline import Event
-
-
-@dataclass
-class ReplicaState:
-    """The state of one replica on the CPU: `model` under the names of build_model(), with this replica's own
-    buffers; the optimizer's by parameter name."""
-
-    model: dict[str, torch.Tensor] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scheduler: Any = None
-    loss_scale: dict[str, float] | None = None
 
 
 class Actors(Protocol):
@@ -36,12 +25,17 @@ class Actors(Protocol):
 
     def predict(self, order: Order) -> Tree: ...
 
-    def state(self) -> ReplicaState: ...
-
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """This replica's own persistent buffers, on the CPU."""
+    def model(self) -> dict[str, torch.Tensor]:
+        """The whole model's state dict on the CPU, under the names of build_model(), with this replica's buffers."""
 
     def load_model(self, state: dict[str, torch.Tensor]) -> None: ...
+
+    def save(self, order: SaveOrder) -> None:
+        """Begin to write a checkpoint of the steps so far, together with all other replicas."""
+
+    def saved(self, limit_s: float | None = None) -> None:
+        """Wait until it is written, for `limit_s` at most (None: as `timeouts` say). Raises CheckpointError, on all
+        replicas, where it could not be."""
 
     def names(self) -> dict[str, torch.Size]:
         """The names of the whole model's state dict, with the shapes."""

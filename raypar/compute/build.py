@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raypar.compute.checkpoint import check_shapes, read_tensors
 from raypar.compute.gradients import BucketSum, DDPSum, GradientSum
 from raypar.compute.graph import graph_of
 from raypar.compute.part import Cut, ModelSpec, Part
@@ -23,6 +22,7 @@ from raypar.compute.split import StageGraph, check_split, cut_graph, edges_of, h
 from raypar.compute.stage import Stage, StageCode, part_of_model, whole_model
 from raypar.compute.trace import module_calls
 from raypar.compute.transport import Transport
+from raypar.compute.weights_file import check_shapes, read_tensors, shapes_of
 from raypar.planning.errors import ModelError
 from raypar.planning.plan import Plan
 
@@ -63,7 +63,7 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     if spec.weights is not None:
         mine = model.state_dict()
         found = read_tensors(spec.weights, [name for name in names if name in mine], list(names), same)
-        check_shapes(spec.weights, found, {name: names[name] for name in mine})
+        check_shapes(spec.weights, shapes_of(found), {name: names[name] for name in mine})
         model.load_state_dict(found)
     model.to(device)
     stages = {}

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from raypar.compute import microbatch, randomness
-from raypar.compute.actors import ReplicaState
 from raypar.compute.build import bucket_sums
 from raypar.compute.channel import Waiting
-from raypar.compute.checkpoint import Snapshot, check_shapes
+from raypar.compute.checkpoint import SaveOrder, Saver
 from raypar.compute.engine import Engine
 from raypar.compute.gradients import GradientSum
 from raypar.compute.learning import Learner
@@ -21,10 +20,12 @@ from raypar.compute.memory_links import take_turns
 from raypar.compute.order import Order, StepResult
 from raypar.compute.part import ModelSpec, Part
 from raypar.compute.precision import LossScale
+from raypar.compute.saved_state import load_model, merge_states, model_of, restore, state_to_save
+from raypar.compute.shards import SavedTensors
 from raypar.compute.timing import Timing
 from raypar.compute.transport import Transport
 from raypar.compute.tree import Tree
-from raypar.planning.errors import CheckpointError, ModelError
+from raypar.planning.errors import ModelError
 from raypar.planning.plan import Plan
 from raypar.planning.timeline import Event
 
@@ -41,9 +42,9 @@ def make_engine(
     transport: Transport,
     device: torch.device,
     sums: dict[int, GradientSum] | None = None,
-    snapshot: Snapshot | None = None,
+    saved: SavedTensors | None = None,
 ) -> Engine:
-    """The engine of one actor over its part of the model, restored where there is a snapshot."""
+    """The engine of one actor over its part of the model, restored where there is a checkpoint."""
     learner = Learner(part, spec, LossScale() if plan.precision == "fp16" else None)
     averaging = Averaging(plan, replica, part, spec, transport) if plan.data_strategy == "local_sgd" else None
     engine = Engine(
@@ -59,65 +60,15 @@ def make_engine(
         averaging=averaging,
         trace=spec.trace,
     )
-    if snapshot is not None:
-        restore(engine, snapshot)
+    if saved is not None:
+        restore(engine, saved)
     return engine
 
 
-def restore(engine: Engine, snapshot: Snapshot) -> None:
-    """Take over this actor's part of a checkpoint: weights, this replica's buffers, optimizer, scheduler."""
-    others = snapshot.training["buffers"]
-    own = others[engine.replica - 1] if 0 < engine.replica <= len(others) else {}
-    load_model(engine, {**snapshot.model, **own})
-    engine.learner.load_state(snapshot.training)
-
-
-def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
-    """Take over the values of this actor's parameters and buffers; of several names of a tied weight the last one
-    counts, on all actors, as in plain PyTorch. Raises CheckpointError for missing names or other shapes, before
-    anything has changed."""
-    mine = engine.part.module.state_dict()
-    missing = [name for name in mine if name not in state]
-    if missing:
-        raise CheckpointError(f"the state lacks {len(missing)} names of the model: {', '.join(missing[:10])}")
-    check_shapes("the state", state, {name: tensor.shape for name, tensor in mine.items()})
-    same = engine.part.same
-    engine.part.module.load_state_dict(
-        {name: state[[other for other in same.get(name, [name]) if other in state][-1]] for name in mine}
-    )
-    if engine.averaging is not None:
-        engine.averaging.restart()
-
-
-def state_of(engine: Engine) -> ReplicaState:
-    """This actor's part of its replica's state, copied to the CPU."""
-    tensors = engine.part.module.state_dict(keep_vars=True)
-    model = {
-        name: tensor.detach().to("cpu", copy=True)
-        for name, tensor in tensors.items()
-        if not engine.part.is_copy(tensor)
-    }
-    state = engine.learner.state()
-    return ReplicaState(model, state["optimizer"], state["scheduler"], state["loss_scale"])
-
-
-def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
-    """This actor's persistent buffers, copied to the CPU."""
-    module = engine.part.module
-    persistent = module.state_dict().keys() & dict(module.named_buffers(remove_duplicate=False)).keys()
-    return {name: module.get_buffer(name).detach().to("cpu", copy=True) for name in sorted(persistent)}
-
-
-def merge(states: Sequence[ReplicaState], names: Iterable[str]) -> ReplicaState:
-    """The states of all actors of a replica as one, in the order of the whole model."""
-    merged = ReplicaState()
-    for state in states:
-        merged.model.update(state.model)
-        merged.optimizer.update(state.optimizer)
-        merged.scheduler = merged.scheduler if merged.scheduler is not None else state.scheduler
-        merged.loss_scale = state.loss_scale
-    merged.model = {name: merged.model[name] for name in names if name in merged.model}
-    return merged
+def merge_models(parts: Sequence[dict[str, torch.Tensor]], names: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """What the actors of a replica hold of the model as one state dict, in the order of the whole model."""
+    merged = {name: tensor for part in parts for name, tensor in part.items()}
+    return {name: merged[name] for name in names if name in merged}
 
 
 def describe(engine: Engine) -> dict[str, Any]:
@@ -162,8 +113,9 @@ class InProcessActors:
     The global random generators are given back as they were: the engine seeds them for each pass.
     """
 
-    def __init__(self, engines: Sequence[Engine], drive_step: Drive = take_turns) -> None:
+    def __init__(self, engines: Sequence[Engine], saver: Saver, drive_step: Drive = take_turns) -> None:
         self.engines = engines
+        self.saver = saver
         self.drive_step = drive_step
         check_something_is_stepped([steps_of(engine) for engine in engines])
 
@@ -187,15 +139,20 @@ class InProcessActors:
         holder = self.engines[0].placement[-1]
         return microbatch.to_tensors(outputs[holder], torch.device("cpu"))
 
-    def state(self) -> ReplicaState:
-        return merge([state_of(engine) for engine in self.engines], self.names())
-
-    def buffers(self) -> dict[str, torch.Tensor]:
-        return {name: buffer for engine in self.engines for name, buffer in buffers_of(engine).items()}
+    def model(self) -> dict[str, torch.Tensor]:
+        return merge_models([model_of(engine) for engine in self.engines], self.names())
 
     def load_model(self, state: dict[str, torch.Tensor]) -> None:
         for engine in self.engines:
             load_model(engine, state)
+
+    def save(self, order: SaveOrder) -> None:
+        orders = [order, *[order.for_others()] * (len(self.engines) - 1)]
+        states = [state_to_save(engine, own) for engine, own in zip(self.engines, orders, strict=True)]
+        self.saver.start(order, merge_states(states))
+
+    def saved(self, limit_s: float | None = None) -> None:
+        self.saver.wait(limit_s)
 
     def names(self) -> dict[str, torch.Size]:
         return self.engines[0].part.names

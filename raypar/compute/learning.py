@@ -118,7 +118,7 @@ class Learner:
     # ------------------------------------------------------------ state, by parameter name
 
     def state(self) -> dict[str, Any]:
-        """{"optimizer": {name: entry}, "scheduler": …, "loss_scale": …}, on the CPU. An entry is of one parameter, so
+        """{"optimizer": {name: entry}, "scheduler": …, "loss_scale": …}, not copied. An entry is of one parameter, so
         that it can go to any other group on any other actor: {"class": the optimizer's, "state", "options": of its
         group (learning rate, weight decay …), "scheduler": what the scheduler keeps for its group}."""
         scale = self.loss_scale.state() if self.loss_scale is not None else None
@@ -149,7 +149,7 @@ def entries_of(optimizer: torch.optim.Optimizer, names: dict[int, str], schedule
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         kept = _kept_for_group(schedule, number, len(groups))
         for parameter in group["params"]:
-            state = {key: _to_cpu(value) for key, value in optimizer.state.get(parameter, {}).items()}
+            state = dict(optimizer.state.get(parameter, {}))
             found[names[id(parameter)]] = {"class": kind, "state": state, "options": options, "scheduler": kept}
     return found
 
@@ -168,16 +168,16 @@ def load_entries(
             name = names[id(parameter)]
             if name not in saved:
                 raise CheckpointError(f"the checkpoint has no optimizer state for the parameter {name!r}")
-            before = saved[name].get("class", kind)  # not in checkpoints of earlier versions
+            before = saved[name]["class"]
             if before != kind:
                 raise CheckpointError(
                     f"the checkpoint's optimizer for the parameter {name!r} is {before}, found {kind}; needed: "
                     f"{argument} gives {before} again, or a run with another name that begins with these weights, "
-                    "parallelize(…, weights='…/model.pt')"
+                    "parallelize(…, weights='…/checkpoint_…')"
                 )
             packed["state"][index] = saved[name]["state"]
             plain.update(saved[name]["options"])
-            brought[-1].append(saved[name].get("scheduler", {}))
+            brought[-1].append(saved[name]["scheduler"])
     optimizer.load_state_dict(packed)
     return brought
 

@@ -23,12 +23,16 @@ import torch
 from raypar.compute import randomness
 from raypar.compute.build import build_part
 from raypar.compute.channel import Waiting
-from raypar.compute.checkpoint import Storage, checkpoint_to_resume, keep_newest, read
+from raypar.compute.checkpoint import SaveOrder, State, save
 from raypar.compute.in_process import InProcessActors, make_engine
+from raypar.compute.manifest import checkpoint_to_resume, keep_newest
 from raypar.compute.memory_links import MemoryWorld, take_turns
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.profile import measure_units
+from raypar.compute.saved_state import merge_states
 from raypar.compute.session import Session, enter
+from raypar.compute.shards import SavedTensors
+from raypar.compute.storage import Storage
 from raypar.compute.timeline import write_timeline
 from raypar.planning.errors import CheckpointError, UsageError
 from raypar.planning.plan import Plan, Timeouts
@@ -133,6 +137,8 @@ def _check_calls(calls: Sequence[str]) -> None:
 class LocalSession(Session):
     """A replica in local mode."""
 
+    writes_at_once = True
+
     def __init__(self, run: _Run, rank: int, datasets: dict[str, Any]) -> None:
         super().__init__(run.plan, rank, datasets, run.storage, run.timeouts)
         self.trace = run.trace
@@ -158,15 +164,15 @@ class LocalSession(Session):
         return measure_units(spec, units, example_inputs, CPU)
 
     def start_actors(self, spec: ModelSpec) -> InProcessActors:
-        snapshot = read(self.restored, self.storage.filesystem) if self.restored else None
+        saved = SavedTensors(self.restored, self.storage.filesystem) if self.restored else None
         state = randomness.save_state()
         engines = []
         for actor in range(self.plan.pipeline):
             part = build_part(spec, self.plan, actor, CPU)
             transport = self.run.world.transport(self.rank, actor)
-            engines.append(make_engine(spec, self.plan, self.rank, actor, part, transport, CPU, snapshot=snapshot))
+            engines.append(make_engine(spec, self.plan, self.rank, actor, part, transport, CPU, saved=saved))
         randomness.restore_state(state)
-        return InProcessActors(engines, self._step_of_all)
+        return InProcessActors(engines, _LocalSaver(self), self._step_of_all)
 
     def _step_of_all(self, calls: Sequence[Waiting]) -> list[Any]:
         def run_all(of_replicas: list[Sequence[Waiting]]) -> list[list[Any]]:
@@ -186,6 +192,28 @@ class LocalSession(Session):
     def show_progress(self, progress: dict[str, Any]) -> None:
         if self.run.on_progress is not None:
             self.run.on_progress(progress)
+
+
+class _LocalSaver:
+    """Writes what all replicas hold, from the first one; at once, so that a run is repeatable and an error comes where
+    it belongs."""
+
+    def __init__(self, session: LocalSession) -> None:
+        self.session = session
+        self.failure: CheckpointError | None = None
+
+    def start(self, order: SaveOrder, state: State) -> None:
+        states = self.session.gather(state)
+        if self.session.rank == 0:
+            try:
+                save(self.session.storage, order, merge_states(states))
+            except CheckpointError as error:
+                self.failure = error
+
+    def wait(self, limit_s: float | None = None) -> None:
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
 
 
 class _Run:

@@ -97,13 +97,13 @@ class Averaging:
     # ------------------------------------------------------------ state, by parameter name
 
     def state(self) -> dict[str, Any]:
-        """What the next average needs beside the replicas' own weights, the same on every replica, on the CPU:
+        """What the next average needs beside the replicas' own weights, the same on every replica, not copied:
         {"trained": a number a replica, "anchor": {name: tensor}, "outer": {name: entry}}, the last two empty
         without an outer optimizer. An entry is as in Learner.state."""
         names = {id(anchor): name for name, anchor in self.anchor.items()}
         return {
             "trained": list(self.trained),
-            "anchor": {name: anchor.detach().to("cpu", copy=True) for name, anchor in self.anchor.items()},
+            "anchor": {name: anchor.detach() for name, anchor in self.anchor.items()},
             "outer": entries_of(self.outer, names) if self.outer is not None else {},
         }
 

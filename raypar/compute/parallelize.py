@@ -48,7 +48,8 @@ def parallelize(
     split:          names of the modules at which a new stage begins; one less than the plan has stages.
                     Default: in balance, by measured time, or by the number of parameters without example_inputs;
                     modules larger than a fair share are cut inside where their forward can be traced.
-    weights:        a .safetensors or .pt file with the whole model's state dict to start from.
+    weights:        what to start from: a .safetensors or .pt file with the whole model's state dict, or the folder of a
+                    checkpoint of another run.
     seed:           of the weights and of the random numbers in training.
     outer_optimizer: with Plan(data_strategy="local_sgd"), called with the parameters that a process trains; its step
                     takes the weights of the last average by (they - the new average) as their gradient. DiLoCo:
@@ -104,6 +105,7 @@ def parallelize(
     assert chosen is not None
     actors = session.start_actors(dataclasses.replace(spec, cut=chosen, trace=session.trace))
     session.events = actors.events
+    session.restore_random()
     return Replica(session, actors)
 
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from raypar.compute.checkpoint import resolve
 from raypar.compute.columns import bytes_of, item_shape, to_array
+from raypar.compute.storage import resolve
 from raypar.planning.errors import DataError, RunError, near_names
 
 _STEP_BYTES = 1 << 20

@@ -106,8 +106,10 @@ class ProcessTransport:
                 self._stages[stage] = ProcessCollective(members)
         # The commit has a group of its own: the default one stays for ever once somebody imports
         # torch.distributed.nn.functional (torch.optim does), which holds it as the default of its arguments.
-        everyone = group(list(range(plan.data * plan.pipeline)), "gloo")
+        all_ranks = list(range(plan.data * plan.pipeline))
+        everyone = group(all_ranks, "gloo")
         self._everyone = ProcessCollective(everyone) if everyone is not None and everyone.size() > 1 else None
+        self.saving = group(all_ranks, "gloo")  # checkpoints are written beside the steps, so not on the same group
 
     def link_to(self, actor: int) -> ProcessLink:
         return self._to[actor]

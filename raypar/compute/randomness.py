@@ -43,6 +43,19 @@ def save_state() -> Any:
     return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
 
 
+def plain_state() -> dict[str, Any]:
+    """The same in tensors, lists and numbers alone, as a file can hold it safely."""
+    cpu, cuda, numpy, python = save_state()
+    return {"torch": cpu, "cuda": cuda, "numpy": [*numpy[:1], numpy[1].tolist(), *numpy[2:]], "python": list(python)}
+
+
+def restore_plain_state(plain: dict[str, Any]) -> None:
+    numpy, python = plain["numpy"], plain["python"]
+    cuda = plain["cuda"] if torch.cuda.is_available() else None
+    numpy = (numpy[0], np.array(numpy[1], dtype=np.uint32), *numpy[2:])
+    restore_state((plain["torch"], cuda, numpy, (python[0], tuple(python[1]), python[2])))
+
+
 def restore_state(state: Any) -> None:
     cpu, cuda, numpy, python = state
     torch.set_rng_state(cpu)

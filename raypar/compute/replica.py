@@ -13,10 +13,10 @@ import torch
 
 from raypar.compute import microbatch
 from raypar.compute.actors import Actors
-from raypar.compute.checkpoint import check_shapes, name_lists
 from raypar.compute.order import Order, StepResult
 from raypar.compute.session import Position, Session, current
 from raypar.compute.timing import Bubble, bubble_of
+from raypar.compute.weights_file import check_shapes, name_lists, shapes_of
 from raypar.planning.errors import CheckpointError, DataError, NonFiniteError, UsageError
 
 IN_FLIGHT = 2
@@ -142,7 +142,7 @@ class Replica:
         """The weights and buffers of the whole model on the CPU, under the names of build_model(): this replica's own,
         where replicas train apart."""
         self.wait()
-        return self._actors.state().model
+        return self._actors.model()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over weights and buffers of the whole model; every replica must be given the same.
@@ -154,7 +154,7 @@ class Replica:
         extra = [name for name in state if name not in self._names]
         if missing or extra:
             raise CheckpointError(f"load_state_dict: the names do not fit the model: {name_lists(missing, extra)}")
-        check_shapes("load_state_dict: the state", state, self._names)
+        check_shapes("load_state_dict: the state", shapes_of(state), self._names)
         self._actors.load_model(state)
 
     def bubble(self) -> Bubble | None:
@@ -196,7 +196,7 @@ class Replica:
         failed as the first of its epoch is tried again in that one, not behind the last batch of the one before."""
         position = self._position if self._position.epoch == failed.epoch else Position(failed.epoch)
         try:
-            return error.with_checkpoint(self._session.save(self._actors, error.step - 1, position))
+            return error.with_checkpoint(self._session.save_now(self._actors, error.step - 1, position))
         except CheckpointError as failure:
             return NonFiniteError(f"{error.message} Also, {failure}", step=error.step, stage=error.stage)
 
@@ -220,7 +220,11 @@ def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:
     batch left, else for the next batch of this one. So where an epoch has several such loops one after the other,
     save within them or behind the last: a checkpoint made between two of them leaves out the second one on resume.
 
-    Raises CheckpointError when the checkpoint cannot be written; the run can go on without it.
+    The checkpoint is written while the run goes on: what is taken here is a copy. It counts, and `metrics` reach Ray
+    Train, when it is written, at the latest at the next call or at the end of the loop.
+
+    Raises CheckpointError when the checkpoint of the call before could not be written; the run can go on without it.
+    The one at the end of the run is waited for, and `fit()` raises where it could not be written.
     """
     session = current("report")
     if not isinstance(metrics, dict):
@@ -230,10 +234,15 @@ def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:
     row = {name: _plain(name, value) for name, value in metrics.items()}
     row = {"step": session.step, "epoch": session.position.epoch, **row}
     session.history.append(row)
-    path = None
+    failure = session.settle()
     if replica is not None:
-        path = session.save(replica._actors, session.step, session.position_to_save())
-    session.publish(row, path)
+        session.save(replica._actors, session.step, session.position_to_save(), row)
+        if session.writes_at_once:
+            failure = session.settle() or failure
+    else:
+        session.publish(row, None)
+    if failure is not None:
+        raise failure
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -6,6 +6,7 @@ A session is made by local mode or by a train worker before the user's loop star
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -17,10 +18,14 @@ from typing import Any
 
 import torch
 
-from raypar.compute import checkpoint
+from raypar.compute import randomness
 from raypar.compute.actors import Actors
-from raypar.compute.checkpoint import Snapshot, Storage
+from raypar.compute.checkpoint import SaveOrder
+from raypar.compute.manifest import free_path, read_manifest
 from raypar.compute.part import Cut, ModelSpec
+from raypar.compute.saved_state import saved_random
+from raypar.compute.shards import SavedTensors
+from raypar.compute.storage import Storage
 from raypar.planning.errors import CheckpointError, UsageError
 from raypar.planning.plan import Plan, Timeouts
 from raypar.planning.timeline import Event
@@ -60,6 +65,15 @@ class Loop:
     trained: int = 0
 
 
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint that is being written: by whom, where (or why not), and the metrics that are published with it."""
+
+    actors: Actors
+    path: str | CheckpointError
+    row: dict[str, Any] | None
+
+
 class Session(ABC):
     """One replica's view of the run.
 
@@ -77,6 +91,7 @@ class Session(ABC):
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.restored: str | None = None
+        self.saving: Saving | None = None
         self.wait_for_steps: Callable[[], None] | None = None  # of the replica, once there is one
         self.epochs: int | None = None
         self.open_loops: list[Loop] = []  # the one that got its newest batch last stands last
@@ -90,7 +105,7 @@ class Session(ABC):
         """Go on from a checkpoint: the position and the history now, the weights in `parallelize`."""
         if path is None:
             return
-        manifest = checkpoint.read_manifest(path, self.storage.filesystem)
+        manifest = read_manifest(path, self.storage.filesystem)
         self.restored = path
         self.step = manifest["step"]
         self.position = Position(**manifest["position"])
@@ -101,12 +116,18 @@ class Session(ABC):
         """The train loop has returned: wait for its last steps."""
         if self.wait_for_steps is not None:
             self.wait_for_steps()
+        failure = self.settle()
+        if failure is not None:
+            raise failure
 
     def recorded(self) -> list[Event]:
         """What this replica's actors did in the last steps; nothing where the run is not traced."""
         return self.events() if self.trace and self.events is not None else []
 
     # ------------------------------------------------------------ what local mode and train workers do differently
+
+    writes_at_once = False
+    """Whether a checkpoint is written when `save` returns."""
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
@@ -211,25 +232,73 @@ class Session(ABC):
                 }
             )
 
-    def save(self, actors: Actors, step: int, position: Position) -> str:
-        """Write a checkpoint; all replicas call it, the first one writes. Returns its path on all of them."""
+    def save(self, actors: Actors, step: int, position: Position, row: dict[str, Any] | None = None) -> None:
+        """Begin to write a checkpoint; all replicas call it alike, and `settle` before the next one.
+
+        row: the metrics that are published with it.
+        """
+        assert self.saving is None, "a checkpoint before the one before it was settled"
         found: str | CheckpointError | None = None
-        buffers = self.gather(actors.buffers()) if self.size > 1 else []
         if self.rank == 0:
-            state = actors.state()
-            others = buffers[1:] if any(buffers) else []
-            training = {"optimizer": state.optimizer, "scheduler": state.scheduler, "buffers": others}
-            training["loss_scale"] = state.loss_scale
-            snapshot = Snapshot(step, state.model, training, asdict(position), self.plan.as_dict(), self.history)
             try:
-                found = checkpoint.write(self.storage, snapshot)
+                found = free_path(self.storage, step)
             except CheckpointError as error:
                 found = error
         found = self.gather(found)[0]
-        if isinstance(found, CheckpointError):
-            raise found
         assert found is not None
-        return found
+        if isinstance(found, str):
+            manifest = {
+                "step": step,
+                "plan": self.plan.as_dict(),
+                "position": asdict(position),
+                "history": self.history,
+                "names": list(actors.names()),
+            }
+            actors.save(SaveOrder(step, found, manifest, randomness.plain_state()))
+        self.saving = Saving(actors, found, row)
+
+    def settle(self, limit_s: float | None = None) -> CheckpointError | None:
+        """Wait for the checkpoint that is being written, and publish it; all replicas call it alike. Returns the error,
+        the same on all replicas, where it could not be written."""
+        saving, self.saving = self.saving, None
+        if saving is None:
+            return None
+        failure = saving.path if isinstance(saving.path, CheckpointError) else None
+        try:
+            if failure is None:
+                saving.actors.saved(limit_s)
+        except CheckpointError as error:
+            failure = error
+        failure = next((each for each in self.gather(failure) if each is not None), None)
+        if saving.row is not None:
+            self.publish(saving.row, saving.path if failure is None and isinstance(saving.path, str) else None)
+        return failure
+
+    def give_up(self) -> None:
+        """The train loop has failed: let a checkpoint that is being written come to its end, if it can, so that a
+        restart finds it."""
+        if self.saving is not None and isinstance(self.saving.path, str):
+            with contextlib.suppress(Exception):
+                self.saving.actors.saved(self.timeouts.stop)
+
+    def save_now(self, actors: Actors, step: int, position: Position) -> str:
+        """Write a checkpoint and wait for it; returns its path. Raises CheckpointError."""
+        self.settle()
+        self.save(actors, step, position)
+        assert self.saving is not None
+        path = self.saving.path
+        failure = self.settle()
+        if failure is not None:
+            raise failure
+        assert isinstance(path, str)
+        return path
+
+    def restore_random(self) -> None:
+        """Go on with the random numbers of this replica's loop, where a checkpoint has them."""
+        if self.restored is not None:
+            found = saved_random(SavedTensors(self.restored, self.storage.filesystem), self.rank)
+            if found is not None:
+                randomness.restore_plain_state(found)
 
     def position_to_save(self) -> Position:
         """The position that a checkpoint made now stands for. Inside `raypar.epochs`, when every loop over

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from raypar.compute.checkpoint import Storage
+from raypar.compute.storage import Storage
 from raypar.planning.errors import CheckpointError
 from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.timeline import Event, chrome_trace, gantt, newest_step

@@ -168,7 +168,7 @@ def test_the_main_job_succeeds_and_its_log_ends_with_the_table(jobs: dict[str, O
     assert first_progress < table, "progress is to be seen while the job runs"
     assert re.search(r"│ +1 │ \d\.\d{4} │ +\d\d\.\d\d% │ +[\d,]+ │", outcome.log), outcome.log
     assert re.search(r"test accuracy \d\d\.\d\d% after 1 epoch, loss \d\.\d{4}", outcome.log), outcome.log
-    assert (folder / "digits" / "checkpoint_00000023" / "model.pt").exists()
+    assert (folder / "digits" / "checkpoint_00000023" / "checkpoint.json").exists()
 
 
 def test_a_job_that_cannot_work_fails_with_the_reason_in_its_log(jobs: dict[str, Outcome]):
@@ -189,4 +189,4 @@ def test_the_example_of_readme_runs_as_it_stands(jobs: dict[str, Outcome], folde
     loss = re.search(r"^4 +160 +4 +([\d.e-]+)$", outcome.log, re.MULTILINE)
     assert loss is not None, outcome.log
     assert float(loss[1]) < 0.01
-    assert len(list(folder.glob("ray_results/*/checkpoint_*/model.pt"))) == 5
+    assert len(list(folder.glob("ray_results/*/checkpoint_*/checkpoint.json"))) == 5

@@ -18,7 +18,7 @@ import raypar
 from models import CNN
 from raypar import Plan, Timeouts, Trainer
 from raypar.cluster.pipeline_replica import PipelineActors
-from raypar.compute.checkpoint import Storage
+from raypar.compute.storage import Storage
 from raypar.planning.errors import ModelError, TimeoutExceededError, UserCodeError
 from support import reference
 
@@ -92,7 +92,7 @@ class Silent:
     def build(self, *arguments: Any) -> dict[str, Any]:
         return {"names": {}, "uses_inputs": True, "steps": self.steps, "describe": {}}
 
-    def state(self) -> None:
+    def model(self) -> None:
         threading.Event().wait()
 
 
@@ -105,9 +105,9 @@ def test_an_actor_that_stands_still_is_named_when_its_state_is_asked_for(tmp_pat
     plan = Plan(pipeline=2, placement=[0, 1, 0])
     actors = PipelineActors(handles, plan, 3, Timeouts(peer=1, stop=1), spec, storage, None)
     with pytest.raises(
-        TimeoutExceededError, match=r"replica 3, stage 0, 2, 1: no answer to 'state'.*Timeouts\(peer=…\)"
+        TimeoutExceededError, match=r"replica 3, stage 0, 2, 1: no answer to 'model'.*Timeouts\(peer=…\)"
     ):
-        actors.state()
+        actors.model()
     for handle in handles:
         ray.kill(handle)
 

@@ -1,0 +1,170 @@
+"""The checkpoints of a run as files: which there are, which of them are whole, which may go.
+
+    <storage_path>/<name>/checkpoint_00000123/
+        __0_0.distcp …    tensors, written by the stage actors in parallel (torch.distributed.checkpoint)
+        .metadata         which tensor is where in these files
+        checkpoint.json   the manifest: step, plan, position in the data, history of metrics, the model's names in
+                          their order; size and SHA-256 of the files above; its own SHA-256
+
+The manifest is written last, so a checkpoint that was cut off at any byte has none, or one that does not
+fit its files, and is passed over. This needs no rename, which object stores do not have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from raypar.compute.storage import Storage
+from raypar.planning.errors import CheckpointError
+
+logger = logging.getLogger("raypar")
+
+FORMAT = 2
+MANIFEST = "checkpoint.json"
+_NAME = re.compile(r"checkpoint_(\d{8})(?:_(\d+))?")
+
+
+def free_path(storage: Storage, step: int) -> str:
+    """A path that no checkpoint has yet: a step can be saved again, at another position in the data.
+
+    Raises CheckpointError where the store cannot be reached."""
+    try:
+        taken = {os.path.basename(path) for path in list_checkpoints(storage)}
+    except OSError as error:
+        raise cannot_write(step, storage.path, error) from error
+    name, again = f"checkpoint_{step:08d}", 0
+    while name in taken:
+        again += 1
+        name = f"checkpoint_{step:08d}_{again}"
+    return f"{storage.path}/{name}"
+
+
+def cannot_write(step: int, path: str, reason: object) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint of step {step} could not be written to {path}: {reason}. Needed: a writable "
+        "storage_path with room for it; older checkpoints are untouched."
+    )
+
+
+def list_checkpoints(storage: Storage) -> list[str]:
+    """The paths of all checkpoints of a run, whole or not, oldest first."""
+    selector = pafs.FileSelector(storage.path, allow_not_found=True)
+    found = []
+    for entry in storage.filesystem.get_file_info(selector):
+        match = _NAME.fullmatch(entry.base_name)
+        if match and entry.type == pafs.FileType.Directory:
+            found.append((int(match[1]), int(match[2] or 0), entry.path))
+    return [path for _, _, path in sorted(found)]
+
+
+def newest_checkpoint(storage: Storage) -> str | None:
+    """The path of the newest checkpoint whose manifest is there and fits the sizes of its files."""
+    return next((path for path in reversed(list_checkpoints(storage)) if _is_whole(path, storage.filesystem)), None)
+
+
+def checkpoint_to_resume(storage: Storage) -> str | None:
+    """The path of the newest checkpoint of which every byte is as it was written; reads whole files. A newer one that
+    is cut off or damaged is passed over with a warning that names what is wrong with it."""
+    for path in reversed(list_checkpoints(storage)):
+        try:
+            verify(path, storage.filesystem)
+        except CheckpointError as error:
+            logger.warning("Not resuming from the newest checkpoint, but from the one before it: %s", error)
+        else:
+            return path
+    return None
+
+
+def _is_whole(path: str, filesystem: pafs.FileSystem) -> bool:
+    try:
+        _check_sizes(path, read_manifest(path, filesystem), filesystem)
+    except CheckpointError:
+        return False
+    return True
+
+
+def keep_newest(storage: Storage, count: int | None, written: str | None = None) -> None:
+    """Delete all but the newest `count` whole checkpoints (None: keep all). The one that was `written` just now stays
+    in any case: behind a damaged checkpoint of a later step it is not the newest."""
+    if count is None:
+        return
+    kept = 0
+    for path in reversed(list_checkpoints(storage)):
+        if kept < max(count, 1) and _is_whole(path, storage.filesystem):
+            kept += 1
+        elif path != written:
+            storage.filesystem.delete_dir(path)
+
+
+# ---------------------------------------------------------------- the manifest
+
+
+def write_manifest(
+    path: str, filesystem: pafs.FileSystem, fields: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> None:
+    """Write the manifest, which makes a checkpoint whole. files: {"bytes", "sha256"} of each by its name."""
+    manifest = {"format": FORMAT, **fields, "files": files}
+    with filesystem.open_output_stream(f"{path}/{MANIFEST}") as stream:
+        stream.write(json.dumps({**manifest, "sha256": _hash(manifest)}, indent=1).encode())
+
+
+def read_manifest(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises CheckpointError where it is missing, cut off, damaged, or of another
+    format."""
+    try:
+        with filesystem.open_input_stream(f"{path}/{MANIFEST}") as stream:
+            manifest: dict[str, Any] = json.loads(stream.read())
+        number, written = manifest["format"], manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no whole checkpoint: its {MANIFEST} cannot be read ({error})") from error
+    if isinstance(number, int) and number > FORMAT:
+        raise CheckpointError(
+            f"{path} was written by a newer raypar: found format {number}, this one reads {FORMAT}; update raypar"
+        )
+    if written != _hash(manifest):
+        raise CheckpointError(f"{path}/{MANIFEST} is damaged: its SHA-256 differs from the one written in it")
+    if number != FORMAT:
+        raise CheckpointError(
+            f"{path} was written by an earlier raypar: found format {number}, this one reads format {FORMAT}; its "
+            "model.pt is a plain state dict, with which a new run can begin: parallelize(…, weights='…/model.pt')"
+        )
+    return manifest
+
+
+def verify(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
+    """Read every byte of a checkpoint, little of it at a time, and return its manifest. Raises CheckpointError where
+    one is not what was written."""
+    manifest = read_manifest(path, filesystem)
+    _check_sizes(path, manifest, filesystem)
+    for name, entry in manifest["files"].items():
+        found = hashlib.sha256()
+        try:
+            with filesystem.open_input_stream(f"{path}/{name}") as stream:
+                while piece := stream.read(1 << 24):
+                    found.update(piece)
+        except OSError as error:
+            raise CheckpointError(f"{path}/{name} cannot be read: {error}") from error
+        if found.hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{path}/{name} is damaged: its SHA-256 differs from the one in {MANIFEST}")
+    return manifest
+
+
+def _check_sizes(path: str, manifest: dict[str, Any], filesystem: pafs.FileSystem) -> None:
+    files = manifest["files"]
+    for info, (name, entry) in zip(
+        filesystem.get_file_info([f"{path}/{name}" for name in files]), files.items(), strict=True
+    ):
+        if info.size != entry["bytes"]:
+            there = "is missing" if info.size is None else f"has {info.size} bytes"
+            raise CheckpointError(f"{path}/{name} {there}, needed {entry['bytes']}: the checkpoint is not whole")
+
+
+def _hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
