@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,28 @@ def test_a_model_may_draw_from_numpy_and_python_too():
 def test_what_is_no_module_is_refused():
     with pytest.raises(ModelError, match=r"build_model\(\) returned dict, needed a torch\.nn\.Module"):
         build_whole(spec(lambda: {"weights": 1}))  # type: ignore[arg-type, return-value]
+
+
+def test_a_module_that_was_returned_before_is_refused_since_each_actor_keeps_a_part_of_its_own():
+    """In local mode all replicas would train one and the same weights, and the second stage found the first one's."""
+    model = CNN()
+    build_whole(spec(lambda: model))
+    with pytest.raises(ModelError, match="returned before; needed a new one at each call"):
+        build_whole(spec(lambda: model))
+    build_whole(spec(lambda: copy.deepcopy(model)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "found"),
+    [
+        (lambda: nn.LazyLinear(2), r"'1\.weight' has no shape yet"),
+        (lambda: nn.Embedding(3, 2, sparse=True), r"'1' has sparse=True"),
+        (lambda: nn.EmbeddingBag(3, 2, sparse=True), r"'1' has sparse=True"),
+    ],
+)
+def test_what_no_actor_could_train_is_refused(layer: Callable[[], nn.Module], found: str):
+    with pytest.raises(ModelError, match=found):
+        build_whole(spec(lambda: nn.Sequential(nn.Linear(1, 1), layer())))
 
 
 class Counting(nn.Linear):

@@ -38,6 +38,17 @@ def test_the_gradient_of_a_received_value_is_what_goes_back() -> None:
     assert gradient.tolist() == [3.0, 3.0]  # of the sum over rows: the mean times their number
 
 
+def test_a_loss_without_a_gradient_is_refused_where_the_output_has_one() -> None:
+    """It trained nothing, without a word, where plain PyTorch raises an error in loss.backward()."""
+    code = StageCode(lambda inputs, received: (received[0][0] * 3,))
+    stage = Stage(1, {"train": code}, is_last=True, loss_fn=lambda output, targets: output.mean().detach())
+    with pytest.raises(ModelError, match="loss_fn returned a loss without a gradient"):
+        stage.forward(0, None, {0: [leaf(1.0)]}, None, rows=1)
+    frozen = torch.ones(1)
+    stage.forward(0, None, {0: [frozen]}, None, rows=1)
+    assert stage.backward(0, {}) == {0: []}
+
+
 def test_what_goes_out_has_no_history_and_says_whether_it_wants_a_gradient() -> None:
     stage = stage_of(
         lambda inputs, received: (received[0][0] * 2, received[0][0].detach() + 1), sends={2: ["y", "fixed"]}

@@ -8,11 +8,13 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from weakref import WeakSet
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from raypar.compute.gradients import BucketSum, DDPSum, GradientSum
 from raypar.compute.graph import graph_of
@@ -35,7 +37,33 @@ def build_whole(spec: ModelSpec) -> nn.Module:
     model = spec.build_model()
     if not isinstance(model, nn.Module):
         raise ModelError(f"build_model() returned {type(model).__name__}, needed a torch.nn.Module")
+    if model in _built:
+        raise ModelError(
+            "build_model() returned a module that it had returned before; needed a new one at each call, since each "
+            "replica and each stage keeps a part of its own: build it inside build_model, or return a deepcopy of it"
+        )
+    _built.add(model)
+    check_model(model)
     return model
+
+
+_built: WeakSet[nn.Module] = WeakSet()
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what no actor could train. Raises ModelError."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ModelError(
+                f"the model's {name!r} has no shape yet (a lazy module, such as nn.LazyLinear); needed modules with "
+                "their sizes given, or a build_model that runs the model once before it returns it"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ModelError(
+                f"the model's module {name!r} has sparse=True, and gradients that are sparse tensors can be neither "
+                "summed over replicas nor counted in the norm; needed sparse=False"
+            )
 
 
 @contextlib.contextmanager

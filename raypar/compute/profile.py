@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from raypar.compute import tree
-from raypar.compute.build import build_whole, cut_model, in_mode, one_process_a_node
+from raypar.compute.build import build_whole, check_model, cut_model, in_mode, one_process_a_node
 from raypar.compute.channel import check_can_cross
 from raypar.compute.export import described
 from raypar.compute.graph import graph_of, needs_export
@@ -57,6 +57,7 @@ def choose_cut(
     if model is None:
         with one_process_a_node():
             model = build_whole(spec)
+    check_model(model)
     given = None if example_inputs is None else tuple(bind_inputs(model, example_inputs))
     example = None if example_inputs is None else described(example_inputs)
     whole = Cut((), tuple(sorted(open_modules(model, split, stages, given, example))), given, example)

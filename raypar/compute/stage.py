@@ -119,6 +119,10 @@ def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one != one) & (other != other)).all())
 
 
+def _require_grad(value: Tree) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree.leaves(value))
+
+
 class _Enter(torch.autograd.Function):
     """A leaf as a tensor that the stage may change in place, as a first nn.ReLU(inplace=True) does."""
 
@@ -234,6 +238,11 @@ class Stage:
         with self.autocast():
             found = self.codes["train"].run(inputs, entered)
             loss = self._loss(found[-1], targets, rows) if self.is_last else None
+        if loss is not None and not loss[0].requires_grad and _require_grad(found[-1]):
+            raise ModelError(
+                "loss_fn returned a loss without a gradient, though the model's output has one; needed a loss that "
+                "autograd can follow: look for detach(), item(), argmax() or no_grad() in loss_fn"
+            )
         sends, made = self._outgoing("train", found)
         saved = _Saved(leaves, made, loss[0] if loss else None)
         return saved, sends, (loss[0].detach(), loss[1]) if loss else None
