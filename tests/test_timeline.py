@@ -119,6 +119,24 @@ def test_a_run_that_fails_leaves_the_timeline_of_the_steps_before(tmp_path: Path
     assert f"step {STEPS}" in (tmp_path / "traced" / "timeline.svg").read_text()
 
 
+def test_what_is_evaluated_behind_a_step_is_no_part_of_it(tmp_path: Path):
+    """Its messages were drawn into the last step, which the chart then stretched to the end of the evaluation."""
+
+    def loop_that_evaluates() -> None:
+        replica = make()
+        for _ in range(STEPS):
+            replica.train_step(torch.ones(8, 8), torch.zeros(8, 8))
+            replica.eval_step(torch.ones(8, 8), torch.zeros(8, 8))
+            replica.predict(torch.ones(8, 8))
+
+    plan = Plan(pipeline=4, microbatches=4)
+    kinds = []
+    for name, each in (("plain", loop), ("evaluates", loop_that_evaluates)):
+        trace = json.loads((run(tmp_path / name, plan, each, trace=True) / "timeline.json").read_text())["traceEvents"]
+        kinds.append(Counter((e["cat"], e["args"]["step"]) for e in trace if e["ph"] == "X"))
+    assert kinds[0] == kinds[1]
+
+
 def test_a_step_that_breaks_off_is_in_the_trace_and_the_chart_shows_the_last_whole_one(tmp_path: Path):
     def failing() -> None:
         calls = itertools.count()

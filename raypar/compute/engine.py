@@ -12,8 +12,8 @@ An engine's calls are generators that yield what they wait for (see raypar.compu
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,12 +168,14 @@ class Engine:
     def _play(self, run: _Pass) -> Waiting:
         """Run the program; in training, sum each stage's gradients after its last backward pass."""
         ready: dict[Message, Any] = {}
+        trains = run.mode == "train"  # what is traced belongs to a training step
+        traced: Callable[..., AbstractContextManager[None]] = self.clock.traced if trains else lambda *_: nullcontext()
         for instruction in self._program(run.mode, len(run.sizes)):
             if isinstance(instruction, Compute):
                 received = {}
                 for message in instruction.needs:
                     inbox = self._inboxes[self.placement[message.sender]]
-                    with self._exchange(message), self.clock.traced("wait", message.receiver, message.microbatch):
+                    with self._exchange(message), traced("wait", message.receiver, message.microbatch):
                         received[message.sender] = yield from inbox.take(message)
                 action = instruction.action
                 if action.kind == "F":
@@ -186,13 +188,13 @@ class Engine:
                     self._inboxes[self.placement[message.sender]].post(message, self._key_of(run, message))
             elif isinstance(instruction, Send):
                 message = instruction.message
-                with self._exchange(message), self.clock.traced("send", message.sender, message.microbatch):
+                with self._exchange(message), traced("send", message.sender, message.microbatch):
                     self._send(run, message, ready.pop(message))
             elif isinstance(instruction, Release):
                 message = instruction.message
                 with self._exchange(message):
                     yield from self._outboxes[self.placement[message.receiver]].release(message)
-        if run.mode == "train":
+        if trains:
             self.clock.end_step()
             with self._waiting_for("the gradients of tied weights"):
                 yield from self.ties.add_gradients()
