@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import pickle
 import warnings
@@ -132,7 +133,9 @@ class ShardWriter(dcp.FileSystemWriter):
 class SavedTensors:
     """The tensors of a checkpoint by their paths; read when they are asked for.
 
-    shapes: of all of them. Raises CheckpointError where there is none that can be read.
+    shapes: of all of them.
+
+    Raises CheckpointError where there is none that can be read.
     """
 
     def __init__(self, path: str, filesystem: pafs.FileSystem) -> None:
@@ -151,6 +154,12 @@ class SavedTensors:
         entry = self._metadata[self._names[where]]
         assert isinstance(entry, TensorStorageMetadata), f"{where} is no tensor"
         return entry
+
+    def dtype(self, where: Path) -> torch.dtype:
+        return self._entry(where).properties.dtype
+
+    def nbytes(self, where: Path) -> int:
+        return math.prod(self.shapes[where]) * self.dtype(where).itemsize
 
     def below(self, *prefix: str) -> list[Path]:
         """The paths that begin with `prefix`."""
