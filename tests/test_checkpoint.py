@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,15 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from raypar.compute.checkpoint import read_state_dict
-from raypar.compute.manifest import newest_checkpoint
+from raypar.compute.manifest import checkpoint_to_resume, keep_newest, list_checkpoints, newest_checkpoint
+from raypar.compute.shards import SavedTensors
 from raypar.compute.storage import Storage
-from raypar.planning.errors import CheckpointError
-from support.saved import manifest_of, saved_values, write
+from raypar.planning.errors import CheckpointError, RayparError
+from raypar.planning.plan import Plan
+from support.processes import DIED, Processes, processes
+from support.saved import manifest_of, same_values, saved_values, write
+from support.saving import save_behind_each_step
+from support.work import Training
 
 
 @pytest.fixture
@@ -77,6 +83,81 @@ def test_a_store_that_refuses_to_write_is_told_and_leaves_older_checkpoints_alon
     ):
         write(storage, 3)
     assert newest_checkpoint(storage) == before
+
+
+# ---------------------------------------------------------------- written by several processes, beside their steps
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Processes]:
+    with processes() as running:
+        yield running
+
+
+PLANS = {
+    "2x1": (Plan(data=2), ()),
+    "1x2": (Plan(pipeline=2, microbatches=2), ("3",)),
+    "2x2": (Plan(data=2, pipeline=2, microbatches=2), ("3",)),
+}
+
+
+def training_of(name: str) -> Training:
+    plan, split = PLANS[name]
+    return Training(plan, "with_batch_norm", "adamw", split, rows=((4,) * plan.data,) * 3)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_checkpoint_is_of_the_step_behind_which_it_was_begun_not_of_those_taken_meanwhile(
+    pool: Processes, tmp_path: Path, name: str
+):
+    training = training_of(name)
+    plan = training.plan
+    found = pool.run(plan.data * plan.pipeline, save_behind_each_step, training, str(tmp_path))
+    for step in (1, 2, 3):
+        path = tmp_path / "run" / f"checkpoint_{step:08d}"
+        whole = {name: tensor for rank in range(plan.pipeline) for name, tensor in found[rank][step - 1].items()}
+        assert same_values(dict(sorted(read_state_dict(path).items())), dict(sorted(whole.items())))
+        values = saved_values(path)
+        if plan.data == 2:  # the second replica's own buffers
+            second = range(plan.pipeline, 2 * plan.pipeline)
+            of_second = {name: t for rank in second for name, t in found[rank][step - 1].items()}
+            buffers = {where[2]: tensor for where, tensor in values.items() if where[:2] == ("buffers", "1")}
+            assert buffers
+            assert same_values(buffers, {name: of_second[name] for name in buffers})
+
+
+def test_every_process_writes_and_what_they_hold_alike_is_written_once(pool: Processes, tmp_path: Path):
+    plan = Plan(data=2, pipeline=2, microbatches=2)
+    training = Training(plan, "cnn", "adamw", ("fc1",), rows=((2, 2),) * 3)
+    pool.run(4, save_behind_each_step, training, str(tmp_path))
+    path = tmp_path / "run" / "checkpoint_00000003"
+    sizes = {name: entry["bytes"] for name, entry in manifest_of(path)["files"].items() if name.endswith(".distcp")}
+    assert sorted(sizes) == ["__0_0.distcp", "__1_0.distcp", "__2_0.distcp", "__3_0.distcp"]
+    saved = SavedTensors(str(path), pafs.LocalFileSystem())
+    needed = sum(map(saved.nbytes, saved.below()))
+    headers = 1700 * len(saved.below())  # torch.save's, of each tensor
+    assert needed <= sum(sizes.values()) < needed + headers
+    assert needed > 2 * headers
+
+
+def test_a_disk_that_is_full_for_one_process_is_told_in_all_and_training_goes_on(pool: Processes, tmp_path: Path):
+    found = pool.run(2, save_behind_each_step, training_of("1x2"), str(tmp_path), "full")
+    for of_rank in found:
+        assert isinstance(of_rank[0], CheckpointError)
+        assert "the checkpoint of step 1 could not be written" in str(of_rank[0])
+        assert "File too large" in str(of_rank[0])
+    storage = Storage.open(tmp_path, "run")
+    assert [Path(path).name[-1] for path in list_checkpoints(storage)] == ["1", "2", "3"]
+    assert checkpoint_to_resume(storage) == f"{storage.path}/checkpoint_00000003"
+    keep_newest(storage, 2)
+    assert [Path(path).name[-1] for path in list_checkpoints(storage)] == ["2", "3"]
+
+
+def test_a_process_that_dies_while_it_writes_ends_the_wait_of_the_others(pool: Processes, tmp_path: Path):
+    found = pool.run(2, save_behind_each_step, training_of("1x2"), str(tmp_path), "dies")
+    assert found[1] is DIED
+    assert isinstance(found[0], RayparError)
+    assert checkpoint_to_resume(Storage.open(tmp_path, "run")) is None
 
 
 def test_a_path_without_a_checkpoint_is_told(tmp_path: Path):

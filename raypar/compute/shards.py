@@ -33,11 +33,12 @@ Path = tuple[str, ...]
 
 
 class _HashingStream(io.RawIOBase):
-    """Counts and hashes what is written through it."""
+    """Counts and hashes what is written through it. failure: of a write; torch.save raises another error instead."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__()
         self.stream = stream
+        self.failure: OSError | None = None
         self.hash = hashlib.sha256()
         self.size = 0
 
@@ -49,7 +50,11 @@ class _HashingStream(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self.stream.write(view)
+        try:
+            self.stream.write(view)
+        except OSError as error:
+            self.failure = error
+            raise
         self.hash.update(view)
         self.size += len(view)
         return len(view)
@@ -74,7 +79,12 @@ class _ArrowFiles(FileSystemBase):
             return
         with self.filesystem.open_output_stream(text) as stream:
             hashing = _HashingStream(stream)
-            yield hashing
+            try:
+                yield hashing
+            except RuntimeError:
+                if hashing.failure is None:
+                    raise
+                raise hashing.failure from None
         self.written[os.path.basename(text)] = {"bytes": hashing.size, "sha256": hashing.hash.hexdigest()}
         if isinstance(self.filesystem, pafs.LocalFileSystem):  # other stores keep what they have confirmed
             with open(text, "rb") as file:
