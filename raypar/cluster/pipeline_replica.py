@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -113,29 +114,53 @@ class PipelineActors:
         try:
             return self._get(calls, getattr(self.timeouts, limit))
         except GetTimeoutError:
-            _, silent = ray.wait(calls, num_returns=len(calls), timeout=0)
-            stages = [stage for call in silent for stage in self.plan.stages_of(calls.index(call))]
-            raise TimeoutExceededError(
-                f"replica {self.replica}, stage {', '.join(map(str, stages))}: no answer to {method!r} within the "
-                f"{getattr(self.timeouts, limit):g} s of Timeouts({limit}=…); the process is stuck or slow",
-                replica=self.replica,
-                stage=stages[0] if stages else None,
-            ) from None
+            raise self._silence(calls, repr(method), limit) from None
 
-    def _get(self, calls: Sequence[Any], timeout: float | None = None) -> list[Any]:
+    def _silence(self, calls: list[Any], what: str, limit: str) -> TimeoutExceededError:
+        """The error that names the actors that have not answered."""
+        _, silent = ray.wait(calls, num_returns=len(calls), timeout=0)
+        stages = [stage for call in silent for stage in self.plan.stages_of(calls.index(call))]
+        return TimeoutExceededError(
+            f"replica {self.replica}, stage {', '.join(map(str, stages))}: no answer to {what} within the "
+            f"{getattr(self.timeouts, limit):g} s of Timeouts({limit}=…); the process is stuck or slow",
+            replica=self.replica,
+            stage=stages[0] if stages else None,
+        )
+
+    def _get(self, calls: list[Any], timeout: float | None = None) -> list[Any]:
         """The answers of all actors; or the error that the others' errors may have followed from.
 
-        In a step it waits as long as the actors compute: their own waits have limits. Once one has failed, the
-        others get `timeouts.stop` seconds to say what happened to them.
+        Without a `timeout` as `_answers_to_step` has it. Once one has failed, the others get `timeouts.stop` seconds to
+        say what happened to them.
         """
         try:
-            return ray.get(list(calls), timeout=timeout)
+            answers = self._answers_to_step(calls) if timeout is None else ray.get(calls, timeout=timeout)
+            if answers is not None:
+                return answers
         except GetTimeoutError:
             raise
         except (RayTaskError, RayActorError, RayparError):
-            done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=self.timeouts.stop)
-        errors = [error for error in (self._error_of(calls.index(call), call) for call in done) if error is not None]
-        raise min(errors, key=_depth)
+            done, _ = ray.wait(calls, num_returns=len(calls), timeout=self.timeouts.stop)
+            errors = [
+                error for error in (self._error_of(calls.index(call), call) for call in done) if error is not None
+            ]
+            raise min(errors, key=_depth) from None
+        raise self._silence(calls, "a step that others have ended", "peer")
+
+    def _answers_to_step(self, calls: list[Any]) -> list[Any] | None:
+        """Wait as long as the actors compute, for their own waits have limits. But nobody may wait for one that stands
+        still behind its last message, so once one actor has answered, the next one must within `timeouts.peer` seconds;
+        else None."""
+        answered, since = 0, time.monotonic()
+        while True:
+            try:
+                return ray.get(calls, timeout=self.timeouts.peer / 10)
+            except GetTimeoutError:
+                done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+            if len(done) > answered:
+                answered, since = len(done), time.monotonic()
+            elif answered and time.monotonic() - since > self.timeouts.peer:
+                return None
 
     def _error_of(self, actor: int, call: Any) -> RayparError | None:
         try:

@@ -14,6 +14,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError
 
 from raypar.cluster.failures import as_raypar_error, unwrapped
 from raypar.cluster.pipeline_replica import PipelineActors
@@ -33,6 +34,7 @@ from raypar.compute.shards import SavedTensors
 from raypar.compute.storage import Storage
 from raypar.compute.timeline import write_timeline
 from raypar.compute.transport import drive
+from raypar.planning.errors import TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts
 
 
@@ -129,7 +131,15 @@ class WorkerSession(Session):
                 return measure_units(spec, units, example_inputs, _device())
         try:
             first = self.job.actors[self.rank][0]
-            seconds: list[float] = ray.get(first.measure.remote(spec, units, microbatch.to_arrays(example_inputs)))
+            call: Any = first.measure.remote(spec, units, microbatch.to_arrays(example_inputs))
+            seconds: list[float] = ray.get(call, timeout=self.timeouts.start)
+        except GetTimeoutError:
+            raise TimeoutExceededError(
+                f"replica {self.rank}, stage 0: measuring the modules took more than the {self.timeouts.start:g} s of "
+                "Timeouts(start=…); the process is stuck or slow, or parallelize(split=…) spares it the measuring",
+                replica=self.rank,
+                stage=0,
+            ) from None
         except Exception as error:
             raise unwrapped(error) from None
         return seconds

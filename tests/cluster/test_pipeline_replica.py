@@ -18,9 +18,11 @@ import raypar
 from models import CNN
 from raypar import Plan, Timeouts, Trainer
 from raypar.cluster.pipeline_replica import PipelineActors
+from raypar.compute.order import Order
 from raypar.compute.storage import Storage
 from raypar.planning.errors import ModelError, TimeoutExceededError, UserCodeError
 from support import reference
+from support.engines import order_of
 
 STEPS, ROWS, LR = 5, 32, 0.1
 
@@ -95,6 +97,11 @@ class Silent:
     def model(self) -> None:
         threading.Event().wait()
 
+    def eval_step(self, order: Order) -> tuple[float, float]:
+        if order.targets is not None:  # the last stage, for which nobody waits
+            threading.Event().wait()
+        return 0.0, 0.0
+
 
 def test_an_actor_that_stands_still_is_named_when_its_state_is_asked_for(tmp_path: Path, nothing_left: None) -> None:
     """A step's waits have limits of their own; a call in which actors do not wait for each other had none."""
@@ -108,6 +115,23 @@ def test_an_actor_that_stands_still_is_named_when_its_state_is_asked_for(tmp_pat
         TimeoutExceededError, match=r"replica 3, stage 0, 2, 1: no answer to 'model'.*Timeouts\(peer=…\)"
     ):
         actors.model()
+    for handle in handles:
+        ray.kill(handle)
+
+
+def test_an_actor_that_stands_still_in_a_step_that_others_have_ended_is_named(
+    tmp_path: Path, nothing_left: None
+) -> None:
+    """In an evaluation nobody waits for the last stage: eval_step hung for ever when its actor was stopped."""
+    remote: Any = ray.remote(num_cpus=0)(Silent)
+    handles = [remote.remote(), remote.remote()]
+    spec: Any = None
+    limits = Timeouts(peer=2, stop=1)
+    actors = PipelineActors(handles, Plan(pipeline=2), 1, limits, spec, Storage.open(tmp_path, "run"), None)
+    with pytest.raises(
+        TimeoutExceededError, match=r"replica 1, stage 1: no answer to a step that others have ended within the 2 s"
+    ):
+        actors.evaluate(order_of(1, (torch.zeros(1), torch.zeros(1))))
     for handle in handles:
         ray.kill(handle)
 
