@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import RunConfig
 from ray.train.v2.api.result import Result
 
+from raypar.cluster.datasets import for_workers, of_ray_data
 from raypar.cluster.launch import Run, run_on_ray
 from raypar.cluster.placement import check_resources_per_stage, check_scaling
 from raypar.cluster.progress import ProgressDisplay
@@ -23,7 +24,7 @@ from raypar.compute.data import check_datasets
 from raypar.compute.local import run_local
 from raypar.compute.manifest import newest_checkpoint
 from raypar.compute.storage import Storage, absolute
-from raypar.planning.errors import ConfigError, near_names
+from raypar.planning.errors import ConfigError, DataError, near_names
 from raypar.planning.plan import Plan, Timeouts
 
 
@@ -33,8 +34,9 @@ class Trainer:
     train_loop:          called in each train worker (one a replica), with `train_loop_config` or nothing.
     plan:                how many replicas, how many stages, which schedule.
     train_loop_config:   a dict for the loop. Default: none.
-    datasets:            name to Parquet file or folder, local or a URI; or to a torch.utils.data.Dataset, or a function
-                         that returns an iterable of samples. Read with `raypar.batches(name, …)`.
+    datasets:            name to Parquet file or folder, local or a URI; to a torch.utils.data.Dataset; to a function
+                         that returns an iterable of samples; or to a ray.data.Dataset, which needs CPUs that the
+                         plan leaves free. Read with `raypar.batches(name, …)`, which says more of each.
     run_config:          ray.train.RunConfig. The same name and storage path as an earlier run resume it. Without a
                          name each `fit()` is a run of its own: it gets a new name and resumes nothing.
                          `failure_config` says how often a failed run restarts by itself (default: not at all,
@@ -121,7 +123,13 @@ class Trainer:
         Raises the RayparError that the run failed with, and KeyboardInterrupt after Ctrl-C; in each case no
         process of the run is left.
         """
-        check_datasets(self.datasets)
+        of_ray = of_ray_data(self.datasets)
+        check_datasets({name: given for name, given in self.datasets.items() if name not in of_ray})
+        if of_ray and self.local:
+            raise DataError(
+                f"datasets[{next(iter(of_ray))!r}]: found a ray.data.Dataset and local=True, which goes without Ray; "
+                "needed Parquet, a torch.utils.data.Dataset, or a function that returns an iterable of samples"
+            )
         config = _with_own_name(self.run_config)
         return self._fit_locally(config) if self.local else self._fit_on_ray(config)
 
@@ -130,7 +138,8 @@ class Trainer:
             Run(
                 train_loop=_bound(self.train_loop, self.train_loop_config),
                 plan=self.plan,
-                datasets=self.datasets,
+                datasets=for_workers(self.datasets),
+                sharded=of_ray_data(self.datasets),
                 storage=_storage(config),
                 run_config=config,
                 scaling_config=self.scaling_config,

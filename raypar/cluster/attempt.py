@@ -71,12 +71,10 @@ class _QuietScaling(FixedScalingPolicy):
 class AttemptTrainer(TorchTrainer):
     """A TorchTrainer that can be stopped from outside, leaves Ctrl-C alone, and starts no helpers.
 
-    Left out: the actor that shards Ray Data sets (raypar reads its own), and the detached one that removes
+    Left out: the actor that shards Ray Data sets where there are none, and the detached one that removes
     placement groups when the controller dies: it asks the dashboard, stays for ever where there is none, and
     fails where two Ray clusters share a machine. `stop` does its work.
     """
-
-    _unwanted = (DatasetsCallback, PlacementGroupCleanerCallback)
 
     def __init__(self, *args: Any, environment: Mapping[str, str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -87,7 +85,10 @@ class AttemptTrainer(TorchTrainer):
         # TorchTrainer's own keeps the controller's handle to itself, and installs a handler for Ctrl-C that is never
         # taken down again and turns it into sys.exit(0). Without one Ctrl-C raises KeyboardInterrupt out of ray.get.
         arguments["scaling_policy"] = _QuietScaling(self.scaling_config)  # type: ignore[arg-type]
-        arguments["callbacks"] = [each for each in arguments["callbacks"] if not isinstance(each, self._unwanted)]
+        unwanted = (
+            (PlacementGroupCleanerCallback,) if self.datasets else (PlacementGroupCleanerCallback, DatasetsCallback)
+        )
+        arguments["callbacks"] = [each for each in arguments["callbacks"] if not isinstance(each, unwanted)]
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         remote_class: Any = ray.remote(num_cpus=0)(TrainController)
         self._controller = remote_class.options(

@@ -25,6 +25,7 @@ from typing import Any
 
 import pandas as pd
 import ray
+import ray.data
 import ray.train
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
@@ -52,7 +53,10 @@ _GRACE_S = 2.0
 
 @dataclass(frozen=True)
 class Run:
-    """What the user asked for, checked as far as that needs no cluster."""
+    """What the user asked for, checked as far as that needs no cluster.
+
+    datasets: as the train workers get them; those that Ray Train cuts into shards for them are `sharded` as well.
+    """
 
     train_loop: Callable[[], Any]
     plan: Plan
@@ -64,6 +68,7 @@ class Run:
     timeouts: Timeouts
 
     storage: Storage
+    sharded: dict[str, ray.data.Dataset]
     trace: bool = False
 
     def needs(self, *, gpus: bool) -> Needs:
@@ -184,6 +189,7 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
             scaling_config=_scaling_of_workers(run, needs, fleet),
             torch_config=_torch_config(run),
             run_config=attempt.run_config_of_attempt(run.run_config),
+            datasets=run.sharded,
             environment=attempt.train_environment(run.timeouts, run.run_config.failure_config or FailureConfig()),
         )
         result: Result = attempt.fit(trainer, run.timeouts, watch.started)
@@ -275,7 +281,8 @@ def _announcement(run: Run) -> str:
     stages = plan.data * plan.pipeline
     what = f"{stages} stage actors and {workers}" if plan.pipeline > 1 else workers
     newest = newest_checkpoint(run.storage)
-    return f"Starting {what} on Ray" + (f", going on from {newest}" if newest else "")
+    shards = "".join(f"\nA resumed run repeats its epoch: {name!r} is a ray.data.Dataset." for name in run.sharded)
+    return f"Starting {what} on Ray" + (f", going on from {newest}" if newest else "") + shards
 
 
 def _with_history(result: Result, rows: Rows | None, storage: Storage) -> Result:

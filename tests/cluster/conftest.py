@@ -41,6 +41,8 @@ def left() -> list[str]:
     from ray._private.state import actors
 
     living = [actor["ActorClassName"] for actor in actors().values() if actor["State"] != "DEAD"]
+    of_ray_data = ("_StatsActor", "_AutoscalingCoordinatorActor")  # one a cluster, for as long as that lives
+    living = [name for name in living if name not in of_ray_data]
     groups = [key for key, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"]
     return living + groups
 

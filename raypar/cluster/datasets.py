@@ -1,0 +1,43 @@
+"""Data sets on their way to the train workers: Ray Data's as a shard each, others pickled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import ray.data
+import ray.train
+import torch
+from ray import cloudpickle
+
+from raypar.compute.data import Sharded
+from raypar.planning.errors import DataError
+
+
+def of_ray_data(datasets: Mapping[str, Any]) -> dict[str, ray.data.Dataset]:
+    """Those that Ray Train is to cut into a shard for each train worker."""
+    return {name: given for name, given in datasets.items() if isinstance(given, ray.data.Dataset)}
+
+
+def for_workers(datasets: Mapping[str, Any]) -> dict[str, Any]:
+    """What the train workers get. Raises DataError for what cannot be pickled."""
+    found: dict[str, Any] = {}
+    for name, given in datasets.items():
+        if isinstance(given, ray.data.Dataset):
+            found[name] = Sharded(partial(_read_shard, name))
+            continue
+        try:
+            cloudpickle.dumps(given)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            raise DataError(
+                f"datasets[{name!r}]: found a {type(given).__name__} that cannot be pickled, needed one that can: "
+                f"it travels to the train workers: {error}. Open files and connections there at the first use."
+            ) from error
+        found[name] = given
+    return found
+
+
+def _read_shard(name: str, rows: int, drop_last: bool) -> Iterator[Mapping[str, torch.Tensor]]:
+    shard = ray.train.get_dataset_shard(name)
+    return iter(shard.iter_torch_batches(batch_size=rows, drop_last=drop_last, device="cpu"))

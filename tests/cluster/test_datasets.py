@@ -1,0 +1,108 @@
+"""Data sets that train workers do not read as Parquet."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.data
+import ray.train
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import raypar
+from raypar import Plan, Timeouts, Trainer
+from raypar.cluster.datasets import for_workers
+from raypar.planning.errors import DataError, UsageError
+
+ROWS = 20
+
+
+class Crash(Exception):
+    """What ends a loop in the midst of a run."""
+
+
+def train(config: dict[str, Any]) -> None:
+    """Trains on numbers and writes down, by replica, which it got in which epoch."""
+    replica = raypar.parallelize(
+        lambda: nn.Linear(1, 1),
+        loss_fn=nn.functional.mse_loss,
+        optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=0.001),
+    )
+    rank = ray.train.get_context().get_world_rank()
+    for epoch in raypar.epochs(2):
+        for number, batch in enumerate(raypar.batches("train", **config["options"])):
+            rows = batch["id"] if isinstance(batch, dict) else batch[0]
+            replica.train_step(rows[:, None].float(), rows[:, None].float())
+            with Path(config["seen"], f"{rank}-{epoch}").open("a") as file:
+                file.write("".join(f"{row}\n" for row in rows.tolist()))
+            if number == config.get("crash"):
+                raypar.report({}, replica)
+                raise Crash
+        raypar.report({}, replica)
+
+
+def fit(
+    folder: Path, dataset: Any, crash: int | None = None, replicas: int = 2, **options: Any
+) -> dict[str, list[int]]:
+    """What each replica has seen in each epoch, by "replica-epoch"."""
+    seen = folder / "seen"
+    seen.mkdir(parents=True, exist_ok=True)
+    Trainer(
+        train,
+        plan=Plan(data=replicas),
+        train_loop_config={"seen": str(seen), "crash": crash, "options": {"batch_size": 4, **options}},
+        datasets={"train": dataset},
+        run_config=ray.train.RunConfig(name="run", storage_path=str(folder)),
+        timeouts=Timeouts(start=60, peer=30, stop=5),
+    ).fit()
+    return {path.name: [int(line) for line in path.read_text().split()] for path in seen.iterdir()}
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_ray_data_set_is_cut_into_a_shard_for_each_replica_and_resumed_by_epoch(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    rows = ray.data.range(ROWS)
+    with pytest.raises(raypar.RayparError, match="Crash"):
+        fit(tmp_path, rows, crash=1, shuffle=False)
+    assert "A resumed run repeats its epoch: 'train' is a ray.data.Dataset" in capfd.readouterr().err
+    for path in (tmp_path / "seen").iterdir():
+        assert len(path.read_text().split()) == 4
+        path.unlink()
+    seen = fit(tmp_path, rows, shuffle=False)
+    for epoch in range(2):
+        assert sorted(seen[f"0-{epoch}"] + seen[f"1-{epoch}"]) == list(range(ROWS))
+        assert len(seen[f"0-{epoch}"]) == ROWS // 2
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_torch_data_set_and_a_function_travel_to_the_train_workers(tmp_path: Path):
+    seen = fit(tmp_path / "a", TensorDataset(torch.arange(ROWS)))
+    assert sorted(seen["0-0"] + seen["1-0"]) == list(range(ROWS))
+    seen = fit(tmp_path / "b", lambda: ({"id": row} for row in range(ROWS)), shuffle=False)
+    assert seen["0-1"] == [row for row in range(ROWS) if row % 4 < 2]
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_the_batches_of_a_ray_data_set_hold_as_many_rows_of_each_shard(tmp_path: Path):
+    with pytest.raises(
+        UsageError, match=r"batches\('train', batch_size=5\): needed a multiple of 2, since each replica"
+    ):
+        fit(tmp_path, ray.data.range(ROWS), shuffle=False, batch_size=5)
+
+
+def test_what_cannot_be_pickled_is_refused():
+    broken = TensorDataset(torch.zeros(1))
+    broken.lock = threading.Lock()  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"datasets\['b'\]: found a TensorDataset that cannot be pickled, needed one"):
+        for_workers({"a": "rows.parquet", "b": broken})
+
+
+@pytest.mark.usefixtures("cluster")
+def test_local_mode_goes_without_ray_data(tmp_path: Path):
+    with pytest.raises(DataError, match=r"datasets\['train'\]: found a ray\.data\.Dataset and local=True"):
+        Trainer(train, plan=Plan(), datasets={"train": ray.data.range(3)}, local=True).fit()
