@@ -4,8 +4,9 @@
     DataLoader   torch's, with one worker, shuffled: a data set of single rows, which the worker collates
     record batches   the same DataLoader, over an iterable of whole record batches, as stored: nothing to collate
 
-They take turns in one run, each through the whole file once. Then a small network is trained on the batches, and the
-time that the loop waits for them is taken.
+They take turns in one run, each through the whole file once. Beside the times stand the seconds of processors that a
+pass took, which tell more on a machine that is busy. Then a small network is trained on the batches, and the time that
+the loop waits for them is taken.
 
     python benchmarks/data.py
 """
@@ -13,6 +14,8 @@ time that the loop waits for them is taken.
 from __future__ import annotations
 
 import argparse
+import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -89,16 +92,24 @@ class RecordBatches(IterableDataset[dict[str, torch.Tensor]]):
             yield {name: torch.from_numpy(values.copy()) for name, values in arrays(batch).items()}
 
 
-def seconds_a_pass(make: Callable[[], Iterable[Any]], rows: int, batch_size: int) -> Callable[[], float]:
-    """A contender: goes through all batches of what `make` returns, and touches each."""
+class Passes:
+    """A contender: goes through all batches of what `make` returns. Keeps what each pass took of the processors."""
 
-    def once() -> float:
-        start = time.perf_counter()
-        seen = sum(len(batch["y"]) for batch in make())
-        assert seen == rows
+    def __init__(self, make: Callable[[], Iterable[Any]], rows: int) -> None:
+        self.make, self.rows = make, rows
+        self.processor: list[float] = []
+
+    def __call__(self) -> float:
+        start, before = time.perf_counter(), processor_seconds()
+        seen = sum(len(batch["y"]) for batch in self.make())
+        assert seen == self.rows
+        self.processor.append(processor_seconds() - before)
         return time.perf_counter() - start
 
-    return once
+
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
 
 
 def compare_readers(args: argparse.Namespace, path: Path) -> None:
@@ -111,13 +122,15 @@ def compare_readers(args: argparse.Namespace, path: Path) -> None:
         "DataLoader": lambda: DataLoader(Rows(path), args.batch_size, shuffle=True, num_workers=1),
         "record batches": lambda: DataLoader(RecordBatches(path, args.batch_size), batch_size=None, num_workers=1),
     }
-    times = in_turns([seconds_a_pass(make, args.rows, args.batch_size) for make in makers.values()], args.rounds)
-    print("peer             raypar      peer  rows/s raypar   rows/s peer   ratio  95 % interval")
-    for name, peer in list(zip(makers, times, strict=True))[1:]:
-        found = compare(times[0], peer)
+    passes = [Passes(make, args.rows) for make in makers.values()]
+    times = in_turns(passes, args.rounds)
+    print("                rows/s  processor   ratio  95 % interval   ratio of the processor's")
+    for name, each, seconds in zip(makers, passes, times, strict=True):
+        found = compare(times[0], seconds)
+        processor = statistics.median(each.processor)
         print(
-            f"{name:14} {found.raypar:7.3f} s {found.peer:7.3f} s  {args.rows / found.raypar:13,.0f} "
-            f"{args.rows / found.peer:13,.0f}  {found.ratio:6.2f}  [{found.low:.2f}, {found.high:.2f}]",
+            f"{name:14} {args.rows / found.peer:9,.0f} {processor:7.2f} s {found.ratio:8.2f}  "
+            f"[{found.low:.2f}, {found.high:.2f}] {processor / statistics.median(passes[0].processor):14.2f}",
             flush=True,
         )
 

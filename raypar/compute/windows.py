@@ -79,13 +79,20 @@ def batches(groups: RowGroups, order: Order, first: int, replica: int, replicas:
 
     def filled() -> Iterator[tuple[Window, np.ndarray, Arrays]]:
         for window in windows:
-            kept = np.zeros(sum(groups.sizes[number] for number in window.groups), bool)
-            kept[window.rows] = True
-            arrays = load(groups, window.groups, np.flatnonzero(kept), spare.pop() if spare else {}, stopped)
-            yield window, (np.cumsum(kept) - 1)[window.rows], arrays
+            kept, places = _without_gaps(window.rows, sum(groups.sizes[number] for number in window.groups))
+            yield window, places, load(groups, window.groups, kept, spare.pop() if spare else {}, stopped)
 
     with closing(ahead(filled(), stopped.set)) as coming:
         yield from _cut(coming, spare)
+
+
+def _without_gaps(rows: np.ndarray, of: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows in ascending order, and where in these each of `rows` is."""
+    if len(rows) == of:
+        return np.arange(of), rows
+    kept = np.zeros(of, bool)
+    kept[rows] = True
+    return np.flatnonzero(kept), (np.cumsum(kept) - 1)[rows]
 
 
 def whole(groups: RowGroups) -> Arrays:
