@@ -314,6 +314,12 @@ def test_a_window_and_a_seed_are_whole_numbers(tmp_path: Path, argument: str, va
         shares(numbered(tmp_path / "t.parquet", 1), batch_size=1, **{argument: value})
 
 
+@pytest.mark.parametrize("columns", ["row", [], ()])
+def test_columns_are_a_list_of_names(tmp_path: Path, columns: Any):
+    with pytest.raises(UsageError, match=r"batches\('train', columns=.*\): needed a list of at least one name"):
+        shares(numbered(tmp_path / "t.parquet", 1), batch_size=1, columns=columns)
+
+
 def test_what_is_wrong_is_said_when_batches_is_called_not_when_the_first_batch_is_asked_for(tmp_path: Path):
     def read(name: str, **options: Any) -> Batches:
         with pytest.raises(DataError):

@@ -1,4 +1,4 @@
-"""Data sets other than Parquet, as train loops see them through `batches`."""
+"""Data sets of every kind as runs see them that crash and go on; those that are no Parquet also in the small."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from raypar.compute.data import Sharded, batches, check_datasets
 from raypar.compute.local import run_local
 from raypar.compute.manifest import newest_checkpoint, read_manifest
 from raypar.compute.parallelize import parallelize
+from raypar.compute.parquet import RowGroups
 from raypar.compute.replica import report
 from raypar.compute.session import current, epochs
 from raypar.compute.storage import Storage
@@ -141,6 +142,25 @@ def test_a_run_that_crashed_behind_any_step_goes_on_at_the_next_batch(
     after = train(tmp_path, make(), shuffle=shuffle)
     for epoch in range(2):
         assert sorted(chain(*before[epoch], *after[epoch])) == list(range(ROWS))
+
+
+def test_a_run_that_goes_on_in_the_midst_of_an_epoch_reads_only_the_row_groups_that_it_still_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"x": pa.array(map(float, range(40)))}), path, row_group_size=4)
+    read: list[int] = []
+    original = RowGroups.read
+
+    def counting(groups: RowGroups, number: int) -> Any:
+        read.append(number)
+        return original(groups, number)
+
+    before = train(tmp_path, path, crash_after=7, passes=1, window=8)
+    monkeypatch.setattr(RowGroups, "read", counting)
+    after = train(tmp_path, path, passes=1, window=8, replicas=3)
+    assert sorted(chain(*before[0], *after[0])) == list(range(40))
+    assert len(set(read)) == 4  # of 10: batches 7 to 9 lie in the last two windows, of two row groups each
 
 
 def test_a_data_set_that_is_sharded_by_others_begins_its_epoch_again_and_logs_it(

@@ -133,6 +133,13 @@ def test_files_that_differ_in_their_schema_are_told_apart(tmp_path: Path, other:
         RowGroups("here", tmp_path).check()
 
 
+def test_a_name_that_stands_for_two_columns_is_told(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]), path)
+    with pytest.raises(DataError, match=r"a\.parquet has 2 columns 'x', needed one"):
+        RowGroups("here", path).check()
+
+
 def test_files_may_differ_in_columns_that_are_not_chosen_in_the_order_and_in_metadata(tmp_path: Path):
     write(tmp_path / "a.parquet", x=[1], y=[1.5], z=["a"])
     write(tmp_path / "b.parquet", z=[2], x=pa.array([2]), y=[2.5])

@@ -138,6 +138,8 @@ def batches(
     for argument, chosen in (("columns", columns), ("window", window)):
         if chosen is not None and not _is_path(given):
             raise UsageError(f"{who}, {argument}={chosen!r}): it is for Parquet, found a {type(given).__name__}")
+    if columns is not None and (isinstance(columns, str) or not columns):
+        raise UsageError(f"{who}, columns={columns!r}): needed a list of at least one name; None reads all columns")
     if shuffle and not _is_path(given) and not _is_indexed(given):
         raise UsageError(
             f"{who}, shuffle=True): found a {type(given).__name__}, whose order is its own; needed shuffle=False"

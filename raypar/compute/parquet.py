@@ -111,9 +111,11 @@ class RowGroups:
         """What keeps a column from being read, as far as the footers tell it."""
         first, kind = None, None
         for file in self.files:
-            if column not in file.schema.names:
-                return f"the files differ in their schema: {file.path} has no column {column!r}"
-            found = file.schema.field(column).type
+            several = file.schema.names.count(column)
+            if several != 1:
+                which = f"{several} columns" if several else "no column"
+                return f"the files differ in their schema: {file.path} has {which} {column!r}, needed one in each"
+            found = _type(file.schema, column)
             if first is None:
                 first, kind = file.path, found
             elif found != kind:
@@ -146,7 +148,7 @@ class RowGroups:
     def _bytes(self, column: str) -> float:
         """What a row of a column takes in memory; 0 for one that is no tensor."""
         file, number = next(each for each in self.groups if column in each[0].schema.names)
-        kind = file.schema.field(column).type
+        kind = _type(file.schema, column)
         if item_shape(kind) is None:
             return 0
         group = file.footer.row_group(number)
@@ -182,6 +184,10 @@ class RowGroups:
         except ValueError as error:
             raise DataError(f"{self.who}: {where}, column {column!r} {error}") from None
         return found
+
+
+def _type(schema: pa.Schema, column: str) -> pa.DataType:
+    return schema.field(schema.names.index(column)).type
 
 
 def _leaf(schema: pa.Schema, column: str) -> int:
