@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
@@ -25,7 +25,12 @@ _READERS = 2
 
 
 def load(
-    groups: RowGroups, numbers: tuple[int, ...], rows: np.ndarray, buffers: Arrays, stopped: threading.Event
+    groups: RowGroups,
+    numbers: tuple[int, ...],
+    rows: np.ndarray,
+    buffers: Arrays,
+    readers: Executor,
+    stopped: threading.Event,
 ) -> Arrays:
     """Some rows of the row groups `numbers`, which count as laid end to end; `rows` ascend.
 
@@ -59,12 +64,8 @@ def load(
                     np.take(values, rows[begin:end] - first, axis=0, out=target, mode="clip")
             first += size
 
-    with ThreadPoolExecutor(_READERS, "raypar reads row groups") as pool:
-        try:
-            for _ in pool.map(fill, wanted):
-                pass
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for _ in readers.map(fill, wanted):  # raises what one of them raises, and forgets those that have not begun
+        pass
     return found
 
 
@@ -80,9 +81,9 @@ def batches(groups: RowGroups, order: Order, first: int, replica: int, replicas:
     def filled() -> Iterator[tuple[Window, np.ndarray, Arrays]]:
         for window in windows:
             kept, places = _without_gaps(window.rows, sum(groups.sizes[number] for number in window.groups))
-            yield window, places, load(groups, window.groups, kept, spare.pop() if spare else {}, stopped)
+            yield window, places, load(groups, window.groups, kept, spare.pop() if spare else {}, readers, stopped)
 
-    with closing(ahead(filled(), stopped.set)) as coming:
+    with _readers() as readers, closing(ahead(filled(), stopped.set)) as coming:
         yield from _cut(coming, spare)
 
 
@@ -99,8 +100,13 @@ def whole(groups: RowGroups) -> Arrays:
     """All rows, read once."""
     if not groups.table:
         numbers = tuple(range(len(groups.sizes)))
-        groups.table = load(groups, numbers, np.arange(groups.rows), {}, threading.Event())
+        with _readers() as readers:
+            groups.table = load(groups, numbers, np.arange(groups.rows), {}, readers, threading.Event())
     return groups.table
+
+
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_READERS, "raypar reads row groups")
 
 
 def _cut(windows: Iterator[tuple[Window, np.ndarray, Arrays]], spare: list[Arrays] | None = None) -> Generator[Arrays]:
