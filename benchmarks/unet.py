@@ -1,9 +1,8 @@
 """A U-Net whose long skips cross the stages, under 1F1B: its step against the bound from measured stage times.
 
 torch.distributed.pipelining cannot run it: a stage there sends to the next one only. The bound is what the schedule
-takes
-when each pass takes the time that it took alone, in one process, and messages take none. The losses
-are compared with those of a plain loop in the same run.
+takes when each pass takes the time that it took alone, in one process, and messages take none. The losses are compared
+with those of a plain loop in the same run.
 
     python benchmarks/unet.py
 """

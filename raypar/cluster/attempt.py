@@ -148,6 +148,8 @@ def train_environment(timeouts: Timeouts, failure_config: FailureConfig) -> dict
     return {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(timeouts.start),
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(timeouts.peer),  # ray.train.report waits without a limit otherwise
+        # A worker that is silent for so long is given up; Ray itself asks a machine for no less (600 s by default).
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(max(timeouts.peer, 15.0)),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how late a failure or the end is seen; 2 s by default
         # Ray's workers replace sys.stdout, which makes Ray Train's patched print show each line twice.
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

@@ -144,7 +144,13 @@ def _cause(error: BaseException, rank: int | None, timeout_s: float) -> RayparEr
             f"The {error.num_workers} train workers were not placed within {timeout_s:g} s. Other jobs may hold the "
             "machines, or new ones need longer: raise Timeouts(start=…), or look at `ray status`."
         )
-    if isinstance(error, CollectiveTimeoutError | WorkerHealthCheckTimeoutError):
+    if isinstance(error, WorkerHealthCheckTimeoutError):
+        return TimeoutExceededError(
+            f"{who} does not answer: its process is stopped, or holds Python's lock for longer than Timeouts(peer=…) "
+            "allows (15 s at least).",
+            replica=rank,
+        )
+    if isinstance(error, CollectiveTimeoutError):
         return TimeoutExceededError(
             f"{who} waited too long for the others: {error} Raise Timeouts(peer=…) if that can happen.", replica=rank
         )

@@ -13,6 +13,7 @@ from ray.train.v2._internal.exceptions import (
     BroadcastCollectiveTimeoutError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
 )
 
 from raypar.cluster.failures import Tally, as_raypar_error, death, retries_left, root_cause
@@ -104,6 +105,12 @@ class TestRootCause:
         found = root_cause(group_error({0: BroadcastCollectiveTimeoutError(9.0, [1], 8.0)}), None, 60)
         assert isinstance(found, TimeoutExceededError)
         assert "Timeouts(peer=" in str(found)
+
+    def test_a_replica_that_does_not_answer(self) -> None:
+        found = root_cause(group_error({0: lost(0), 1: WorkerHealthCheckTimeoutError("")}), None, 60)
+        assert isinstance(found, TimeoutExceededError)
+        assert found.replica == 1
+        assert "train worker of replica 1 does not answer" in str(found)
 
     def test_whatever_else_happens_is_a_run_error_with_its_cause(self) -> None:
         found = root_cause(OSError("disk"), None, 60)
