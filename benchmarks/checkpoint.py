@@ -1,0 +1,101 @@
+"""What a checkpoint costs the steps: one that is written beside them against one that is waited for.
+
+A pipeline of two stage actors on Ray with 200 MB of weights and optimizer state, as people run it. Both kinds of save
+take turns in one run. The stall is what `report` and the step behind it take longer than a step does; in that time the
+actors copy their state. "Beside" is what all steps take longer until the checkpoint is written: on two cores, which the
+two actors need for themselves, writing costs about as much as it would alone; on GPUs it costs CPU time that is free.
+
+    python benchmarks/checkpoint.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray.train
+import torch
+from compare import compare
+from torch import nn
+
+import raypar
+
+GOAL = 0.10
+
+
+def build(width: int, layers: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    width, layers = config["width"], config["layers"]
+    replica = raypar.parallelize(
+        lambda: build(width, layers),
+        loss_fn=nn.functional.mse_loss,
+        optimizer=lambda module: torch.optim.AdamW(module.parameters()),
+        split=[str(layers // 2)],
+    )
+    x = torch.randn(config["rows"], width)
+    step = seconds(lambda: replica.train_step(x, x).result())
+    for _ in range(2):  # the first save allocates the buffers
+        raypar.report({}, replica)
+        raypar.report({})
+    for number in range(2 * config["rounds"]):
+        alone = statistics.median(step() for _ in range(5))
+        begin = time.perf_counter()
+        raypar.report({}, replica)
+        if number % 2:
+            raypar.report({})  # waits for it
+            raypar.report({"kind": "waited for", "seconds": time.perf_counter() - begin})
+            continue
+        replica.train_step(x, x).result()
+        stall = time.perf_counter() - begin - alone
+        steps = [step() for _ in range(config["steps"])]
+        raypar.report({})
+        raypar.report({"kind": "beside", "seconds": stall, "slower": sum(steps) - alone * len(steps), "step": alone})
+
+
+def seconds(act: Callable[[], Any]) -> Callable[[], float]:
+    def timed() -> float:
+        begin = time.perf_counter()
+        act()
+        return time.perf_counter() - begin
+
+    return timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=16, help="of width² weights each")
+    parser.add_argument("--rows", type=int, default=256, help="of a batch")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10, help="taken beside each checkpoint that is not waited for")
+    config = vars(parser.parse_args())
+    state = 3 * 4 * config["layers"] * (config["width"] ** 2 + config["width"])
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = ray.train.CheckpointConfig(num_to_keep=1)
+        result = raypar.Trainer(
+            train_loop,
+            plan=raypar.Plan(pipeline=2, microbatches=4),
+            train_loop_config=config,
+            run_config=ray.train.RunConfig(name="benchmark", storage_path=folder, checkpoint_config=checkpoints),
+        ).fit()
+    rows = result.metrics_dataframe
+    assert rows is not None
+    beside = rows[rows["kind"] == "beside"]
+    waited = rows[rows["kind"] == "waited for"]["seconds"].tolist()
+    found = compare(waited, beside["seconds"].tolist())
+    print(f"{state / 1e6:.0f} MB of state on 2 stage actors; a step alone {beside['step'].median() * 1e3:.0f} ms")
+    print(f"a save that is waited for: {found.raypar * 1e3:.0f} ms")
+    print(f"a save beside the steps: stall {found.peer * 1e3:.0f} ms, then all steps until it is written "
+          f"{beside['slower'].median() * 1e3:.0f} ms slower")  # fmt: skip
+    print(f"stall / wait: {found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}] (goal: {GOAL})")
+
+
+if __name__ == "__main__":
+    main()
