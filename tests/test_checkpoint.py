@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from raypar.compute.checkpoint import read_state_dict
+from raypar.compute.checkpoint import SharedSaver, read_state_dict
 from raypar.compute.manifest import checkpoint_to_resume, keep_newest, list_checkpoints, newest_checkpoint
 from raypar.compute.shards import SavedTensors
 from raypar.compute.storage import Storage
@@ -138,6 +139,19 @@ def test_every_process_writes_and_what_they_hold_alike_is_written_once(pool: Pro
     headers = 1700 * len(saved.below())  # torch.save's, of each tensor
     assert needed <= sum(sizes.values()) < needed + headers
     assert needed > 2 * headers
+
+
+def test_the_buffers_into_which_state_is_copied_stay_from_one_save_to_the_next(storage: Storage):
+    """New ones would cost page faults each time, and on a GPU to lock them into memory."""
+    saver = SharedSaver(storage, None)  # type: ignore[arg-type]  # nothing is written here
+    state = {"model": {"weight": torch.ones(1000), "view": torch.ones(10, 10)[2:4]}}
+    copies = []
+    for number in (1.0, 2.0):
+        state["model"]["weight"].fill_(number)
+        staged: Any = saver.stager.stage(state)
+        assert staged["model"]["weight"][0] == number
+        copies.append(staged["model"]["weight"].data_ptr())
+    assert copies[0] == copies[1] != state["model"]["weight"].data_ptr()
 
 
 def test_a_disk_that_is_full_for_one_process_is_told_in_all_and_training_goes_on(pool: Processes, tmp_path: Path):

@@ -76,7 +76,7 @@ def checkpoint_to_resume(storage: Storage) -> str | None:
         try:
             verify(path, storage.filesystem)
         except CheckpointError as error:
-            logger.warning("Not resuming from the newest checkpoint, but from the one before it: %s", error)
+            logger.warning("Passed over, in search of the newest checkpoint that is whole: %s", error)
         else:
             return path
     return None
