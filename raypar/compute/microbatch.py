@@ -98,16 +98,23 @@ def join(outputs: list[Tree]) -> Tree:
     return tree.unflatten(joined, structure)
 
 
+ALIGNMENT = 64
+"""Of torch's own allocations on the CPU, in bytes."""
+
+
 def to_tensors(batch: Tree, device: torch.device) -> Tree:
-    """NumPy arrays and tensors as tensors on `device`. Arrays that Ray shares between processes are
-    read-only; they are copied on the CPU only when torch must be able to write to them."""
+    """NumPy arrays and tensors as tensors on `device`, on the CPU at an address that is a multiple of 64 bytes, as torch
+    allocates them: a product of matrices may round otherwise elsewhere, and a step could not be repeated to the bit."""
 
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, Shared):
             return Shared(convert(leaf.value))
         if isinstance(leaf, np.ndarray):
-            leaf = torch.from_numpy(leaf if leaf.flags.writeable else leaf.copy())
-        return leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
+            leaf = torch.from_numpy(leaf) if leaf.flags.writeable else torch.tensor(leaf)  # which copies
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        leaf = leaf.to(device, non_blocking=True)
+        return leaf.clone() if device.type == "cpu" and leaf.data_ptr() % ALIGNMENT else leaf
 
     found, structure = tree.flatten(batch)
     return tree.unflatten([convert(leaf) for leaf in found], structure)
