@@ -103,8 +103,8 @@ ALIGNMENT = 64
 
 
 def to_tensors(batch: Tree, device: torch.device) -> Tree:
-    """NumPy arrays and tensors as tensors on `device`, on the CPU at an address that is a multiple of 64 bytes, as torch
-    allocates them: a product of matrices may round otherwise elsewhere, and a step could not be repeated to the bit."""
+    """NumPy arrays and tensors as tensors on `device`; on the CPU at addresses that are multiples of 64 bytes, as torch
+    allocates: elsewhere a product of matrices may round otherwise, and a step could not be repeated to the bit."""
 
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, Shared):
