@@ -73,10 +73,12 @@ def run(
             "split": SPLITS[len(plan.actor_of_stage)],
         }
         replica = parallelize(build, loss_fn=F.cross_entropy, **(given | options))
+        of_run = 0.01 * torch.randn(FEATURES) if build is with_buffers else 0.0  # drawn again in a run that is resumed
         for _ in epochs(3):
+            torch.randn(2)
             for batch in batches("train", batch_size=BATCH):
                 noise = 0.01 * torch.randn(()) if build is with_buffers else 0.0
-                step = replica.train_step(batch["x"] + noise, batch["y"])
+                step = replica.train_step(batch["x"] + noise + of_run, batch["y"])
                 if step.step == crash_after:
                     report({"loss": step.loss}, replica)
                     raise Crash
@@ -122,7 +124,7 @@ def diloco(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 def test_a_run_that_is_resumed_at_any_step_ends_with_the_bits_of_one_that_never_stopped(
     tmp_path: Path, rows: Path, plan: Plan, options: dict[str, Any], crash_after: int
 ):
-    """The loop draws random numbers of its own, the replicas have buffers and, in local SGD, weights of their own."""
+    """The loop draws random numbers of its own before, between and within epochs, the replicas have buffers and, in local SGD, weights of their own."""
     whole = run(tmp_path / "whole", rows, plan, build=with_buffers, **options)
     run(tmp_path / "broken", rows, plan, build=with_buffers, crash_after=crash_after, **options)
     resumed = run(tmp_path / "broken", rows, plan, build=with_buffers, **options)

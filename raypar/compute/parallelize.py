@@ -105,7 +105,6 @@ def parallelize(
     assert chosen is not None
     actors = session.start_actors(dataclasses.replace(spec, cut=chosen, trace=session.trace))
     session.events = actors.events
-    session.restore_random()
     return Replica(session, actors)
 
 

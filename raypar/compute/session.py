@@ -99,6 +99,7 @@ class Session(ABC):
         self.tables: dict[Any, Any] = {}  # what `batches` has read, so that it reads it once
         self.full_passes: Counter[str] = Counter()  # over each data set, outside `epochs`
         self._trained: Loop | None = None  # the innermost loop around the newest step
+        self._random_is_due = False
         self._rate = Rate()
 
     def restore(self, path: str | None) -> None:
@@ -106,7 +107,7 @@ class Session(ABC):
         if path is None:
             return
         manifest = read_manifest(path, self.storage.filesystem)
-        self.restored = path
+        self.restored, self._random_is_due = path, True
         self.step = manifest["step"]
         self.position = Position(**manifest["position"])
         self.passed = dict(self.position.trained)
@@ -174,6 +175,7 @@ class Session(ABC):
         return self.passed.pop(name, 0)
 
     def next_batch(self, loop: Loop, index: int) -> None:
+        self.restore_random()
         loop.newest = index
         self.open_loops.remove(loop)
         self.open_loops.append(loop)
@@ -197,6 +199,7 @@ class Session(ABC):
 
     def trained_on_batch(self) -> Position:
         """Count what a step uses, the newest batch of each open loop; returns the position behind that step."""
+        self.restore_random()
         for loop in {loop.name: loop for loop in self.open_loops}.values():
             loop.trained = loop.newest + 1
             self.position.trained[loop.name] = loop.trained
@@ -294,8 +297,10 @@ class Session(ABC):
         return path
 
     def restore_random(self) -> None:
-        """Go on with the random numbers of this replica's loop, where a checkpoint has them."""
-        if self.restored is not None:
+        """Go on with the random numbers of this replica's loop, where a checkpoint has them; once, where the loop comes
+        to what it had not done when that was made. What it draws before is its preparation, as in a fresh run."""
+        due, self._random_is_due = self._random_is_due, False
+        if due and self.restored is not None:
             found = saved_random(SavedTensors(self.restored, self.storage.filesystem), self.rank)
             if found is not None:
                 randomness.restore_plain_state(found)
@@ -365,6 +370,8 @@ def epochs(count: int) -> Iterator[int]:
 def _epochs(session: Session, count: int) -> Iterator[int]:
     session.epochs = count
     while session.position.epoch < count:
+        if not session.passed:  # else it goes on within the epoch
+            session.restore_random()
         yield session.position.epoch
         session.position = Position(session.position.epoch + 1)
         session.passed = {}
