@@ -124,7 +124,8 @@ def diloco(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 def test_a_run_that_is_resumed_at_any_step_ends_with_the_bits_of_one_that_never_stopped(
     tmp_path: Path, rows: Path, plan: Plan, options: dict[str, Any], crash_after: int
 ):
-    """The loop draws random numbers of its own before, between and within epochs, the replicas have buffers and, in local SGD, weights of their own."""
+    """The loop draws random numbers of its own before, between and within epochs; the replicas have buffers and, in
+    local SGD, weights of their own."""
     whole = run(tmp_path / "whole", rows, plan, build=with_buffers, **options)
     run(tmp_path / "broken", rows, plan, build=with_buffers, crash_after=crash_after, **options)
     resumed = run(tmp_path / "broken", rows, plan, build=with_buffers, **options)
