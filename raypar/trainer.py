@@ -20,9 +20,9 @@ from raypar.cluster.datasets import for_workers, of_ray_data
 from raypar.cluster.launch import Run, run_on_ray
 from raypar.cluster.placement import check_resources_per_stage, check_scaling
 from raypar.cluster.progress import ProgressDisplay
-from raypar.compute.data import check_datasets
 from raypar.compute.local import run_local
 from raypar.compute.manifest import newest_checkpoint
+from raypar.compute.sources import check_datasets
 from raypar.compute.storage import Storage, absolute
 from raypar.planning.errors import ConfigError, DataError, near_names
 from raypar.planning.plan import Plan, Timeouts

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from raypar.compute import tree
 from raypar.compute.batch import Batch
-from raypar.compute.data import batches, check_datasets
+from raypar.compute.data import batches
 from raypar.compute.local import run_local
 from raypar.compute.parquet import RowGroups
 from raypar.compute.session import current, epochs
+from raypar.compute.sources import check_datasets
 from raypar.compute.storage import Storage
 from raypar.planning.errors import DataError, UsageError
 from raypar.planning.plan import Plan, Timeouts

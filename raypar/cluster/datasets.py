@@ -11,7 +11,7 @@ import ray.train
 import torch
 from ray import cloudpickle
 
-from raypar.compute.data import Sharded
+from raypar.compute.sources import Sharded
 from raypar.planning.errors import DataError
 
 

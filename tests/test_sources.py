@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from raypar.compute.data import Sharded, batches, check_datasets
+from raypar.compute.data import batches
 from raypar.compute.local import run_local
 from raypar.compute.manifest import newest_checkpoint, read_manifest
 from raypar.compute.parallelize import parallelize
 from raypar.compute.parquet import RowGroups
 from raypar.compute.replica import report
 from raypar.compute.session import current, epochs
+from raypar.compute.sources import Sharded, check_datasets
 from raypar.compute.storage import Storage
 from raypar.planning.errors import DataError, UsageError
 from raypar.planning.plan import Plan, Timeouts
