@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from raypar.compute import in_process, microbatch
-from raypar.compute.build import build_part, one_process_a_node
+from raypar.compute.build import build_part, one_process_a_node, sums_in_processes
 from raypar.compute.channel import Waiting
 from raypar.compute.checkpoint import SaveOrder, SharedSaver
 from raypar.compute.engine import Engine, pairs
@@ -97,8 +97,9 @@ class StageActor:
                 part = build_part(spec, self.plan, self.actor, self.device)
                 saved = SavedTensors(restored, storage.filesystem) if restored is not None else None
             transport = ProcessTransport(self.plan, self.replica, self.actor, pairs(self.plan, part), self.timeouts)
+            sums = sums_in_processes(part, self.plan, transport, self.device)
             self.engine = in_process.make_engine(
-                spec, self.plan, self.replica, self.actor, part, transport, self.device, saved=saved
+                spec, self.plan, self.replica, self.actor, part, transport, self.device, sums, saved
             )
         self.clock = self.engine.clock
         assert transport.saving is not None

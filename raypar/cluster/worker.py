@@ -20,7 +20,7 @@ from raypar.cluster.failures import as_raypar_error, unwrapped
 from raypar.cluster.pipeline_replica import PipelineActors
 from raypar.compute import microbatch
 from raypar.compute.actors import Actors
-from raypar.compute.build import build_part, ddp_sum, one_process_a_node
+from raypar.compute.build import build_part, one_process_a_node, sums_in_processes
 from raypar.compute.checkpoint import SharedSaver
 from raypar.compute.gradients import Collective
 from raypar.compute.in_process import InProcessActors, make_engine
@@ -155,9 +155,7 @@ class WorkerSession(Session):
             part = build_part(spec, self.plan, 0, device)
             saved = SavedTensors(self.restored, self.storage.filesystem) if self.restored is not None else None
         transport = _WorkerTransport(self.plan, self.control)
-        trains = any(p.requires_grad for p in part.module.parameters())
-        in_ddp = self.size > 1 and len(part.stages) == 1 and trains and self.plan.data_strategy == "ddp"
-        sums = ddp_sum(part, dist.group.WORLD) if in_ddp and dist.group.WORLD is not None else None
+        sums = sums_in_processes(part, self.plan, transport, device)
         engine = make_engine(spec, self.plan, self.rank, 0, part, transport, device, sums, saved)
         saver = SharedSaver(self.storage, _group(self.timeouts))
         return InProcessActors([engine], saver, lambda calls: [drive(call) for call in calls])

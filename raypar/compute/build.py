@@ -12,7 +12,6 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -20,6 +19,8 @@ from raypar.compute.gradients import BucketSum, DDPSum, GradientSum
 from raypar.compute.graph import graph_of
 from raypar.compute.part import Cut, ModelSpec, Part
 from raypar.compute.precision import autocast_of
+from raypar.compute.process_links import ProcessCollective
+from raypar.compute.sharding import ShardedSum
 from raypar.compute.split import StageGraph, check_split, cut_graph, edges_of, holders
 from raypar.compute.stage import Stage, StageCode, part_of_model, whole_model
 from raypar.compute.trace import module_calls
@@ -111,8 +112,8 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
         edges,
         names,
         set(ties),
-        {owner: [model.get_parameter(n) for n in names] for (owner, holder), names in ties.items() if holder == actor},
-        {holder: [model.get_parameter(n) for n in names] for (owner, holder), names in ties.items() if owner == actor},
+        {owner: names for (owner, holder), names in ties.items() if holder == actor},
+        {holder: names for (owner, holder), names in ties.items() if owner == actor},
         same,
     )
 
@@ -198,7 +199,7 @@ def _drop_others(model: nn.Module, others: set[str], called: set[str]) -> None:
                 delattr(module, name)
 
 
-def bucket_sums(part: Part, transport: Transport, plan: Plan) -> dict[int, GradientSum]:
+def bucket_sums(part: Part, plan: Plan, transport: Transport) -> dict[int, GradientSum]:
     """Gradients summed in buckets over each stage's process group; not at all where replicas train apart."""
     apart = plan.data_strategy == "local_sgd"
     return {
@@ -206,8 +207,24 @@ def bucket_sums(part: Part, transport: Transport, plan: Plan) -> dict[int, Gradi
     }
 
 
-def ddp_sum(part: Part, group: dist.ProcessGroup) -> dict[int, GradientSum]:
+def sums_in_processes(part: Part, plan: Plan, transport: Transport, device: torch.device) -> dict[int, GradientSum]:
+    """How actors in processes of their own keep the replicas of their stages one model, as the plan says. All replicas
+    call it alike, before the optimizer is made."""
+    first = min(part.stages)
+    group = transport.same_stage(first)
+    trains = any(p.requires_grad for p in part.module.parameters())
+    if not isinstance(group, ProcessCollective):  # there is but one replica
+        return bucket_sums(part, plan, transport)
+    if plan.data_strategy == "fsdp":
+        nothing = {stage: BucketSum([], None) for stage in part.stages}
+        return {**nothing, first: ShardedSum(part, group, device)}
+    if plan.data_strategy == "ddp" and len(plan.actor_of_stage) == 1 and trains:
+        return ddp_sum(part, group)
+    return bucket_sums(part, plan, transport)
+
+
+def ddp_sum(part: Part, group: ProcessCollective) -> dict[int, GradientSum]:
     """Gradients summed by DDP around the whole model, whose forward goes through it in training."""
-    ddp = DDPSum(part.module, group)
+    ddp = DDPSum(part.module, group.group)
     part.stages[0].codes["train"] = StageCode(lambda inputs, _: (ddp.call(inputs),))
     return {0: ddp}

@@ -167,6 +167,9 @@ class Engine:
 
     def _play(self, run: _Pass) -> Waiting:
         """Run the program; in training, sum each stage's gradients after its last backward pass."""
+        for stage in self.part.stages:
+            with self._waiting_for("gathering the weights from all replicas", stage):
+                self.sums[stage].gather(trains=run.mode == "train")
         ready: dict[Message, Any] = {}
         trains = run.mode == "train"  # what is traced belongs to a training step
         traced: Callable[..., AbstractContextManager[None]] = self.clock.traced if trains else lambda *_: nullcontext()
@@ -202,6 +205,9 @@ class Engine:
                 adding = self._waiting_for("adding up the gradients over all replicas", stage)
                 with adding, self.clock.traced("reduce", stage):
                     yield from self.sums[stage].start(len(run.sizes))
+        else:
+            for stage in self.part.stages:
+                self.sums[stage].release()
 
     def _forward(
         self, run: _Pass, index: int, number: int, received: dict[int, Values], ready: dict[Message, Any]
@@ -320,7 +326,7 @@ class Engine:
         loss, weight = (commit.total([pair[index] for pair in run.sums]) for index in (0, 1))
         samples = order.rows if self._is_last_actor else 0
         apart = self.plan.data if self.averaging is not None else 0
-        squared = self.learner.squared_norm() if apart or self.replica == 0 else 0.0
+        squared = self.learner.squared_norm(of_parts=self.replica > 0 and not apart)
         numbers = commit.numbers(loss, weight, squared, samples, self.replica, apart)
         with self.clock.traced("commit", next(iter(self.part.stages))):
             return commit.totals((yield from self._sum_over_all(numbers)))

@@ -53,7 +53,7 @@ def make_engine(
         actor,
         part,
         learner,
-        sums or bucket_sums(part, transport, plan),
+        sums or bucket_sums(part, plan, transport),
         transport,
         device,
         spec.seed,

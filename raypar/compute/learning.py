@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from raypar.compute.dtensors import as_parts_of, is_shard, local
 from raypar.compute.part import ModelSpec, Part
 from raypar.compute.precision import LossScale
 from raypar.planning.errors import CheckpointError, ModelError
@@ -25,8 +26,9 @@ class Learner:
         self.module = part.module
         self.max_grad_norm = spec.max_grad_norm
         self.loss_scale = loss_scale
-        self.copies = [copy for copies in part.copies.values() for copy in copies]
-        self.parameters = [p for p in part.module.parameters() if p.requires_grad and not part.is_copy(p)]
+        self.copies = part.all_copies()
+        copies = {id(copy) for copy in self.copies}
+        self.parameters = [p for p in part.module.parameters() if p.requires_grad and id(p) not in copies]
         whole = set(part.owner.values()) <= set(part.stages)
         self.optimizer = _make_optimizer(spec.optimizer, part.module, whole=whole) if self.parameters else None
         if self.optimizer is not None and self.copies:
@@ -74,9 +76,11 @@ class Learner:
         """What the loss is multiplied by before the backward passes."""
         return self.loss_scale.value if self.loss_scale is not None else 1.0
 
-    def squared_norm(self) -> float:
-        """The squared norm of the gradient sums of this actor."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+    def squared_norm(self, *, of_parts: bool = False) -> float:
+        """The squared norm of the gradient sums of this actor, of which it may hold a part; `of_parts`: without those
+        that are whole."""
+        found = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [local(gradient) for gradient in found if is_shard(gradient) or not of_parts]
         return float(get_total_norm(gradients)) ** 2 if gradients else 0.0
 
     def commit(self, weight: float, squared_norm: float, *, others: bool = False) -> tuple[float | None, float]:
@@ -95,7 +99,7 @@ class Learner:
         if not weight:
             self._clear()
         if (weight or others) and self.optimizer is not None:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
             scale = 1.0 / divisor if weight else 1.0
             if self.max_grad_norm is not None:
                 scale *= min(1.0, self.max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
@@ -120,7 +124,8 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """{"optimizer": {name: entry}, "scheduler": …, "loss_scale": …}, not copied. An entry is of one parameter, so
         that it can go to any other group on any other actor: {"class": the optimizer's, "state", "options": of its
-        group (learning rate, weight decay …), "scheduler": what the scheduler keeps for its group}."""
+        group (learning rate, weight decay …), "scheduler": what the scheduler keeps for its group}. Under fsdp all
+        replicas call it alike."""
         scale = self.loss_scale.state() if self.loss_scale is not None else None
         if self.optimizer is None:
             return {"optimizer": {}, "scheduler": None, "loss_scale": scale}
@@ -175,7 +180,8 @@ def load_entries(
                     f"{argument} gives {before} again, or a run with another name that begins with these weights, "
                     "parallelize(…, weights='…/checkpoint_…')"
                 )
-            packed["state"][index] = saved[name]["state"]
+            values = saved[name]["state"]
+            packed["state"][index] = {key: as_parts_of(parameter, value) for key, value in values.items()}
             plain.update(saved[name]["options"])
             brought[-1].append(saved[name]["scheduler"])
     optimizer.load_state_dict(packed)

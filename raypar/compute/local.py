@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import logging
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from raypar.compute.timeline import write_timeline
 from raypar.planning.errors import CheckpointError, UsageError
 from raypar.planning.plan import Plan, Timeouts
 
+logger = logging.getLogger("raypar")
 CPU = torch.device("cpu")
 
 
@@ -256,6 +258,8 @@ def run_local(
     Returns the history of metrics of the first replica. Raises what the first loop that failed raised.
     """
     run = _Run(plan, storage, timeouts, keep, on_progress, trace)
+    if plan.data_strategy == "fsdp" and plan.data > 1:
+        logger.warning("Plan(data_strategy='fsdp') runs as 'ddp' in local mode, where all replicas share one process")
     newest = checkpoint_to_resume(storage)
     if newest is not None and say is not None:
         say(f"Going on from {newest}")

@@ -54,8 +54,8 @@ class Part:
     stages: the actor's stages.
     owner:  the stage of each parameter and buffer of the whole model.
     ties:   (owner, holder) for each two actors that share a tied weight.
-    copies: the copies of tied weights that this actor holds, by their owner.
-    lent:   the tied weights of which others hold copies, by holder, in the same order as there.
+    copies: the names of the copies of tied weights that this actor holds, by their owner.
+    lent:   the names of the tied weights of which others hold copies, by holder, in the same order as there.
     edges:  of the stage graph, by mode.
     names:  of the whole model's state dict, in its order, with the shapes.
     same:   of each of them, all names of the same tensor, in the model's order.
@@ -67,13 +67,17 @@ class Part:
     edges: dict[str, set[Edge]]
     names: dict[str, torch.Size]
     ties: set[tuple[int, int]] = field(default_factory=set)
-    copies: dict[int, list[nn.Parameter]] = field(default_factory=dict)
-    lent: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+    copies: dict[int, list[str]] = field(default_factory=dict)
+    lent: dict[int, list[str]] = field(default_factory=dict)
     same: dict[str, list[str]] = field(default_factory=dict)
+
+    def all_copies(self) -> list[nn.Parameter]:
+        """The parameters here that other actors own."""
+        return [self.module.get_parameter(name) for names in self.copies.values() for name in names]
 
     def is_copy(self, tensor: torch.Tensor) -> bool:
         """Whether a parameter is owned by another actor."""
-        return any(tensor is copy for copies in self.copies.values() for copy in copies)
+        return any(tensor is copy for copy in self.all_copies())
 
     def trainable(self, stage: int) -> list[nn.Parameter]:
         """The parameters of one stage that are trained, in the order of the model."""

@@ -139,10 +139,12 @@ def join_world(store: dist.TCPStore, rank: int, world_size: int, timeouts: Timeo
 def leave_world(error: BaseException | None = None) -> None:
     """Destroy all groups. Neighbours that wait on one of them fail at once, once the last reference to it is
     gone: so whoever calls this drops its engine and transport first, and gives the error that it leaves with, whose
-    frames, and those of its causes, hold them too."""
+    frames, and those of its causes, hold them too, and are dropped."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None  # a frame that is cleared still knows its closure
         error = error.__cause__ or error.__context__
     if dist.is_initialized():
         dist.destroy_process_group()
-    gc.collect()
+    while gc.collect():  # what C++ holds (autograd's graph the hooks of fsdp, say) is found once that is gone
+        pass

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from raypar.compute.checkpoint import SaveOrder, State
+from raypar.compute.dtensors import as_parts_of, whole
 from raypar.compute.engine import Engine
 from raypar.compute.shards import Path, SavedTensors
 from raypar.compute.weights_file import check_shapes, name_lists, shapes_of
@@ -177,17 +178,18 @@ def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
     check_shapes("the state", shapes_of(state), shapes_of(mine))
     same = engine.part.same
     engine.part.module.load_state_dict(
-        {name: state[[other for other in same.get(name, [name]) if other in state][-1]] for name in mine}
+        {
+            name: as_parts_of(tensor, state[[other for other in same.get(name, [name]) if other in state][-1]])
+            for name, tensor in mine.items()
+        }
     )
     if engine.averaging is not None:
         engine.averaging.restart()
 
 
 def model_of(engine: Engine) -> dict[str, torch.Tensor]:
-    """This actor's part of the model's state dict, copied to the CPU."""
+    """This actor's part of the model's state dict, copied to the CPU. Under fsdp all replicas call it alike."""
     tensors = engine.part.module.state_dict(keep_vars=True)
     return {
-        name: tensor.detach().to("cpu", copy=True)
-        for name, tensor in tensors.items()
-        if not engine.part.is_copy(tensor)
+        name: whole(tensor).to("cpu", copy=True) for name, tensor in tensors.items() if not engine.part.is_copy(tensor)
     }

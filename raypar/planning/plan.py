@@ -15,7 +15,7 @@ from raypar.planning.table import OwnSchedule, Table, name_of, own_schedule, rea
 SCHEDULE_NAMES = tuple(SCHEDULES)
 RECOMPUTE_NAMES = ("never", "always", "except_last")
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
-DATA_STRATEGY_NAMES = ("ddp", "local_sgd")
+DATA_STRATEGY_NAMES = ("ddp", "fsdp", "local_sgd")
 SYNC_EVERY = 20
 """The default of `sync_every`."""
 
@@ -67,6 +67,9 @@ class Plan:
     compile:      whether each stage's module goes through torch.compile. Default False.
     data_strategy: how the replicas stay one model. All weigh a replica by the rows (or tokens) that it trained on.
                   "ddp" (the default): gradients are summed over the replicas once a step, and all take the same step.
+                  "fsdp": the same steps, but at rest each replica keeps only its part of the parameters, gradients and
+                  optimizer state; they are made whole once a step (fully_shard of torch). Then all replicas must call
+                  eval_step, predict and state_dict alike. In local mode replicas share a process: there it is "ddp".
                   "local_sgd": each replica takes steps of its own, by its own gradient and that one's norm, and the
                   parameters are averaged every `sync_every` steps (Stich 2019, https://arxiv.org/abs/1805.09767); with
                   parallelize(outer_optimizer=…) as in DiLoCo. In between, eval_step, predict and state_dict use the

@@ -40,7 +40,11 @@ def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 
 def train_on_full_batches(
-    build: Callable[[], nn.Module], batches: Iterable[Batch], make_optimizer: MakeOptimizer, loss_fn: MeanLoss
+    build: Callable[[], nn.Module],
+    batches: Iterable[Batch],
+    make_optimizer: MakeOptimizer,
+    loss_fn: MeanLoss,
+    max_grad_norm: float = float("inf"),
 ) -> Outcome:
     """One forward and backward pass over each whole global batch."""
     model = seeded(build)
@@ -50,6 +54,7 @@ def train_on_full_batches(
         optimizer.zero_grad()
         loss = loss_fn(model(inputs), targets)
         loss.backward()
+        outcome.norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
         optimizer.step()
         outcome.losses.append(loss.item())
     outcome.weights = model.state_dict()

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import CNN, mlp
-from raypar.compute.build import build_part, ddp_sum
+from raypar.compute.build import build_part, sums_in_processes
+from raypar.compute.dtensors import whole
 from raypar.compute.engine import Engine, pairs
 from raypar.compute.in_process import make_engine
 from raypar.compute.part import Cut, ModelSpec
@@ -55,6 +56,24 @@ def frozen() -> nn.Module:
     return model
 
 
+class Odd(nn.Module):
+    """Parameters without a dimension, of another type, and not contiguous in memory; one row, and fewer than two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(784, 3)
+        self.head = nn.Linear(3, 10)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.shift = nn.Parameter(torch.zeros(10, dtype=torch.float64))
+        self.turned = nn.Parameter(torch.randn(4, 3).t())
+        self.row = nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.tanh(self.body(images.flatten(1))) @ self.turned * self.row
+        found: Tensor = self.head(x[:, :3]) * self.scale + self.shift.float()
+        return found
+
+
 def tied_ends() -> nn.Module:
     """A layer near the begin and one near the end share their weight and their bias; dropout between them."""
     inside = [nn.Linear(8, 8), nn.Dropout(0.3), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8)]
@@ -72,6 +91,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "frozen": frozen,
     "with_batch_norm": with_batch_norm,
     "tied_ends": tied_ends,
+    "odd": Odd,
 }
 
 
@@ -106,9 +126,10 @@ class Training:
     optimizer: str = "sgd"
     split: tuple[str, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()
-    ddp: bool = False
+    ddp: bool = False  # sums as in a run; else buckets
     marked: tuple[int, ...] = ()
     fault: Fault | None = None
+    max_grad_norm: float | None = None
 
     def batches(self) -> list[reference.Batch]:
         """A global batch for each step; the rows named in `marked` hold a value of 1000."""
@@ -121,7 +142,13 @@ class Training:
 
     @property
     def spec(self) -> ModelSpec:
-        return ModelSpec(MODELS[self.model], F.cross_entropy, OPTIMIZERS[self.optimizer], cut=Cut(self.split))
+        return ModelSpec(
+            MODELS[self.model],
+            F.cross_entropy,
+            OPTIMIZERS[self.optimizer],
+            max_grad_norm=self.max_grad_norm,
+            cut=Cut(self.split),
+        )
 
 
 @dataclass
@@ -129,6 +156,7 @@ class Trained:
     """What a process has seen: the losses, the weights of its part, and what it has summed over others."""
 
     losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     reductions: list[list[int]] = field(default_factory=list)
     """Of each step, the bytes of each all_reduce."""
@@ -148,8 +176,7 @@ def engine_of(me: Me, training: Training) -> Engine:
     replica, actor = divmod(me.rank, plan.pipeline)
     part = build_part(training.spec, plan, actor, CPU)
     transport = ProcessTransport(plan, replica, actor, pairs(plan, part), me.timeouts)
-    replicas = transport.same_stage(0)
-    sums = ddp_sum(part, replicas.group) if training.ddp and replicas is not None else None
+    sums = sums_in_processes(part, plan, transport, CPU) if training.ddp or plan.data_strategy == "fsdp" else None
     return make_engine(training.spec, plan, replica, actor, part, transport, CPU, sums)
 
 
@@ -166,15 +193,17 @@ def train(me: Me, training: Training) -> Trained | Failed:
             prepare(training.fault, engine, me)
         began = time.monotonic()
         try:
-            found.losses.append(drive(engine.train_step(order)).loss)
+            result = drive(engine.train_step(order))
         except RayparError as error:
             failed = Failed(error, step, time.monotonic() - began)
             engine = None
             leave_world(error)
             return failed
+        found.losses.append(result.loss)
+        found.norms.append(result.grad_norm)
         found.reductions.append(list(sizes))
         sizes.clear()
-    found.weights = {name: tensor.clone() for name, tensor in engine.part.module.state_dict().items()}
+    found.weights = {name: whole(tensor).clone() for name, tensor in engine.part.module.state_dict().items()}
     return found
 
 
