@@ -125,7 +125,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--pipeline", type=int, default=1, help="stage actors a replica (default: 1)")
     add("--microbatches", type=int, help="parts of a replica's batch (default: 4 a stage actor; 1 without a pipeline)")
     add("--schedule", default="1f1b", help="gpipe, 1f1b (default), interleaved, zb-h1, zbv, or a CSV file")
-    add("--data-strategy", default="ddp", help="how replicas stay one model: ddp (default), fsdp, local_sgd")
+    add("--data-strategy", default="ddp", help="how replicas stay one model: ddp (default), fsdp, local_sgd, scatter")
     add(
         "--sync-every",
         type=steps,

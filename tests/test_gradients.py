@@ -11,11 +11,12 @@ from torch import nn
 
 from raypar.compute import gradients
 from raypar.compute.gradients import BucketSum
-from raypar.compute.memory_links import MemorySum, take_turns
+from raypar.compute.memory_links import MemorySum, MemoryWorld, take_turns
 from raypar.planning.errors import PeerLostError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts
 from support import reference
-from support.cases import OPTIMIZERS
+from support.cases import OPTIMIZERS, small, small_split
+from support.engines import Engines, count_bytes, spec_of
 from support.processes import DIED, Processes, processes
 from support.work import MODELS, Failed, Fault, Trained, Training, train
 
@@ -132,6 +133,21 @@ def test_gradients_are_reduced_once_a_step_whatever_the_number_of_microbatches(
                 assert weights <= sum(of_gradients) <= weights + 64, "a few bytes beside the gradients themselves"
                 per_step.append(len(sizes))
     assert len(set(per_step)) == 1
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_in_memory_too_each_stage_sends_its_gradients_once_a_step_whatever_the_microbatches(pipeline: int) -> None:
+    per_step = []
+    for microbatches in (1, 4, 8):
+        plan = Plan(data=2, pipeline=pipeline, microbatches=microbatches)
+        world = MemoryWorld(plan)
+        sizes = count_bytes(world)
+        Engines(plan, spec_of(small, small_split(plan)), world).train(reference.images(1, 16))
+        per_step.append(sizes)
+    parameters = list(small().parameters())
+    assert [len(sizes) for sizes in per_step] == [pipeline] * 3
+    # and of each parameter the number of replicas that have a gradient
+    assert {sum(sizes) for sizes in per_step} == {4 * (sum(p.numel() for p in parameters) + len(parameters))}
 
 
 # ---------------------------------------------------------------- when a replica is lost

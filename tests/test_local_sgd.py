@@ -26,7 +26,7 @@ from raypar.planning.errors import CheckpointError, ModelError, NonFiniteError, 
 from raypar.planning.plan import Plan, Timeouts
 from support import reference
 from support.cases import OPTIMIZERS, name_of, small, small_split, with_batch_norm
-from support.engines import CPU, TOLERANCE, Engines, spec_of
+from support.engines import CPU, TOLERANCE, Engines, count_bytes, spec_of
 from support.processes import Processes, processes
 from support.reference import MakeOptimizer, images, microbatches_of, seeded, worst_difference
 from support.work import MODELS, Trained, Training, train
@@ -271,30 +271,21 @@ def test_an_overflow_of_float16_in_one_replica_skips_the_step_in_all_and_not_the
 # ---------------------------------------------------------------- what it costs
 
 
-def count_bytes(plan: Plan, steps: int) -> int:
-    """What one replica gives to be added up over the replicas, in all steps."""
+def sent(plan: Plan, steps: int) -> int:
+    """The bytes that one replica gives to be added up over the replicas, in all steps."""
     world = MemoryWorld(plan)
-    sent = 0
-    for stage in world.stages:
-        add = stage.add
-
-        def counted(index: int, tensor: Tensor, add: Any = add) -> Any:
-            nonlocal sent
-            sent += tensor.numel() * tensor.element_size() if index == 0 else 0
-            return add(index, tensor)
-
-        stage.add = counted  # type: ignore[method-assign]
+    sizes = count_bytes(world)
     engines = Engines(plan, spec_of(small, small_split(plan)), world)
     for step, shares in enumerate(data_of([(4, 4)] * steps), start=1):
         engines.train_step(step, shares)
-    return sent
+    return sum(sizes)
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 @pytest.mark.parametrize("every", [1, 3, 6])
 def test_the_bytes_sent_are_those_of_ddp_divided_by_the_steps_between_averages(every: int, pipeline: int) -> None:
-    ddp = count_bytes(Plan(data=2, pipeline=pipeline, microbatches=2), 6)
-    found = count_bytes(apart(2, every, pipeline=pipeline), 6)
+    ddp = sent(Plan(data=2, pipeline=pipeline, microbatches=2), 6)
+    found = sent(apart(2, every, pipeline=pipeline), 6)
     flags = 4 * len(list(small().parameters()))  # ddp says of each parameter whether there is a gradient
     assert found == (ddp - 6 * flags) / every
 

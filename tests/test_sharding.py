@@ -28,7 +28,7 @@ from raypar.planning.errors import PeerLostError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts
 from support import reference
 from support.cases import OPTIMIZERS, name_of
-from support.engines import Engines, order_of
+from support.engines import Engines, order_of, spec_of
 from support.processes import DIED, Me, Processes, processes
 from support.reference import worst_difference
 from support.work import MODELS, Failed, Fault, Trained, Training, engine_of, train
@@ -300,3 +300,13 @@ def test_in_local_mode_replicas_share_a_process_and_the_run_says_so(caplog: pyte
         run_local(lambda: None, Plan(data=2, data_strategy="fsdp"), {}, Timeouts(), Storage.open("/dev/null", "run"))
     (record,) = caplog.records
     assert "runs as 'ddp' in local mode" in record.message
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_in_local_mode_it_trains_as_ddp_does(pipeline: int) -> None:
+    plan = Plan(data=2, pipeline=pipeline, microbatches=2)
+    spec = spec_of(MODELS["small"], ("3",)[: pipeline - 1])
+    one, other = Engines(plan, spec), Engines(dataclasses.replace(plan, data_strategy="fsdp"), spec)
+    batches = reference.images(3, 7)
+    assert one.train(batches) == other.train(batches)
+    assert worst_difference(one.weights(), other.weights()) == 0.0

@@ -29,6 +29,7 @@ from raypar.compute.memory import keep_freed_memory
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.process_links import ProcessCollective
 from raypar.compute.profile import measure_units
+from raypar.compute.scatter import scatter_over
 from raypar.compute.session import Session, enter
 from raypar.compute.shards import SavedTensors
 from raypar.compute.storage import Storage
@@ -156,6 +157,8 @@ class WorkerSession(Session):
             saved = SavedTensors(self.restored, self.storage.filesystem) if self.restored is not None else None
         transport = _WorkerTransport(self.plan, self.control)
         sums = sums_in_processes(part, self.plan, transport, device)
+        if self.plan.data_strategy == "scatter":
+            scatter_over(part, ray.train.torch.get_devices() if device.type == "cuda" else [device])
         engine = make_engine(spec, self.plan, self.rank, 0, part, transport, device, sums, saved)
         saver = SharedSaver(self.storage, _group(self.timeouts))
         return InProcessActors([engine], saver, lambda calls: [drive(call) for call in calls])

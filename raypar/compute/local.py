@@ -31,6 +31,7 @@ from raypar.compute.memory_links import MemoryWorld, take_turns
 from raypar.compute.part import Cut, ModelSpec
 from raypar.compute.profile import measure_units
 from raypar.compute.saved_state import merge_states
+from raypar.compute.scatter import scatter_over
 from raypar.compute.session import Session, enter
 from raypar.compute.shards import SavedTensors
 from raypar.compute.storage import Storage
@@ -171,6 +172,8 @@ class LocalSession(Session):
         engines = []
         for actor in range(self.plan.pipeline):
             part = build_part(spec, self.plan, actor, CPU)
+            if self.plan.data_strategy == "scatter":
+                scatter_over(part, [CPU])
             transport = self.run.world.transport(self.rank, actor)
             engines.append(make_engine(spec, self.plan, self.rank, actor, part, transport, CPU, saved=saved))
         randomness.restore_state(state)

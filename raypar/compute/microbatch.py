@@ -134,6 +134,11 @@ def to_arrays(batch: Tree) -> Tree:
     return tree.unflatten([convert(leaf) for leaf in found], structure)
 
 
+def has_shared(batch: Tree) -> bool:
+    """Whether a batch holds a tensor that is not cut into micro-batches."""
+    return any(isinstance(leaf, Shared) for leaf in tree.leaves(batch))
+
+
 def is_finite(values: Any) -> bool:
     """Whether all floating-point tensors in a tree are finite."""
     found = [leaf for leaf in tree.leaves(values) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]

@@ -206,6 +206,11 @@ class Replica:
             raise DataError(
                 f"found {rows} rows of inputs and {microbatch.rows_of(targets)} rows of targets, needed as many of both"
             )
+        if self._session.plan.data_strategy == "scatter" and microbatch.has_shared([inputs, targets]):
+            raise DataError(
+                "found raypar.shared(…) with Plan(data_strategy='scatter'), which cuts the rows of every tensor over "
+                "the devices; needed: the values repeated for each row, or another data_strategy"
+            )
         key = (microbatch.describe(inputs), microbatch.describe(targets))
         return Order(step, rows, key, inputs, targets)
 

@@ -15,7 +15,7 @@ from raypar.planning.table import OwnSchedule, Table, name_of, own_schedule, rea
 SCHEDULE_NAMES = tuple(SCHEDULES)
 RECOMPUTE_NAMES = ("never", "always", "except_last")
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
-DATA_STRATEGY_NAMES = ("ddp", "fsdp", "local_sgd")
+DATA_STRATEGY_NAMES = ("ddp", "fsdp", "local_sgd", "scatter")
 SYNC_EVERY = 20
 """The default of `sync_every`."""
 
@@ -74,6 +74,9 @@ class Plan:
                   parameters are averaged every `sync_every` steps (Stich 2019, https://arxiv.org/abs/1805.09767); with
                   parallelize(outer_optimizer=…) as in DiLoCo. In between, eval_step, predict and state_dict use the
                   weights of their own replica. Buffers, and what the optimizer keeps, are never averaged.
+                  "scatter": one process that owns several GPUs cuts each micro-batch over them (torch.nn.DataParallel):
+                  data=1, pipeline=1, and as many GPUs as ScalingConfig(resources_per_worker=…) gives a worker. With
+                  one GPU, or on a CPU, it is the plain module.
     sync_every:   with "local_sgd" only: steps of the run from one average to the next (those whose number it
                   divides), default 20; or "epoch": behind the step on the last batch of a loop over raypar.batches. A
                   loop that is left before its last batch brings no average.
@@ -118,6 +121,8 @@ class Plan:
 
     def _check_data_strategy(self) -> None:
         _one_of("data_strategy", self.data_strategy, DATA_STRATEGY_NAMES)
+        if self.data_strategy == "scatter":
+            self._check_scatter()
         if self.data_strategy == "local_sgd":
             if self.sync_every is None:
                 object.__setattr__(self, "sync_every", SYNC_EVERY)
@@ -130,6 +135,16 @@ class Plan:
             raise PlanError(
                 f"Plan(sync_every={self.sync_every!r}, data_strategy={self.data_strategy!r}): only replicas that train "
                 "apart are averaged; set data_strategy='local_sgd', or leave `sync_every` out."
+            )
+
+    def _check_scatter(self) -> None:
+        found = {"data": self.data, "pipeline": self.pipeline, "stages": len(self.actor_of_stage)}
+        found = {name: number for name, number in found.items() if number > 1}
+        if found or self.compile:
+            has = ", ".join(f"{name}={number}" for name, number in found.items()) or "compile=True"
+            raise PlanError(
+                f"Plan(data_strategy='scatter'): found {has}; one process cuts the rows over its devices, each with "
+                "the whole model: set data=1, pipeline=1, one stage and compile=False, or another data_strategy."
             )
 
     def _check_schedule(self) -> None:

@@ -94,6 +94,20 @@ def assert_equal(engines: Engines, losses: Sequence[float], needed: Outcome) -> 
         assert worst_difference(engines.weights(replica), needed.weights) <= TOLERANCE
 
 
+def count_bytes(world: MemoryWorld) -> list[int]:
+    """A list that gets the bytes of each tensor that the first replica gives to be added up over the replicas."""
+    sizes: list[int] = []
+    for stage in world.stages:
+
+        def counted(index: int, tensor: Tensor, add: Any = stage.add) -> Any:
+            if index == 0:
+                sizes.append(tensor.numel() * tensor.element_size())
+            return add(index, tensor)
+
+        stage.add = counted  # type: ignore[method-assign]
+    return sizes
+
+
 def order_of(step: int, share: Share) -> Order:
     inputs, targets = share
     key = (microbatch.describe(inputs), microbatch.describe(targets))

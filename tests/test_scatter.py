@@ -1,0 +1,63 @@
+"""Several devices in one process: on a CPU there is one, and the model runs as it is. On GPUs: tests/gpu."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import raypar
+from raypar.compute.local import run_local
+from raypar.compute.parallelize import parallelize
+from raypar.compute.storage import Storage
+from raypar.planning.errors import DataError
+from raypar.planning.plan import Plan, Timeouts
+from support import reference
+from support.cases import OPTIMIZERS, small
+
+
+def run(train: Any, plan: Plan) -> dict[str, Tensor]:
+    """The weights behind a train loop over a few batches of unequal size."""
+    found: dict[str, Tensor] = {}
+
+    def loop() -> None:
+        replica = parallelize(small, loss_fn=F.cross_entropy, optimizer=OPTIMIZERS["sgd"])
+        train(replica)
+        found.update(replica.state_dict())
+
+    run_local(loop, plan, {}, Timeouts(), Storage.open("/dev/null", "run"))
+    return found
+
+
+BATCHES = [batch for rows in (8, 5, 1) for batch in reference.images(1, rows, seed=rows)]
+
+
+def train(replica: Any) -> None:
+    for images, labels in BATCHES:
+        replica.train_step(images, labels)
+
+
+def test_on_a_cpu_the_model_runs_as_it_is_and_the_run_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="raypar"):
+        found = run(train, Plan(microbatches=2, data_strategy="scatter"))
+    needed = reference.train_on_full_batches(small, BATCHES, OPTIMIZERS["sgd"], F.cross_entropy)
+    assert reference.worst_difference(found, needed.weights) <= 1e-6
+    (record,) = caplog.records
+    assert "Plan(data_strategy='scatter') runs as the plain module: found cpu; needed several GPUs" in record.message
+
+
+def test_a_value_that_all_rows_share_is_refused_since_devices_get_rows_of_every_tensor() -> None:
+    def loop(replica: Any) -> None:
+        replica.train_step((torch.ones(2, 784), raypar.shared(torch.ones(2))), torch.zeros(2, dtype=torch.long))
+
+    with pytest.raises(DataError, match=r"found raypar.shared\(…\) with Plan\(data_strategy='scatter'\)"):
+        run(loop, Plan(data_strategy="scatter"))
+
+
+def test_the_model_is_the_users_own() -> None:
+    """DataParallel's "module." stands before no name."""
+    assert list(run(train, Plan(data_strategy="scatter"))) == list(nn.Module.state_dict(small()))
