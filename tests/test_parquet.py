@@ -41,6 +41,15 @@ def test_the_row_groups_of_all_files_are_numbered_in_their_order(tmp_path: Path)
     assert rows_of(groups) == [0, 1, 2, 3, 5, 6, 7]
 
 
+def test_what_is_hidden_in_a_folder_is_no_data_and_a_folder_may_be_named_like_a_file(tmp_path: Path):
+    """Spark writes a folder train.parquet, and what is not yet whole below _temporary."""
+    write(tmp_path / "d" / "train.parquet" / "part-0.parquet", x=[1])
+    for hidden in ("_temporary/0/part-1.parquet", ".part-2.parquet", "_part-3.parquet"):
+        write(tmp_path / "d" / hidden, x=[2])
+    assert rows_of(RowGroups("here", tmp_path / "d")) == [1]
+    assert rows_of(RowGroups("here", tmp_path / "d" / "_temporary")) == [2]
+
+
 def test_any_file_system_of_pyarrow_will_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A URI names it: s3://, gs://, hdfs://. Here one in memory stands for them."""
     memory = pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory")))

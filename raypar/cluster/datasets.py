@@ -11,8 +11,10 @@ import ray.train
 import torch
 from ray import cloudpickle
 
+from raypar.cluster.capacity import Capacity
+from raypar.cluster.placement import Needs
 from raypar.compute.sources import Sharded
-from raypar.planning.errors import DataError
+from raypar.planning.errors import DataError, InfeasiblePlanError
 
 
 def of_ray_data(datasets: Mapping[str, Any]) -> dict[str, ray.data.Dataset]:
@@ -36,6 +38,17 @@ def for_workers(datasets: Mapping[str, Any]) -> dict[str, Any]:
             ) from error
         found[name] = given
     return found
+
+
+def check_room(sharded: Mapping[str, Any], needs: Needs, cluster: Capacity) -> None:
+    """Refuses data sets whose tasks would wait for ever, since the plan takes every CPU that the cluster can have."""
+    taken = needs.total().get("CPU", 0.0)
+    if sharded and cluster.known and cluster.can_have("CPU") < taken + 1:
+        raise InfeasiblePlanError(
+            f"datasets[{next(iter(sharded))!r}]: the tasks of a ray.data.Dataset need at least 1 CPU beside the "
+            f"{taken:g} that the plan asks for; the cluster has {cluster.has('CPU'):g} and can have "
+            f"{cluster.can_have('CPU'):g}. Give it more, or give Parquet, which the train workers read themselves."
+        )
 
 
 def _read_shard(name: str, rows: int, drop_last: bool) -> Iterator[Mapping[str, torch.Tensor]]:

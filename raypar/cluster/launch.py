@@ -34,6 +34,7 @@ from ray.util.placement_group import remove_placement_group
 
 from raypar.cluster import attempt, capacity, failures
 from raypar.cluster.board import Rows, Watch
+from raypar.cluster.datasets import check_room
 from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import Needs, check_feasible, is_feasible_now, needs_of, reserve
 from raypar.cluster.progress import ProgressDisplay
@@ -86,6 +87,8 @@ def run_on_ray(run: Run) -> Result:
         needs = run.needs(gpus=_cluster_has_gpus(run))
         if not is_feasible_now(needs, capacity.current_capacity()):
             check_feasible(needs, capacity.full_capacity("GPU" if "GPU" in needs.total() else "CPU"))
+        if run.sharded:
+            check_room(run.sharded, needs, capacity.full_capacity("CPU"))
         display.say(_announcement(run))
         result = _until_done(run, needs, watch)
     return _with_history(result, watch.rows, run.storage)

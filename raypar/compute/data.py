@@ -57,7 +57,8 @@ def batches(
     be anywhere; but rows of one row group come near each other, within one window. Where rows that lie together are
     alike (sorted by class or by time), shuffle them once before they are written, or make the window larger and the row
     groups smaller. A replica keeps its rows of two windows, the next being read while the batches of one are trained
-    on, whatever the size of the data set. Nothing is read that lies before the batch at which a resumed run goes on.
+    on, and two row groups as they are stored, whatever the size of the data set. Nothing is read that lies before the
+    batch at which a resumed run goes on.
 
     After a resume within an epoch, loops over a data set pass over the batches that steps have trained on, until a
     step trains on that data set again: a loop that evaluates on the same rows stands behind the one that trains.

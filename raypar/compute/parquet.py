@@ -39,14 +39,14 @@ class File:
 
 
 def files_of(who: str, path: str | os.PathLike[str]) -> list[tuple[pafs.FileSystem, str]]:
-    """The Parquet files of a data set: one file, or all *.parquet below a folder, by name."""
+    """The Parquet files of a data set: one file, or all *.parquet below a folder by name, but for hidden ones."""
     text = os.fspath(path)
     try:
         fs, inside = resolve(text)
         info = fs.get_file_info(inside)
         if info.type == pafs.FileType.Directory:
             entries = fs.get_file_info(pafs.FileSelector(inside, recursive=True))
-            found = sorted(entry.path for entry in entries if entry.path.endswith(".parquet"))
+            found = sorted(entry.path for entry in entries if _is_data(entry, inside))
         else:
             found = [inside] if info.type == pafs.FileType.File else []
     except (OSError, pa.ArrowException) as error:
@@ -55,6 +55,13 @@ def files_of(who: str, path: str | os.PathLike[str]) -> list[tuple[pafs.FileSyst
         what = "holds no *.parquet file" if info.type == pafs.FileType.Directory else "does not exist"
         raise DataError(f"{who}: {text} {what}, needed a Parquet file or a folder of them")
     return [(fs, file) for file in found]
+
+
+def _is_data(entry: pafs.FileInfo, folder: str) -> bool:
+    """As Spark and pyarrow see it: what begins with a dot or an underscore, also a folder, is not yet or no data."""
+    below = entry.path[len(folder) :].split("/")
+    hidden = any(part.startswith((".", "_")) for part in below)
+    return entry.type == pafs.FileType.File and entry.path.endswith(".parquet") and not hidden
 
 
 def _open(who: str, where: tuple[pafs.FileSystem, str]) -> File:

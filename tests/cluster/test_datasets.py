@@ -6,6 +6,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray.data
 import ray.train
@@ -15,8 +17,10 @@ from torch.utils.data import TensorDataset
 
 import raypar
 from raypar import Plan, Timeouts, Trainer
-from raypar.cluster.datasets import for_workers
-from raypar.planning.errors import DataError, UsageError
+from raypar.cluster.capacity import Capacity, Machines
+from raypar.cluster.datasets import check_room, for_workers
+from raypar.cluster.placement import needs_of
+from raypar.planning.errors import DataError, InfeasiblePlanError, UsageError
 
 ROWS = 20
 
@@ -88,11 +92,33 @@ def test_a_torch_data_set_and_a_function_travel_to_the_train_workers(tmp_path: P
 
 
 @pytest.mark.usefixtures("nothing_left")
+def test_parquet_that_is_larger_than_a_window_is_read_in_windows_by_each_replica(tmp_path: Path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"id": range(ROWS)}), path, row_group_size=3)
+    seen = fit(tmp_path, path, window=6)
+    for epoch in range(2):
+        assert sorted(seen[f"0-{epoch}"] + seen[f"1-{epoch}"]) == list(range(ROWS))
+    assert seen["0-0"] != seen["0-1"]
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_the_batches_of_a_ray_data_set_hold_as_many_rows_of_each_shard(tmp_path: Path):
     with pytest.raises(
         UsageError, match=r"batches\('train', batch_size=5\): needed a multiple of 2, since each replica"
     ):
         fit(tmp_path, ray.data.range(ROWS), shuffle=False, batch_size=5)
+
+
+def test_a_plan_that_takes_every_cpu_is_refused_where_ray_data_needs_one():
+    """Its tasks would have waited for ever."""
+    needs = needs_of(Plan(data=2), gpus=False)
+    with pytest.raises(
+        InfeasiblePlanError, match=r"datasets\['a'\]: .* at least 1 CPU beside the 2 .* has 2 and can have"
+    ):
+        check_room({"a": None}, needs, Capacity(now=(Machines({"CPU": 2}),)))
+    check_room({}, needs, Capacity(now=(Machines({"CPU": 2}),)))
+    check_room({"a": None}, needs, Capacity(now=(Machines({"CPU": 3}),)))
+    check_room({"a": None}, needs, Capacity(now=(), known=False))
 
 
 def test_what_cannot_be_pickled_is_refused():
