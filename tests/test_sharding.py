@@ -24,7 +24,7 @@ from raypar.compute.saved_state import load_model, model_of, restore, state_to_s
 from raypar.compute.shards import SavedTensors
 from raypar.compute.storage import Storage
 from raypar.compute.transport import drive
-from raypar.planning.errors import PeerLostError, UserCodeError
+from raypar.planning.errors import NonFiniteError, PeerLostError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts
 from support import reference
 from support.cases import OPTIMIZERS, name_of
@@ -124,6 +124,17 @@ def test_the_gradient_is_clipped_by_the_norm_of_the_whole_model(pool: Processes,
     assert worst_difference(weights_of(found, plan), needed.weights) <= 1e-6
     for each in found:
         assert each.norms == pytest.approx(needed.norms, abs=1e-5)
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_step_that_is_not_finite_is_given_up_by_all_and_names_the_stage(pool: Processes, pipeline: int) -> None:
+    """The forward passes that look for the stage gather the weights once more."""
+    plan = Plan(data=2, pipeline=pipeline, microbatches=2)
+    training = Training(plan, split=("3",)[: pipeline - 1], rows=((2, 2), (2, 3)), marked=(4,), mark=float("nan"))
+    for found in pool.run(2 * pipeline, train, sharded(training)):
+        assert isinstance(found, Failed), found
+        assert isinstance(found.error, NonFiniteError), found.error
+        assert (found.error.step, found.error.stage) == (2, 0)
 
 
 # ---------------------------------------------------------------- what it costs

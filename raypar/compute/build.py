@@ -215,7 +215,7 @@ def sums_in_processes(part: Part, plan: Plan, transport: Transport, device: torc
     trains = any(p.requires_grad for p in part.module.parameters())
     if not isinstance(group, ProcessCollective):  # there is but one replica
         return bucket_sums(part, plan, transport)
-    if plan.data_strategy == "fsdp":
+    if plan.data_strategy == "fsdp" and any(True for _ in part.module.parameters()):
         nothing = {stage: BucketSum([], None) for stage in part.stages}
         return {**nothing, first: ShardedSum(part, group, device)}
     if plan.data_strategy == "ddp" and len(plan.actor_of_stage) == 1 and trains:

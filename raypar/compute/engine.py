@@ -28,6 +28,7 @@ from raypar.compute.local_sgd import Averaging
 from raypar.compute.order import Order, StepResult
 from raypar.compute.part import Part
 from raypar.compute.randomness import seed_pass
+from raypar.compute.sharding import ShardedSum
 from raypar.compute.stage import Values
 from raypar.compute.ties import Ties
 from raypar.compute.timing import Clock
@@ -80,6 +81,7 @@ class Engine:
         self.clock = Clock(device, trace=trace)
         self.everyone = transport.everyone()
         self.ties = Ties(part, transport)
+        self._sharded = [(stage, each) for stage, each in sums.items() if isinstance(each, ShardedSum)]
         self._programs: dict[tuple[str, int], Program] = {}
         self._keys: dict[Hashable, int] = {}
         self._outboxes: dict[int, Outbox] = {}
@@ -167,12 +169,12 @@ class Engine:
 
     def _play(self, run: _Pass) -> Waiting:
         """Run the program; in training, sum each stage's gradients after its last backward pass."""
-        for stage in self.part.stages:
-            with self._waiting_for("gathering the weights from all replicas", stage):
-                self.sums[stage].gather(trains=run.mode == "train")
         ready: dict[Message, Any] = {}
         trains = run.mode == "train"  # what is traced belongs to a training step
         traced: Callable[..., AbstractContextManager[None]] = self.clock.traced if trains else lambda *_: nullcontext()
+        for stage, sharded in self._sharded:
+            with self._waiting_for("gathering the weights from all replicas", stage), traced("gather", stage):
+                sharded.gather(trains=trains)
         for instruction in self._program(run.mode, len(run.sizes)):
             if isinstance(instruction, Compute):
                 received = {}
@@ -206,8 +208,8 @@ class Engine:
                 with adding, self.clock.traced("reduce", stage):
                     yield from self.sums[stage].start(len(run.sizes))
         else:
-            for stage in self.part.stages:
-                self.sums[stage].release()
+            for _, sharded in self._sharded:
+                sharded.release()
 
     def _forward(
         self, run: _Pass, index: int, number: int, received: dict[int, Values], ready: dict[Message, Any]

@@ -32,12 +32,6 @@ class Collective(Protocol):
 class GradientSum(Protocol):
     """How the gradients of one stage are summed over the replicas."""
 
-    def gather(self, *, trains: bool) -> None:
-        """Make the stage's weights whole, where replicas keep parts of them; before its first pass."""
-
-    def release(self) -> None:
-        """Go back to parts, behind the last pass; in training `start` does it."""
-
     def around(self, is_last: bool) -> AbstractContextManager[None]:
         """What the passes of a micro-batch run in; the last one's backward pass may already reduce."""
 
@@ -72,12 +66,6 @@ class BucketSum:
     def __init__(self, parameters: Sequence[nn.Parameter], collective: Collective | None) -> None:
         self.collective = collective if collective is not None and collective.size > 1 else None
         self.buckets = buckets_of(parameters)
-
-    def gather(self, *, trains: bool) -> None:
-        pass
-
-    def release(self) -> None:
-        pass
 
     def around(self, is_last: bool) -> AbstractContextManager[None]:
         return nullcontext()
@@ -138,12 +126,6 @@ class DDPSum:
 
     def call(self, inputs: Tree) -> Any:
         return self.ddp(inputs)
-
-    def gather(self, *, trains: bool) -> None:
-        pass
-
-    def release(self) -> None:
-        pass
 
     @contextmanager
     def around(self, is_last: bool) -> Iterator[None]:

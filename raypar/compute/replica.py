@@ -122,7 +122,8 @@ class Replica:
         return EvalOutput(total[0] / total[1] if total[1] else float("nan"), int(total[2]))
 
     def predict(self, inputs: Any) -> Any:
-        """The model's output for this replica's rows in eval mode, on the CPU."""
+        """The model's output for this replica's rows in eval mode, on the CPU. Under Plan(data_strategy="fsdp") all
+        replicas call it alike, as they do state_dict."""
         self.wait()
         return self._actors.predict(self._order(self._step, inputs, None))
 

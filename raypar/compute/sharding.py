@@ -68,12 +68,14 @@ class ShardedSum:
         self.mark: torch.Tensor | None = None
 
     def gather(self, *, trains: bool) -> None:
+        """Make all parameters whole, before the first pass of a step or of an evaluation."""
         if trains:
             self.mark = self.call(torch.zeros((), device=self.device, requires_grad=True))
         else:
             self.held.unshard()
 
     def release(self) -> None:
+        """Go back to parts, behind the last pass of an evaluation; in training `start` does it."""
         self.mark = None
         self.held.reshard()
 
@@ -86,7 +88,8 @@ class ShardedSum:
         parameters = [self.part.module.get_parameter(name) for name in self.names]
         # What no replica has used keeps no gradient, what only some have used is zero in the others.
         have = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
-        yield self.replicas.sum(have)
+        if parameters:
+            yield self.replicas.sum(have)
         for parameter, count in zip(parameters, have.tolist(), strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -15,11 +15,12 @@ from raypar.planning.schedule import Action, Schedule, start_times
 
 COLOURS = {
     "F": "#4c8bf5", "B": "#2e9e5b", "I": "#57b894", "W": "#f2a93b",
-    "wait": "#e8e8e8", "send": "#b69adf", "reduce": "#d9534f", "commit": "#8a6d5c",
+    "wait": "#e8e8e8", "send": "#b69adf", "reduce": "#d9534f", "gather": "#e8a33d", "commit": "#8a6d5c",
 }  # fmt: skip
 NAMES = {
     "F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights",
-    "wait": "waits for a message", "send": "starts a send", "reduce": "adds up gradients", "commit": "commit",
+    "wait": "waits for a message", "send": "starts a send", "reduce": "adds up gradients",
+    "gather": "gathers weights", "commit": "commit",
 }  # fmt: skip
 
 LEFT, WIDTH, ROW, GAP = 150, 1200, 26, 6
@@ -28,7 +29,7 @@ LEFT, WIDTH, ROW, GAP = 150, 1200, 26, 6
 class Event(NamedTuple):
     """One thing that one actor did in one step.
 
-    kind:       "F", "B", "I", "W" as in a schedule; "wait", "send", "reduce" or "commit".
+    kind:       "F", "B", "I", "W" as in a schedule; "wait", "send", "reduce", "gather" or "commit".
     microbatch: -1 where it belongs to none.
     start, end: seconds since the epoch, by the clock of the actor's machine: those of two machines may differ by as
                 much as their clocks do (a millisecond or so under NTP).

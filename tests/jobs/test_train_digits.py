@@ -52,6 +52,18 @@ def test_it_ends_with_the_plan_the_table_and_the_checkpoint(base: list[str], cap
     assert raypar.read_state_dict(path)["1.weight"].shape == (512, 784)
 
 
+def test_replicas_that_train_apart_for_20_steps_learn_the_digits_as_well_as_those_that_do_not(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    accuracy = []
+    for number, strategy in enumerate(("ddp", "local_sgd --sync-every 20")):
+        words = f"--data 2 --batch-size 64 --epochs 8 --storage {tmp_path / str(number)} --data-strategy {strategy}"
+        assert main([*base, *words.split()]) == 0
+        accuracy.append(float(capsys.readouterr().out.rpartition("test accuracy ")[2].split("%")[0]))
+    assert min(accuracy) >= 95.0
+    assert accuracy[1] == pytest.approx(accuracy[0], abs=1.0)
+
+
 def test_every_plan_learns_the_same(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ends = []
     for number, plan in enumerate(("--data 1", "--pipeline 3 --schedule gpipe", "--pipeline 2 --placement 0 1 0")):

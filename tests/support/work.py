@@ -128,15 +128,16 @@ class Training:
     rows: tuple[tuple[int, ...], ...] = ()
     ddp: bool = False  # sums as in a run; else buckets
     marked: tuple[int, ...] = ()
+    mark: float = 1000.0
     fault: Fault | None = None
     max_grad_norm: float | None = None
 
     def batches(self) -> list[reference.Batch]:
-        """A global batch for each step; the rows named in `marked` hold a value of 1000."""
+        """A global batch for each step; the rows named in `marked` hold the value `mark`."""
         found = []
         for step, rows in enumerate(self.rows):
             inputs, targets = reference.images(1, sum(rows), seed=step)[0]
-            inputs[[row for row in self.marked if row < len(inputs)], 0, 0, 0] = 1000.0
+            inputs[[row for row in self.marked if row < len(inputs)], 0, 0, 0] = self.mark
             found.append((inputs, targets))
         return found
 
