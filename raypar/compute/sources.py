@@ -75,6 +75,7 @@ class Source:
     read:   this replica's shares of the batches from a number on.
     count:  the batches of an epoch, None where only its end tells.
     layout: what decides, besides the arguments of `batches`, which rows are in which batch.
+    only_whole_epochs: it can be read from its first batch on only.
     """
 
     read: Callable[[int], Generator[Any]]
