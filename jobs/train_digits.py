@@ -84,6 +84,9 @@ def show(plan: raypar.Plan, rows: list[dict[str, Any]], console: Console) -> Non
     tree = Tree(f"[bold]plan[/bold]  data={plan.data}  pipeline={plan.pipeline}  microbatches={plan.microbatches}")
     if plan.pipeline > 1:
         tree.label = f"{tree.label}  schedule={plan.schedule_name}"
+    if plan.data_strategy != "ddp":
+        every = f"  sync_every={plan.sync_every}" if plan.sync_every is not None else ""
+        tree.label = f"{tree.label}  data_strategy={plan.data_strategy}{every}"
     for replica in range(plan.data):
         branch = tree.add(f"replica {replica}")
         for actor in [each for each in last["actors"] if each["replica"] == replica]:

@@ -113,6 +113,20 @@ def test_models_of_any_form_train_as_under_ddp(pool: Processes, model: str) -> N
         assert torch.equal(found[0].weights["never.weight"], never)
 
 
+@pytest.mark.parametrize(("pipeline", "split"), [(1, ()), (2, ("two",)), (2, ("three",))], ids=str)
+def test_weights_that_forward_uses_by_hand_are_gathered_too(
+    pool: Processes, pipeline: int, split: tuple[str, ...]
+) -> None:
+    """The traced code of a stage holds them beside the model; some of them in two stages."""
+    plan = Plan(data=2, pipeline=pipeline, microbatches=2)
+    training = Training(plan, "by_hand", "sgd", split, ((4, 3), (2, 5), (3, 0)), ddp=True)
+    found, needed = run_all(pool, train, sharded(training)), run_all(pool, train, training)
+    assert worst_difference(weights_of(found, plan), weights_of(needed, plan)) <= 1e-6
+    start = reference.seeded(MODELS["by_hand"]).state_dict()
+    moved = {name for name, tensor in weights_of(found, plan).items() if not torch.equal(tensor, start[name])}
+    assert moved == start.keys() - {"unused.bias"}
+
+
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_the_gradient_is_clipped_by_the_norm_of_the_whole_model(pool: Processes, pipeline: int) -> None:
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)

@@ -59,7 +59,9 @@ def test_replicas_that_train_apart_for_20_steps_learn_the_digits_as_well_as_thos
     for number, strategy in enumerate(("ddp", "local_sgd --sync-every 20")):
         words = f"--data 2 --batch-size 64 --epochs 8 --storage {tmp_path / str(number)} --data-strategy {strategy}"
         assert main([*base, *words.split()]) == 0
-        accuracy.append(float(capsys.readouterr().out.rpartition("test accuracy ")[2].split("%")[0]))
+        out = capsys.readouterr().out
+        assert ("data_strategy=local_sgd  sync_every=20" in out) == (number == 1)
+        accuracy.append(float(out.rpartition("test accuracy ")[2].split("%")[0]))
     assert min(accuracy) >= 95.0
     assert accuracy[1] == pytest.approx(accuracy[0], abs=1.0)
 

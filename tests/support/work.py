@@ -74,6 +74,23 @@ class Odd(nn.Module):
         return found
 
 
+class ByHand(nn.Module):
+    """Uses weights of its layers, and one of its own, beside calling the layers; may be cut at "two" and "three"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(784, 9), nn.Linear(9, 9), nn.Linear(9, 10)
+        self.gain = nn.Parameter(torch.ones(9))
+        self.unused = nn.Linear(9, 9)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.tanh(self.one(images.flatten(1)))
+        x = torch.tanh(self.two(x)) * self.gain + F.linear(x, self.two.weight)
+        x = F.linear(x, self.unused.weight)
+        found: Tensor = self.three(x * self.gain)
+        return found
+
+
 def tied_ends() -> nn.Module:
     """A layer near the begin and one near the end share their weight and their bias; dropout between them."""
     inside = [nn.Linear(8, 8), nn.Dropout(0.3), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8)]
@@ -92,6 +109,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "with_batch_norm": with_batch_norm,
     "tied_ends": tied_ends,
     "odd": Odd,
+    "by_hand": ByHand,
 }
 
 
