@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import dropout
 
-from raypar.compute.randomness import mixed_seed, restore_state, save_state, seed_pass
+from raypar.compute.randomness import mixed_seed, restore_state, save_state, seed_loop, seed_pass
 
 CPU = torch.device("cpu")
 
@@ -75,3 +75,14 @@ def test_the_global_generators_go_on_where_they_were_kept():
     random.seed(2)
     restore_state(kept)
     assert numbers() == expected
+
+
+def test_the_loops_of_replicas_draw_other_numbers_each_and_the_same_in_every_run():
+    def drawn(replica: int) -> tuple[float, float, float]:
+        seed_loop(replica)
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    kept = save_state()
+    assert drawn(0) == drawn(0)
+    assert len({value for replica in range(3) for value in drawn(replica)}) == 9
+    restore_state(kept)

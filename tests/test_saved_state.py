@@ -77,7 +77,7 @@ def run(
         for _ in epochs(3):
             torch.randn(2)
             for batch in batches("train", batch_size=BATCH):
-                noise = 0.01 * torch.randn(()) if build is with_buffers else 0.0
+                noise = 0.1 * torch.randn_like(batch["x"]) if build is with_buffers else 0.0
                 step = replica.train_step(batch["x"] + noise + of_run, batch["y"])
                 if step.step == crash_after:
                     report({"loss": step.loss}, replica)

@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError
 
 from raypar.cluster.failures import as_raypar_error, unwrapped
 from raypar.cluster.pipeline_replica import PipelineActors
-from raypar.compute import microbatch
+from raypar.compute import microbatch, randomness
 from raypar.compute.actors import Actors
 from raypar.compute.build import build_part, one_process_a_node, sums_in_processes
 from raypar.compute.checkpoint import SharedSaver
@@ -66,6 +66,7 @@ def run_worker(config: dict[str, Any]) -> None:
         session = WorkerSession(job, rank)
         session.restore(session.gather(checkpoint_to_resume(job.storage) if rank == 0 else None)[0])
         enter(session)
+        randomness.seed_loop(rank)
         job.train_loop()
         session.finish()
         if job.trace:

@@ -13,12 +13,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
-import random
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from raypar.compute import randomness
@@ -274,10 +272,7 @@ def run_local(
         try:
             if plan.data > 1:
                 run.turns.wait_for_turn(rank)
-            seed = randomness.mixed_seed(0, rank)
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
+            randomness.seed_loop(rank)
             session = LocalSession(run, rank, datasets)
             sessions.append(session)
             session.restore(newest)

@@ -27,6 +27,14 @@ def mixed_seed(*numbers: int) -> int:
     return state >> 1
 
 
+def seed_loop(replica: int) -> None:
+    """Seed what the train loop of a replica draws itself, so that a run can be repeated; each replica otherwise."""
+    value = mixed_seed(0, replica)
+    torch.manual_seed(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)
+
+
 def seed_pass(device: torch.device, seed: int, step: int, microbatch: int, stage: int) -> None:
     """Seed what one forward pass may draw from: the generators of Python, NumPy, and torch on the CPU and `device`."""
     value = mixed_seed(seed, step, microbatch, stage)

@@ -38,7 +38,7 @@ def train(config: dict[str, Any]) -> None:
     is_first = ray.train.get_context().get_world_rank() == 0
     for _ in raypar.epochs(3):
         for batch in raypar.batches("train", batch_size=64):
-            step = replica.train_step(batch["x"] + 0.01 * torch.randn(()), batch["y"])
+            step = replica.train_step(batch["x"] + 0.1 * torch.randn_like(batch["x"]), batch["y"])
             if step.step % 2 == 0:
                 raypar.report({"loss": step.loss}, replica)
             once = Path(config["once"])

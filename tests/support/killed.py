@@ -76,7 +76,7 @@ def train(plan: Plan, folder: Path, death: Death | None) -> None:
         )
         for _ in epochs(EPOCHS):
             for batch in batches("train", batch_size=BATCH, seed=1):
-                step = replica.train_step(batch["x"] + 0.01 * torch.randn(()), batch["y"])
+                step = replica.train_step(batch["x"] + 0.1 * torch.randn_like(batch["x"]), batch["y"])
                 step.result()
                 if step.step % 2 == 0:
                     report({"loss": step.loss}, replica)
