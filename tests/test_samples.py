@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from raypar.compute.batch import Batch
 from raypar.compute.samples import collate, indexed, streamed
 from raypar.planning.errors import DataError
-from raypar.planning.order import Order
+from raypar.planning.row_order import RowOrder
 
 
 class Numbers(Dataset[Any]):
@@ -43,7 +43,7 @@ def of_stream(rows: int, batch_size: int, first: int = 0, replica: int = 0, repl
 
 
 def test_a_data_set_has_the_global_order_of_its_seed_and_each_replica_fetches_its_own_samples():
-    order = Order((51,), batch_size=8, window=51, seed=1, epoch=2)
+    order = RowOrder((51,), batch_size=8, window=51, seed=1, epoch=2)
     expected = np.random.default_rng([1, 2]).permutation(51).tolist()
     sets = [Numbers(51) for _ in range(3)]
     shares = [list(indexed("here", each, order, 0, replica, 3)) for replica, each in enumerate(sets)]
@@ -54,7 +54,7 @@ def test_a_data_set_has_the_global_order_of_its_seed_and_each_replica_fetches_it
 
 def test_a_resumed_epoch_fetches_no_sample_that_lies_before_its_next_batch():
     numbers = Numbers(10)
-    order = Order((10,), batch_size=4, window=10, seed=None)
+    order = RowOrder((10,), batch_size=4, window=10, seed=None)
     assert [batch.tolist() for batch in indexed("here", numbers, order, 2, 0, 1)] == [[8, 9]]
     assert numbers.fetched == [8, 9]
 
@@ -62,7 +62,7 @@ def test_a_resumed_epoch_fetches_no_sample_that_lies_before_its_next_batch():
 def test_samples_are_fetched_when_their_batch_is_asked_for():
     """Not ahead, and not on a thread: random transforms draw from torch's one generator, as dropout does."""
     numbers = Numbers(10)
-    with closing(indexed("here", numbers, Order((10,), 4, 10, None), 0, 0, 1)) as found:
+    with closing(indexed("here", numbers, RowOrder((10,), 4, 10, None), 0, 0, 1)) as found:
         next(found)
         assert numbers.fetched == [0, 1, 2, 3]
 
@@ -72,7 +72,10 @@ def test_a_data_set_that_fetches_several_samples_at_once_is_asked_to():
         def __getitems__(self, rows: list[int]) -> list[int]:
             return [-row for row in rows]
 
-    assert [batch.tolist() for batch in indexed("here", AtOnce(3), Order((3,), 2, 3, None), 0, 0, 1)] == [[0, -1], [-2]]
+    assert [batch.tolist() for batch in indexed("here", AtOnce(3), RowOrder((3,), 2, 3, None), 0, 0, 1)] == [
+        [0, -1],
+        [-2],
+    ]
 
 
 # ---------------------------------------------------------------- what comes as it comes

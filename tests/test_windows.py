@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from raypar.compute import windows
 from raypar.compute.parquet import Arrays, RowGroups
 from raypar.planning.errors import DataError, RunError
-from raypar.planning.order import Order
+from raypar.planning.row_order import RowOrder
 
 
 def write(folder: Path, sizes: list[int], files: int = 1) -> RowGroups:
@@ -36,11 +36,11 @@ def write(folder: Path, sizes: list[int], files: int = 1) -> RowGroups:
     return groups
 
 
-def order_of(groups: RowGroups, batch_size: int = 4, window: int = 10, **options: int | None) -> Order:
-    return Order(groups.sizes, batch_size, window, **{"seed": 0} | options)  # type: ignore[arg-type]
+def order_of(groups: RowGroups, batch_size: int = 4, window: int = 10, **options: int | None) -> RowOrder:
+    return RowOrder(groups.sizes, batch_size, window, **{"seed": 0} | options)  # type: ignore[arg-type]
 
 
-def read(groups: RowGroups, order: Order, first: int = 0, replica: int = 0, replicas: int = 1) -> list[list[int]]:
+def read(groups: RowGroups, order: RowOrder, first: int = 0, replica: int = 0, replicas: int = 1) -> list[list[int]]:
     found = []
     for batch in windows.batches(groups, order, first, replica, replicas):
         assert np.array_equal(batch["wide"], np.repeat(batch["row"][:, None], 3, axis=1))

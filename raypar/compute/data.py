@@ -1,6 +1,6 @@
 """`raypar.batches`: rows as batches of tensors, the same global batches whatever the plan.
 
-Which rows form global batch b of epoch e depends on the data and the seed alone (see raypar.planning.order). Each
+Which rows form global batch b of epoch e depends on the data and the seed alone (see raypar.planning.row_order). Each
 replica takes its contiguous share of the batch's rows, as equal as can be; the last ones may get none of a short batch.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from raypar.compute.session import Loop, Session, current
 from raypar.compute.sources import Source, is_indexed, is_path, open_source
 from raypar.planning.errors import DataError, UsageError, near_names
-from raypar.planning.order import Order
+from raypar.planning.row_order import RowOrder
 
 logger = logging.getLogger("raypar")
 
@@ -88,7 +88,7 @@ def batches(
         raise UsageError(
             f"{who}, shuffle=True): found a {type(given).__name__}, whose order is its own; needed shuffle=False"
         )
-    wanted = Order((), batch_size, window or 0, int(seed) if shuffle else None, session.position.epoch, drop_last)
+    wanted = RowOrder((), batch_size, window or 0, int(seed) if shuffle else None, session.position.epoch, drop_last)
     source = open_source(name, given, columns, wanted, (session.rank, session.size), session.tables)
     batching = {"batch_size": batch_size, "shuffle": bool(shuffle), "seed": int(seed), **source.layout}
     return _batches(session, Loop(name, source.count, batching), source)

@@ -12,10 +12,10 @@ from torch.utils.data import default_collate
 from raypar.compute.batch import Batch
 from raypar.compute.tree import map_tensors
 from raypar.planning.errors import DataError
-from raypar.planning.order import Order, share
+from raypar.planning.row_order import RowOrder, share
 
 
-def indexed(who: str, dataset: Any, order: Order, first: int, replica: int, replicas: int) -> Generator[Any]:
+def indexed(who: str, dataset: Any, order: RowOrder, first: int, replica: int, replicas: int) -> Generator[Any]:
     """A replica's shares of the batches from number `first` on, each sample fetched by its index.
 
     In the thread of the loop: a sample may draw random numbers, which must come in the same order in every run.

@@ -16,7 +16,7 @@ from raypar.compute import samples, windows
 from raypar.compute.batch import Batch
 from raypar.compute.parquet import RowGroups
 from raypar.planning.errors import DataError, UsageError
-from raypar.planning.order import Order
+from raypar.planning.row_order import RowOrder
 
 WINDOW_BYTES = 256 << 20
 """Of rows in memory that are shuffled together, where `window` does not say how many."""
@@ -85,7 +85,12 @@ class Source:
 
 
 def open_source(
-    name: str, given: Any, columns: Sequence[str] | None, wanted: Order, place: tuple[int, int], opened: dict[Any, Any]
+    name: str,
+    given: Any,
+    columns: Sequence[str] | None,
+    wanted: RowOrder,
+    place: tuple[int, int],
+    opened: dict[Any, Any],
 ) -> Source:
     """Find out what there is to read.
 
@@ -129,7 +134,7 @@ def _row_groups(opened: dict[Any, Any], name: str, path: Any, columns: Sequence[
     return found
 
 
-def _count(who: str, order: Order) -> int:
+def _count(who: str, order: RowOrder) -> int:
     if order.count == 0:
         raise DataError(
             f"{who}: batch_size={order.batch_size} and drop_last=True, but the data set has {order.rows} rows, so that "
@@ -138,7 +143,7 @@ def _count(who: str, order: Order) -> int:
     return order.count
 
 
-def _of_parquet(groups: RowGroups, order: Order, first: int, replica: int, replicas: int) -> Generator[Batch]:
+def _of_parquet(groups: RowGroups, order: RowOrder, first: int, replica: int, replicas: int) -> Generator[Batch]:
     with closing(windows.batches(groups, order, first, replica, replicas)) as found:
         for arrays in found:
             yield Batch({column: torch.from_numpy(values) for column, values in arrays.items()})

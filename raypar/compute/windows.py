@@ -18,7 +18,7 @@ import numpy as np
 
 from raypar.compute.parquet import Arrays, RowGroups
 from raypar.compute.prefetch import ahead
-from raypar.planning.order import Order, Window
+from raypar.planning.row_order import RowOrder, Window
 
 _READERS = 2
 """Row groups that are read at once: one is decoded while another one comes from the store."""
@@ -69,7 +69,7 @@ def load(
     return found
 
 
-def batches(groups: RowGroups, order: Order, first: int, replica: int, replicas: int) -> Generator[Arrays]:
+def batches(groups: RowGroups, order: RowOrder, first: int, replica: int, replicas: int) -> Generator[Arrays]:
     """A replica's shares of the batches from number `first` on."""
     windows = order.windows(first, replica, replicas)
     if order.rows <= order.window:

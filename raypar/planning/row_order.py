@@ -41,7 +41,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Order:
+class RowOrder:
     """The order of the rows in one epoch, and its cut into global batches.
 
     sizes:     rows of each row group, as they are stored.

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypar.planning.order import Order, Window, share
+from raypar.planning.row_order import RowOrder, Window, share
 
 SIZES = st.lists(st.integers(0, 9), max_size=12).filter(any).map(tuple)
 
 
-def orders(seed: st.SearchStrategy[int | None] | None = None) -> st.SearchStrategy[Order]:
+def orders(seed: st.SearchStrategy[int | None] | None = None) -> st.SearchStrategy[RowOrder]:
     return st.builds(
-        Order,
+        RowOrder,
         sizes=SIZES,
         batch_size=st.integers(1, 12),
         window=st.integers(1, 40),
@@ -24,7 +24,7 @@ def orders(seed: st.SearchStrategy[int | None] | None = None) -> st.SearchStrate
     )
 
 
-def numbers(order: Order, window: Window) -> list[int]:
+def numbers(order: RowOrder, window: Window) -> list[int]:
     """The rows that a replica takes of a window, as their places in the whole data set."""
     begins = np.cumsum([0, *order.sizes])
     ends_to_ends = np.concatenate([np.arange(begins[group], begins[group + 1]) for group in window.groups])
@@ -32,7 +32,7 @@ def numbers(order: Order, window: Window) -> list[int]:
     return found
 
 
-def batches(order: Order, first: int = 0, replica: int = 0, replicas: int = 1) -> list[list[int]]:
+def batches(order: RowOrder, first: int = 0, replica: int = 0, replicas: int = 1) -> list[list[int]]:
     """What a replica gets, put together from the pieces of the windows."""
     found: list[list[int]] = []
     part: list[int] = []
@@ -50,7 +50,7 @@ def batches(order: Order, first: int = 0, replica: int = 0, replicas: int = 1) -
 
 @settings(deadline=None, max_examples=300)
 @given(orders())
-def test_each_row_comes_once_an_epoch_but_for_a_last_short_batch_that_is_left_out(order: Order):
+def test_each_row_comes_once_an_epoch_but_for_a_last_short_batch_that_is_left_out(order: RowOrder):
     found = batches(order)
     rows = list(chain(*found))
     assert len(found) == order.count
@@ -60,7 +60,7 @@ def test_each_row_comes_once_an_epoch_but_for_a_last_short_batch_that_is_left_ou
 
 @settings(deadline=None, max_examples=300)
 @given(orders(), st.integers(1, 4))
-def test_the_shares_of_the_replicas_are_the_global_batches_in_their_order(order: Order, replicas: int):
+def test_the_shares_of_the_replicas_are_the_global_batches_in_their_order(order: RowOrder, replicas: int):
     of_replicas = [batches(order, 0, replica, replicas) for replica in range(replicas)]
     for index, batch in enumerate(batches(order)):
         assert [of_replica[index] for of_replica in of_replicas] == [
@@ -71,7 +71,7 @@ def test_the_shares_of_the_replicas_are_the_global_batches_in_their_order(order:
 @settings(deadline=None, max_examples=300)
 @given(orders(), st.integers(1, 3), st.data())
 def test_a_batch_is_found_from_the_first_window_that_holds_a_row_of_it_on(
-    order: Order, replicas: int, data: st.DataObject
+    order: RowOrder, replicas: int, data: st.DataObject
 ):
     first = data.draw(st.integers(0, max(0, order.count - 1)))
     replica = data.draw(st.integers(0, replicas - 1))
@@ -84,7 +84,7 @@ def test_a_batch_is_found_from_the_first_window_that_holds_a_row_of_it_on(
 
 @settings(deadline=None, max_examples=300)
 @given(orders())
-def test_a_window_holds_whole_row_groups_of_no_more_rows_than_it_may_and_each_group_once(order: Order):
+def test_a_window_holds_whole_row_groups_of_no_more_rows_than_it_may_and_each_group_once(order: RowOrder):
     found = [window.groups for window in order.windows()]
     if not order.drop_last:
         assert sorted(chain(*found)) == [group for group, size in enumerate(order.sizes) if size]
@@ -94,7 +94,7 @@ def test_a_window_holds_whole_row_groups_of_no_more_rows_than_it_may_and_each_gr
 
 @settings(deadline=None)
 @given(orders(seed=st.none()))
-def test_without_a_seed_rows_come_as_they_are_stored(order: Order):
+def test_without_a_seed_rows_come_as_they_are_stored(order: RowOrder):
     rows = list(chain(*batches(order)))
     assert rows == list(range(len(rows)))
 
@@ -104,24 +104,24 @@ def test_without_a_seed_rows_come_as_they_are_stored(order: Order):
 def test_what_fits_into_one_window_is_permuted_as_a_whole_however_it_is_stored(
     sizes: tuple[int, ...], seed: int, epoch: int
 ):
-    order = Order(sizes, batch_size=3, window=sum(sizes), seed=seed, epoch=epoch)
+    order = RowOrder(sizes, batch_size=3, window=sum(sizes), seed=seed, epoch=epoch)
     whole = np.random.default_rng([seed, epoch]).permutation(sum(sizes)).tolist()
     assert list(chain(*batches(order))) == whole
 
 
 def test_the_order_is_the_same_whatever_the_batch_size():
-    found = {tuple(chain(*batches(Order((4, 4, 4, 4), size, window=8, seed=1)))) for size in (1, 2, 3, 5, 16)}
+    found = {tuple(chain(*batches(RowOrder((4, 4, 4, 4), size, window=8, seed=1)))) for size in (1, 2, 3, 5, 16)}
     assert len(found) == 1
 
 
 def test_seeds_epochs_and_windows_each_have_an_order_of_their_own():
     """NumPy fills short seeds up with zeros, so that [seed, epoch] and [seed, epoch, 0] are one."""
     found = {
-        tuple(chain(*batches(Order((10,) * 6, 4, window=20, seed=seed, epoch=epoch))))
+        tuple(chain(*batches(RowOrder((10,) * 6, 4, window=20, seed=seed, epoch=epoch))))
         for seed, epoch in product(range(3), repeat=2)
     }
     assert len(found) == 9
-    order = Order((50,) * 3, batch_size=50, window=50, seed=0)
+    order = RowOrder((50,) * 3, batch_size=50, window=50, seed=0)
     inside = {tuple(row % 50 for row in batch) for batch in batches(order)}
     assert len(inside) == 3
     assert tuple(np.random.default_rng([0, 0]).permutation(50)) not in inside
@@ -130,7 +130,7 @@ def test_seeds_epochs_and_windows_each_have_an_order_of_their_own():
 def test_a_row_may_come_anywhere_in_the_epoch_but_stays_near_those_of_its_group():
     places: set[int] = set()
     for epoch in range(60):
-        found = list(chain(*batches(Order((5,) * 8, batch_size=4, window=10, seed=0, epoch=epoch))))
+        found = list(chain(*batches(RowOrder((5,) * 8, batch_size=4, window=10, seed=0, epoch=epoch))))
         places.add(found.index(17))
         of_group = [found.index(row) for row in range(15, 20)]
         assert max(of_group) // 10 == min(of_group) // 10
