@@ -1,9 +1,9 @@
 """What a checkpoint costs the steps: one that is written beside them against one that is waited for.
 
 A pipeline of two stage actors on Ray with 200 MB of weights and optimizer state, as people run it. Both kinds of save
-take turns in one run. The stall is what `report` and the step behind it take longer than a step does; in that time the
-actors copy their state. "Beside" is what all steps take longer until the checkpoint is written: on two cores, which the
-two actors need for themselves, writing costs about as much as it would alone; on GPUs it costs CPU time that is free.
+take turns in one run. The stall is the time from the call of `report` until all actors are free for the next step: in
+it they copy their state. Also printed is what the steps take longer until the checkpoint is written: on two cores,
+which the two actors need for themselves, that is most of the time of a save; beside a GPU it is time of CPUs that are free.
 
     python benchmarks/checkpoint.py
 """
@@ -48,12 +48,12 @@ def train_loop(config: dict[str, Any]) -> None:
         alone = statistics.median(step() for _ in range(5))
         begin = time.perf_counter()
         raypar.report({}, replica)
+        replica.bubble()  # the actors answer when they have copied their state
+        stall = time.perf_counter() - begin
         if number % 2:
             raypar.report({})  # waits for it
             raypar.report({"kind": "waited for", "seconds": time.perf_counter() - begin})
             continue
-        replica.train_step(x, x).result()
-        stall = time.perf_counter() - begin - alone
         steps = [step() for _ in range(config["steps"])]
         raypar.report({})
         raypar.report({"kind": "beside", "seconds": stall, "slower": sum(steps) - alone * len(steps), "step": alone})
@@ -92,8 +92,8 @@ def main() -> None:
     found = compare(waited, beside["seconds"].tolist())
     print(f"{state / 1e6:.0f} MB of state on 2 stage actors; a step alone {beside['step'].median() * 1e3:.0f} ms")
     print(f"a save that is waited for: {found.raypar * 1e3:.0f} ms")
-    print(f"a save beside the steps: stall {found.peer * 1e3:.0f} ms, then all steps until it is written "
-          f"{beside['slower'].median() * 1e3:.0f} ms slower")  # fmt: skip
+    print(f"a save beside the steps: stall {found.peer * 1e3:.0f} ms; the steps until it is written are "
+          f"{beside['slower'].median() * 1e3:.0f} ms slower, all together")  # fmt: skip
     print(f"stall / wait: {found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}] (goal: {GOAL})")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pyarrow.fs as pafs
 import pytest
 import torch
@@ -69,6 +70,19 @@ def test_a_run_can_be_kept_on_any_file_system_of_pyarrow(tmp_path: Path):
     assert path == newest_checkpoint(storage) == "runs/digits/checkpoint_00000001"
     assert read_state_dict(SimpleNamespace(path=path, filesystem=below))["fc.weight"][0, 0] == 1.0
     assert Storage.open(f"file://{tmp_path}/runs", "digits") == Storage.open(tmp_path / "runs", "digits")
+
+
+def test_a_run_can_be_kept_in_a_store_of_objects():
+    """fsspec's memory stands for S3 and its like, which the tests cannot reach: not a local disk, no rename."""
+    store = pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory")))
+    storage = Storage.open("bucket/runs", "digits", store)
+    for step in (1, 2):
+        write(storage, step)
+    assert str(checkpoint_to_resume(storage)).endswith("bucket/runs/digits/checkpoint_00000002")
+    found = read_state_dict(SimpleNamespace(path=checkpoint_to_resume(storage), filesystem=store))
+    assert found["fc.weight"][0, 0] == 2.0
+    keep_newest(storage, 1)
+    assert len(list_checkpoints(storage)) == 1
 
 
 def test_a_checkpoint_can_be_moved_as_a_folder(storage: Storage, tmp_path: Path):

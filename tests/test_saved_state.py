@@ -61,10 +61,13 @@ def run(
     *,
     build: Callable[[], nn.Module] = plain,
     crash_after: int | None = None,
+    count: int = 3,
     **options: Any,
 ) -> dict[int, dict[str, Tensor]]:
-    """Three epochs; with `crash_after` a checkpoint behind that step, and the end. Returns the weights of all replicas
-    at the end."""
+    """`count` epochs of four steps; with `crash_after` a checkpoint behind that step, and the end.
+
+    Returns the weights of all replicas at the end.
+    """
     ends: dict[int, dict[str, Tensor]] = {}
 
     def loop() -> None:
@@ -74,7 +77,7 @@ def run(
         }
         replica = parallelize(build, loss_fn=F.cross_entropy, **(given | options))
         of_run = 0.01 * torch.randn(FEATURES) if build is with_buffers else 0.0  # drawn again in a run that is resumed
-        for _ in epochs(3):
+        for _ in epochs(count):
             torch.randn(2)
             for batch in batches("train", batch_size=BATCH):
                 noise = 0.1 * torch.randn_like(batch["x"]) if build is with_buffers else 0.0
@@ -147,18 +150,20 @@ def test_a_run_that_is_resumed_at_any_step_ends_with_the_bits_of_one_that_never_
     ],
     ids=["1x1", "1x3", "4x1", "010", "3x2 zbv"],
 )
-def test_a_run_goes_on_under_another_plan_as_if_it_had_always_been_that_one(tmp_path: Path, rows: Path, after: Plan):
+def test_a_run_of_20_steps_goes_on_under_another_plan_as_if_it_had_always_been_that_one(
+    tmp_path: Path, rows: Path, after: Plan
+):
     def optimizer(module: nn.Module) -> torch.optim.Optimizer:
         biases = [p for name, p in module.named_parameters() if name.endswith("bias")]
         others = [p for name, p in module.named_parameters() if not name.endswith("bias")]
         return torch.optim.SGD([{"params": others, "weight_decay": 0.1}, {"params": biases}], lr=0.05, momentum=0.9)
 
     def train(folder: str, plan: Plan, crash_after: int | None = None) -> dict[int, dict[str, Tensor]]:
-        return run(tmp_path / folder, rows, plan, optimizer=optimizer, crash_after=crash_after)
+        return run(tmp_path / folder, rows, plan, optimizer=optimizer, crash_after=crash_after, count=5)
 
     before = Plan(data=2, pipeline=2, microbatches=2)
     whole = train("whole", before)
-    train("changed", before, crash_after=5)
+    train("changed", before, crash_after=9)
     changed = train("changed", after)
     assert len(changed) == after.data
     for end in changed.values():
