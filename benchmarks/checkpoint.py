@@ -3,7 +3,7 @@
 A pipeline of two stage actors on Ray with 200 MB of weights and optimizer state, as people run it. Both kinds of save
 take turns in one run. The stall is the time from the call of `report` until all actors are free for the next step: in
 it they copy their state. Also printed is what the steps take longer until the checkpoint is written: on two cores,
-which the two actors need for themselves, that is most of the time of a save; beside a GPU it is time of CPUs that are free.
+which the two actors need for themselves, that is most of the time of a save; beside a GPU it is time of free CPUs.
 
     python benchmarks/checkpoint.py
 """
