@@ -17,7 +17,7 @@ from raypar.compute.checkpoint import SharedSaver, read_state_dict
 from raypar.compute.manifest import checkpoint_to_resume, keep_newest, list_checkpoints, newest_checkpoint
 from raypar.compute.shards import SavedTensors
 from raypar.compute.storage import Storage
-from raypar.planning.errors import CheckpointError, RayparError
+from raypar.planning.errors import CheckpointError, ConfigError, RayparError
 from raypar.planning.plan import Plan
 from support.processes import DIED, Processes, processes
 from support.saved import manifest_of, same_values, saved_values, write
@@ -191,3 +191,12 @@ def test_a_process_that_dies_while_it_writes_ends_the_wait_of_the_others(pool: P
 def test_a_path_without_a_checkpoint_is_told(tmp_path: Path):
     with pytest.raises(CheckpointError, match="nowhere is no whole checkpoint"):
         read_state_dict(tmp_path / "nowhere")
+
+
+def test_a_store_that_is_not_known_or_cannot_be_reached_is_told_with_the_path():
+    """What pyarrow raised came through as it was."""
+    for uri in ("what://runs", "s3://k:s@b/runs?endpoint_override=127.0.0.1:1&scheme=what"):
+        with pytest.raises(ConfigError, match=r"storage_path='.*' cannot be reached: "):
+            Storage.open(uri, "digits")
+        with pytest.raises(CheckpointError, match=" cannot be reached: "):
+            read_state_dict(uri)

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow.fs as pafs
 import pytest
 
+from raypar.compute import manifest
 from raypar.compute.checkpoint import read_state_dict
 from raypar.compute.manifest import (
     checkpoint_to_resume,
+    free_path,
     keep_newest,
     list_checkpoints,
     newest_checkpoint,
@@ -16,7 +19,7 @@ from raypar.compute.manifest import (
     verify,
 )
 from raypar.compute.storage import Storage
-from raypar.planning.errors import CheckpointError
+from raypar.planning.errors import CheckpointError, OtherFormatError, RunError
 from support.saved import write
 
 FILES = ("__0_0.distcp", ".metadata", "checkpoint.json")  # in the order in which they are written
@@ -129,12 +132,31 @@ def test_what_was_written_just_now_is_kept_behind_a_damaged_checkpoint_of_a_late
     assert checkpoint_to_resume(storage) == written
 
 
+def written_by_another(storage: Storage, step: int, number: int) -> str:
+    """A checkpoint as a raypar of another format would have written it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "FORMAT", number)
+        return write(storage, step)
+
+
 def test_a_checkpoint_of_a_newer_raypar_is_refused_with_both_formats(storage: Storage):
-    path = write(storage, 2)
-    manifest = json.loads(Path(path, "checkpoint.json").read_text())
-    Path(path, "checkpoint.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(CheckpointError, match="found format 99, this one reads 2; update raypar"):
+    path = written_by_another(storage, 2, 99)
+    with pytest.raises(OtherFormatError, match="found format 99, this one reads 2; update raypar"):
         verify(path, storage.filesystem)
+
+
+@pytest.mark.parametrize("number", [1, 99])
+def test_a_run_never_begins_anew_in_place_of_checkpoints_of_another_raypar(storage: Storage, number: int):
+    """They were passed over like damaged ones, with a warning: the run began anew in the same folder, and its
+    num_to_keep deleted them."""
+    for step in (1, 2, 3):
+        written_by_another(storage, step, number)
+    for look in (checkpoint_to_resume, newest_checkpoint):
+        with pytest.raises(OtherFormatError, match=f"checkpoint_00000003 was written by .* found format {number}"):
+            look(storage)
+    with pytest.raises(OtherFormatError):
+        keep_newest(storage, 1)
+    assert len(names(storage)) == 3
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", "7", '{"format": 2}', "\x00\x01"])
@@ -190,3 +212,46 @@ def test_a_checkpoint_that_was_cut_off_never_counts_as_one_of_those_that_are_kep
     storage.filesystem.delete_file(f"{storage.path}/checkpoint_00000009/checkpoint.json")
     keep_newest(storage, 1)
     assert names(storage) == ["checkpoint_00000007"]
+
+
+def test_a_run_whose_folder_is_a_file_is_told_so(storage: Storage):
+    """What pyarrow raised came through as it was, also from `raypar inspect FILE`."""
+    Path(storage.path).write_text("no folder")
+    for look in (checkpoint_to_resume, newest_checkpoint):
+        with pytest.raises(RunError, match=r"digits cannot be read: .*Not a directory"):
+            look(storage)
+    with pytest.raises(CheckpointError, match="the checkpoint of step 3 could not be written to"):
+        free_path(storage, 3)
+
+
+class _Failing:
+    """A file system on which one of the calls does not work."""
+
+    def __init__(self, call: str, error: OSError) -> None:
+        self.call, self.error = call, error
+
+    def __getattr__(self, name: str) -> Any:
+        return self.fail if name == self.call else getattr(pafs.LocalFileSystem(), name)
+
+    def fail(self, *_: Any) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("call", ["open_input_stream", "get_file_info"])
+def test_a_store_that_fails_for_a_while_makes_no_run_begin_anew(storage: Storage, call: str):
+    """A manifest that could not be read over a network, just then, was taken for one that was cut off."""
+    write(storage, 1)
+    failing = Storage(storage.path, _Failing(call, OSError("no connection")))
+    with pytest.raises(RunError, match="cannot be read: no connection"):
+        checkpoint_to_resume(failing)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_stays_and_the_log_says_so(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+):
+    """A PermissionError came out of `report` behind a checkpoint that was written well."""
+    for step in (1, 2, 3):
+        write(storage, step)
+    keep_newest(Storage(storage.path, _Failing("delete_dir", PermissionError("not allowed"))), 1)
+    assert len(names(storage)) == 3
+    assert "could not be deleted, and stays: not allowed" in caplog.text

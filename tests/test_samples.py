@@ -141,3 +141,7 @@ def test_samples_that_do_not_fit_together_are_told():
         collate("here", [torch.ones(2), torch.ones(3)], [0, 1])
     with pytest.raises(DataError, match=r"here: these samples do not form a batch: .*object"):
         collate("here", [object()], [0])
+    with pytest.raises(DataError, match="one has no 'label', which the first has"):
+        collate("here", [{"label": 1}, {"lable": 1}], [0, 1])
+    with pytest.raises(DataError, match="only one element tensors"):
+        collate("here", [1, torch.ones(2)], [0, 1])

@@ -224,3 +224,47 @@ def test_a_checkpoint_of_a_model_of_another_shape_is_refused_with_both_shapes(tm
 def test_what_is_packed_is_unpacked_as_it_was():
     value = {"betas": (0.9, 0.999), "step": torch.tensor(3.0), "lr": 1e-3, "none": None, "each": [1, "two", True]}
     assert same_values(unpack(pack(value)), value)
+
+
+@pytest.mark.parametrize("value", [np.float64(0.1), np.float32(0.1), np.int64(3), np.bool_(True), np.arange(3.0)])
+def test_numbers_of_numpy_are_unpacked_with_their_types(value: Any):
+    """A learning rate that was computed with NumPy is one of its numbers, and so is what
+    LambdaLR(optimizer, lambda step: np.cos(step)) makes of any other. Checkpoints were written with them, and no run
+    could go on from one: torch.load took them for foreign objects."""
+    found = unpack(pack({"lr": value}))["lr"]
+    assert type(found) is type(value)
+    assert found.dtype == value.dtype
+    assert (found == value).all()
+
+
+def test_a_run_whose_learning_rate_comes_from_numpy_is_resumed(tmp_path: Path):
+    def weights_after(steps: int, run: str) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+
+        def loop() -> None:
+            replica = parallelize(
+                lambda: nn.Linear(2, 1),
+                loss_fn=F.mse_loss,
+                optimizer=lambda module: torch.optim.AdamW(module.parameters(), lr=np.sqrt(0.01)),
+                lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: np.cos(n / 9)),
+            )
+            step = 0
+            while step < steps:
+                step = replica.train_step(torch.ones(2, 2), torch.ones(2, 1)).step
+            report({}, replica)
+            found.append(replica.state_dict()["weight"])
+
+        run_local(loop, Plan(), {}, Timeouts(), Storage.open(tmp_path, run))
+        return found[0]
+
+    weights_after(2, "stopped")
+    assert torch.equal(weights_after(4, "stopped"), weights_after(4, "whole"))
+
+
+class Mine:
+    """An object of a user's class."""
+
+
+def test_an_object_of_a_class_of_the_users_is_named():
+    with pytest.raises(CheckpointError, match=r"holds test_saved_state\.Mine; needed numbers"):
+        unpack(pack({"scheduler": Mine()}))

@@ -55,6 +55,16 @@ def test_a_checkpoint_of_another_run_can_be_given_for_its_weights(tmp_path: Path
         read_tensors(path, ["fc.weight"], known=["fc.weight", "fc.bias", "head"])
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_checkpoint_with_a_wrong_byte_is_refused_before_any_of_it_is_used(tmp_path: Path, name: str):
+    """Only a run that resumes looked at the checksums: given as weights, a damaged checkpoint was read as it was."""
+    path = write(Storage.open(tmp_path, "digits"), 7)
+    content = Path(path, name).read_bytes()
+    Path(path, name).write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+        read_tensors(path, ["fc.weight"], known=["fc.weight", "fc.bias"])
+
+
 def test_weights_that_are_not_there_are_told_with_the_setting(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"weights='.*nowhere\.pt': no such file on this machine"):
         read_tensors(str(tmp_path / "nowhere.pt"), [], known=[])

@@ -306,7 +306,7 @@ def _saved_rows(newest: str | None, storage: Storage) -> Rows:
         return []
     try:
         rows: Rows = read_manifest(newest, storage.filesystem)["history"]
-    except CheckpointError:
+    except RayparError:
         return []
     return rows
 

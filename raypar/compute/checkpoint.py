@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -120,7 +121,11 @@ def read_state_dict(path: Any) -> dict[str, torch.Tensor]:
 
 
 def located(path: Any) -> tuple[Any, str]:
-    """A checkpoint's file system and its path there; `path` as in `read_state_dict`."""
+    """A checkpoint's file system and its path there; `path` as in `read_state_dict`. Raises CheckpointError where the
+    store cannot be reached."""
     if hasattr(path, "filesystem") and hasattr(path, "path"):
         return path.filesystem, path.path
-    return resolve(os.fspath(path))
+    try:
+        return resolve(os.fspath(path))
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{os.fspath(path)} cannot be reached: {error}") from error

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from raypar.compute.storage import Storage
-from raypar.planning.errors import CheckpointError
+from raypar.planning.errors import CheckpointError, OtherFormatError, RunError
 
 logger = logging.getLogger("raypar")
 
@@ -37,7 +37,7 @@ def free_path(storage: Storage, step: int) -> str:
     Raises CheckpointError where the store cannot be reached."""
     try:
         taken = {os.path.basename(path) for path in list_checkpoints(storage)}
-    except OSError as error:
+    except RunError as error:
         raise cannot_write(step, storage.path, error) from error
     name, again = f"checkpoint_{step:08d}", 0
     while name in taken:
@@ -53,11 +53,20 @@ def cannot_write(step: int, path: str, reason: object) -> CheckpointError:
     )
 
 
+def _cannot_read(path: str, error: OSError) -> RunError:
+    """Of a store that fails: whether the checkpoint is whole it does not say, so nobody may pass it over."""
+    return RunError(f"{path} cannot be read: {error}. Needed: a folder in a store that can be reached")
+
+
 def list_checkpoints(storage: Storage) -> list[str]:
-    """The paths of all checkpoints of a run, whole or not, oldest first."""
+    """The paths of all checkpoints of a run, whole or not, oldest first. Raises RunError where the store fails."""
     selector = pafs.FileSelector(storage.path, allow_not_found=True)
+    try:
+        entries = storage.filesystem.get_file_info(selector)
+    except OSError as error:
+        raise _cannot_read(storage.path, error) from error
     found = []
-    for entry in storage.filesystem.get_file_info(selector):
+    for entry in entries:
         match = _NAME.fullmatch(entry.base_name)
         if match and entry.type == pafs.FileType.Directory:
             found.append((int(match[1]), int(match[2] or 0), entry.path))
@@ -71,10 +80,14 @@ def newest_checkpoint(storage: Storage) -> str | None:
 
 def checkpoint_to_resume(storage: Storage) -> str | None:
     """The path of the newest checkpoint of which every byte is as it was written; reads whole files. A newer one that
-    is cut off or damaged is passed over with a warning that names what is wrong with it."""
+    is cut off or damaged is passed over with a warning that names what is wrong with it. Raises RunError where the
+    store cannot be reached, and OtherFormatError for one that another version of raypar has written: a run that went
+    on without it would in time delete it."""
     for path in reversed(list_checkpoints(storage)):
         try:
             verify(path, storage.filesystem)
+        except OtherFormatError:
+            raise
         except CheckpointError as error:
             logger.warning("Passed over, in search of the newest checkpoint that is whole: %s", error)
         else:
@@ -85,6 +98,8 @@ def checkpoint_to_resume(storage: Storage) -> str | None:
 def _is_whole(path: str, filesystem: pafs.FileSystem) -> bool:
     try:
         _check_sizes(path, read_manifest(path, filesystem), filesystem)
+    except OtherFormatError:
+        raise
     except CheckpointError:
         return False
     return True
@@ -100,7 +115,10 @@ def keep_newest(storage: Storage, count: int | None, written: str | None = None)
         if kept < max(count, 1) and _is_whole(path, storage.filesystem):
             kept += 1
         elif path != written:
-            storage.filesystem.delete_dir(path)
+            try:
+                storage.filesystem.delete_dir(path)
+            except OSError as error:  # what was to be written is written, and the next time it may go
+                logger.warning("An old checkpoint could not be deleted, and stays: %s", error)
 
 
 # ---------------------------------------------------------------- the manifest
@@ -116,22 +134,27 @@ def write_manifest(
 
 
 def read_manifest(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises CheckpointError where it is missing, cut off, damaged, or of another
-    format."""
+    """The manifest of a checkpoint. Raises CheckpointError where it is missing, cut off or damaged, OtherFormatError
+    where another version of raypar has written it, and RunError where the store fails."""
     try:
         with filesystem.open_input_stream(f"{path}/{MANIFEST}") as stream:
             manifest: dict[str, Any] = json.loads(stream.read())
         number, written = manifest["format"], manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise _cannot_read(path, error) from error
+        raise CheckpointError(f"{path} is no whole checkpoint: its {MANIFEST} cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no whole checkpoint: its {MANIFEST} cannot be read ({error})") from error
     if isinstance(number, int) and number > FORMAT:
-        raise CheckpointError(
-            f"{path} was written by a newer raypar: found format {number}, this one reads {FORMAT}; update raypar"
+        raise OtherFormatError(
+            f"{path} was written by a newer raypar: found format {number}, this one reads {FORMAT}; update raypar, or "
+            "give the run another name"
         )
     if written != _hash(manifest):
         raise CheckpointError(f"{path}/{MANIFEST} is damaged: its SHA-256 differs from the one written in it")
     if number != FORMAT:
-        raise CheckpointError(
+        raise OtherFormatError(
             f"{path} was written by an earlier raypar: found format {number}, this one reads format {FORMAT}; its "
             "model.pt is a plain state dict, with which a new run can begin: parallelize(…, weights='…/model.pt')"
         )
@@ -140,7 +163,7 @@ def read_manifest(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
 
 def verify(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
     """Read every byte of a checkpoint, little of it at a time, and return its manifest. Raises CheckpointError where
-    one is not what was written."""
+    one is not what was written, and RunError where the store fails."""
     manifest = read_manifest(path, filesystem)
     _check_sizes(path, manifest, filesystem)
     for name, entry in manifest["files"].items():
@@ -150,7 +173,7 @@ def verify(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
                 while piece := stream.read(1 << 24):
                     found.update(piece)
         except OSError as error:
-            raise CheckpointError(f"{path}/{name} cannot be read: {error}") from error
+            raise _cannot_read(f"{path}/{name}", error) from error
         if found.hexdigest() != entry["sha256"]:
             raise CheckpointError(f"{path}/{name} is damaged: its SHA-256 differs from the one in {MANIFEST}")
     return manifest
@@ -158,9 +181,11 @@ def verify(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
 
 def _check_sizes(path: str, manifest: dict[str, Any], filesystem: pafs.FileSystem) -> None:
     files = manifest["files"]
-    for info, (name, entry) in zip(
-        filesystem.get_file_info([f"{path}/{name}" for name in files]), files.items(), strict=True
-    ):
+    try:
+        infos = filesystem.get_file_info([f"{path}/{name}" for name in files])
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    for info, (name, entry) in zip(infos, files.items(), strict=True):
         if info.size != entry["bytes"]:
             there = "is missing" if info.size is None else f"has {info.size} bytes"
             raise CheckpointError(f"{path}/{name} {there}, needed {entry['bytes']}: the checkpoint is not whole")

@@ -62,7 +62,9 @@ def collate(who: str, samples: Sequence[Any], rows: Sequence[int]) -> Any:
     for this replica one sample tells what a batch is like, and each tensor has no row."""
     try:
         batch = default_collate(list(samples))
-    except (TypeError, RuntimeError) as error:
+    except KeyError as error:
+        raise DataError(f"{who}: these samples do not form a batch: one has no {error}, which the first has") from error
+    except (TypeError, RuntimeError, ValueError) as error:
         raise DataError(f"{who}: these samples do not form a batch: {error}") from error
     if isinstance(batch, Mapping):
         batch = Batch(batch)

@@ -18,9 +18,11 @@ Where they train apart (local SGD), that is the state of the averages alone; rep
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 from raypar.compute.checkpoint import SaveOrder, State
@@ -85,15 +87,33 @@ def merge_states(states: Iterable[State]) -> State:
     return merged
 
 
+_NUMPY: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *(value.__reduce__()[0] for value in (np.float64(), np.empty(0))),  # the functions that make them
+    *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]},
+]
+"""What NumPy's numbers and arrays are made of in a file: a learning rate that was computed with NumPy is one."""
+
+
 def pack(value: Any) -> torch.Tensor:
-    """Numbers, texts and tensors in lists and dicts as one tensor of bytes."""
+    """Numbers, texts, tensors and NumPy's arrays in lists and dicts as one tensor of bytes."""
     stream = io.BytesIO()
     torch.save(value, stream)
     return torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
 
 
 def unpack(packed: torch.Tensor) -> Any:
-    return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
+    """What was packed. Raises CheckpointError for objects of other classes, whose code nobody should run unasked."""
+    with torch.serialization.safe_globals(_NUMPY):
+        try:
+            return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(packed.numpy().tobytes()))
+            raise CheckpointError(
+                f"the state of the optimizer or the scheduler holds {', '.join(unsafe)}; needed numbers, texts, "
+                "tensors and lists and dicts of them. The weights can be had: parallelize(…, weights='…/checkpoint_…')"
+            ) from error
 
 
 def _persistent_buffers(engine: Engine) -> list[str]:

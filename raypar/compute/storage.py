@@ -6,7 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
+
+from raypar.planning.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,15 @@ class Storage:
 
     @classmethod
     def open(cls, storage_path: str | os.PathLike[str], name: str, filesystem: Any = None) -> Storage:
-        """The folder `name` below `storage_path`, a local path or a URI (s3://…, gs://…, hdfs://…)."""
-        fs, path = resolve(storage_path, filesystem)
+        """The folder `name` below `storage_path`, a local path or a URI (s3://…, gs://…, hdfs://…). Raises ConfigError
+        for a URI of no such store, or of one that cannot be reached."""
+        try:
+            fs, path = resolve(storage_path, filesystem)
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(
+                f"storage_path={os.fspath(storage_path)!r} cannot be reached: {error}. Needed: a local path, or a URI "
+                "that pyarrow.fs.FileSystem.from_uri takes"
+            ) from error
         return cls(f"{path.rstrip('/')}/{name}", fs)
 
 
@@ -32,7 +42,8 @@ def absolute(path: Any) -> Any:
 
 
 def resolve(path: str | os.PathLike[str], filesystem: Any = None) -> tuple[pafs.FileSystem, str]:
-    """A path or URI as a file system and the path inside it."""
+    """A path or URI as a file system and the path inside it. Raises what pyarrow does where it knows no such store, or
+    cannot reach it."""
     text = os.fspath(path)
     if filesystem is not None:
         return filesystem, text

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import pyarrow.fs as pafs
 import torch
 
-from raypar.compute.manifest import read_manifest
+from raypar.compute.manifest import verify
 from raypar.compute.shards import SavedTensors
 from raypar.planning.errors import CheckpointError
 
@@ -16,13 +16,14 @@ from raypar.planning.errors import CheckpointError
 def read_tensors(
     path: str, wanted: Sequence[str], known: Sequence[str], same: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The tensors `wanted` of a .safetensors or .pt file, or of a checkpoint of raypar, without reading the others.
+    """The tensors `wanted` of a .safetensors or .pt file, or of a checkpoint of raypar, without the others in memory;
+    of a checkpoint each byte is checked first.
 
     known: the names of the model.
     same:  of each name, all names of the same tensor (of a tied weight), of which a file need hold one. Where it holds
            several, the last one counts, as it does in plain PyTorch.
 
-    Raises CheckpointError when the file's names are not those of the model.
+    Raises CheckpointError when the file's names are not those of the model, or a checkpoint is damaged.
     """
     if not os.path.exists(path):
         raise CheckpointError(
@@ -30,7 +31,7 @@ def read_tensors(
         )
     if os.path.isdir(path):
         local = pafs.LocalFileSystem()
-        read_manifest(path, local)
+        verify(path, local)
         saved = SavedTensors(path, local)
         sources = _names_in(path, known, same or {}, [name for _, name in saved.below("model")])
         read = saved.load([("model", sources[name]) for name in wanted])

@@ -10,6 +10,7 @@
     │   │   └── SplitError       a model that cannot be cut into the stages the plan asks for
     │   └── UsageError           a call at the wrong place or time
     ├── CheckpointError          a checkpoint that is missing, damaged or of another model
+    │   └── OtherFormatError     a checkpoint that another version of raypar has written
     ├── NonFiniteError           the loss became NaN or infinite
     └── RunError                 something failed while the run went on; says where
         ├── UserCodeError        an exception in the user's train loop, model, loss or optimizer
@@ -89,6 +90,10 @@ class UsageError(ConfigError):
 
 class CheckpointError(RayparError):
     """A checkpoint that is missing, damaged, or of another model."""
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint that another version of raypar has written: it may be sound, so nothing may begin in its place."""
 
 
 class NonFiniteError(RayparError):
