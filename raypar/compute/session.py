@@ -260,7 +260,7 @@ class Session(ABC):
             actors.save(SaveOrder(step, found, manifest, randomness.plain_state()))
         self.saving = Saving(actors, found, row)
 
-    def settle(self, limit_s: float | None = None) -> CheckpointError | None:
+    def settle(self) -> CheckpointError | None:
         """Wait for the checkpoint that is being written, and publish it; all replicas call it alike. Returns the error,
         the same on all replicas, where it could not be written."""
         saving, self.saving = self.saving, None
@@ -269,7 +269,7 @@ class Session(ABC):
         failure = saving.path if isinstance(saving.path, CheckpointError) else None
         try:
             if failure is None:
-                saving.actors.saved(limit_s)
+                saving.actors.saved()
         except CheckpointError as error:
             failure = error
         failure = next((each for each in self.gather(failure) if each is not None), None)
