@@ -12,7 +12,7 @@ import pytest
 
 from raypar.compute import parquet
 from raypar.compute.parquet import RowGroups
-from raypar.planning.errors import DataError
+from raypar.planning.errors import DataError, RunError
 
 
 def write(path: Path, size: int = 1000, statistics: bool = True, **columns: Any) -> Path:
@@ -200,3 +200,15 @@ def test_a_file_that_was_damaged_is_named_with_its_row_group(tmp_path: Path):
     path.write_bytes(content)
     with pytest.raises(Exception, match=r"here: .*a\.parquet, row group 0 (could not|cannot) be read"):
         rows_of(groups)
+
+
+def test_a_damaged_page_is_found_where_the_file_has_checksums(tmp_path: Path):
+    """One wrong byte in what is stored as it is changes a number, and nothing else would tell."""
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"x": np.arange(1000.0)})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    content[content.index(np.float64(500.0).tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"rows\.parquet, row group 0 could not be read: .*CRC"):
+        rows_of(RowGroups("here", path))

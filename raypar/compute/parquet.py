@@ -164,13 +164,16 @@ class RowGroups:
     def read(self, group: int) -> Iterator[Arrays]:
         """The rows of a group, some at a time, in arrays that are only good until the next ones are asked for.
 
-        Raises DataError for values that are no tensor, which no footer tells; RunError where the store fails.
+        Raises DataError for values that are no tensor, which no footer tells; RunError where the store fails, or a page
+        is damaged, which a file without checksums (write_page_checksum=True of pyarrow) does not always tell.
         """
         file, number = self.groups[group]
         where = f"{file.path}, row group {number}"
         step = int(max(1, min(65536, _STEP_BYTES // self.row_bytes)))
         try:
-            with pq.ParquetFile(file.path, filesystem=file.fs, metadata=file.footer, pre_buffer=True) as opened:
+            with pq.ParquetFile(
+                file.path, filesystem=file.fs, metadata=file.footer, pre_buffer=True, page_checksum_verification=True
+            ) as opened:
                 chosen: dict[str, Any] = {"row_groups": [number], "columns": self.columns}
                 # One thread a group: several groups are read at once, which keeps the cores busy with less ado.
                 for some in opened.iter_batches(step, use_threads=False, **chosen):
