@@ -98,7 +98,7 @@ def test_an_error_of_an_actor_is_raised_as_it_is() -> None:
 
 def test_an_actor_that_does_not_answer() -> None:
     with pytest.raises(TimeoutExceededError, match=r"`connect` from the actor of stage 1 of replica 0.*start="):
-        start(NeverConnects, Timeouts(start=6, stop=1), pipeline=2)
+        start(NeverConnects, Timeouts(start=15, stop=1), pipeline=2)  # in which a busy machine starts them
 
 
 def test_waiting_for_what_others_hold_has_an_end() -> None:
