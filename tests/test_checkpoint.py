@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from raypar.compute.checkpoint import SharedSaver, read_state_dict
+from raypar.compute.checkpoint import SaveOrder, SharedSaver, read_state_dict
 from raypar.compute.manifest import checkpoint_to_resume, keep_newest, list_checkpoints, newest_checkpoint
 from raypar.compute.shards import SavedTensors
 from raypar.compute.storage import Storage
@@ -157,7 +158,7 @@ def test_every_process_writes_and_what_they_hold_alike_is_written_once(pool: Pro
 
 def test_the_buffers_into_which_state_is_copied_stay_from_one_save_to_the_next(storage: Storage):
     """New ones would cost page faults each time, and on a GPU to lock them into memory."""
-    saver = SharedSaver(storage, None)  # type: ignore[arg-type]  # nothing is written here
+    saver = SharedSaver(storage, None, 1.0)  # type: ignore[arg-type]  # nothing is written here
     state = {"model": {"weight": torch.ones(1000), "view": torch.ones(10, 10)[2:4]}}
     copies = []
     for number in (1.0, 2.0):
@@ -166,6 +167,17 @@ def test_the_buffers_into_which_state_is_copied_stay_from_one_save_to_the_next(s
         assert staged["model"]["weight"][0] == number
         copies.append(staged["model"]["weight"].data_ptr())
     assert copies[0] == copies[1] != state["model"]["weight"].data_ptr()
+
+
+def test_a_store_that_stands_still_is_given_up_after_the_limit_and_not_written_to_meanwhile(storage: Storage):
+    saver = SharedSaver(storage, None, 0.01)  # type: ignore[arg-type]  # nothing is written here
+    stuck: Future[None] = Future()
+    saver.under_way = SaveOrder(1, "there"), stuck
+    with pytest.raises(CheckpointError, match=r"step 1 could not be written to there: not done after 0\.01 s"):
+        saver.wait()
+    saver.start(SaveOrder(2, "there"), {})
+    with pytest.raises(CheckpointError, match=r"of step 2 could not .*: the one before it is still being written"):
+        saver.wait()
 
 
 def test_a_disk_that_is_full_for_one_process_is_told_in_all_and_training_goes_on(pool: Processes, tmp_path: Path):

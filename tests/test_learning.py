@@ -470,3 +470,50 @@ def test_training_mode_is_the_mode_in_which_each_module_was_built():
     assert not any(module.training for module in ours.modules())
     found.set_mode(True)
     assert [module.training for module in ours.modules()] == [True, True, False, True, True]
+
+
+class Master(torch.optim.Optimizer):
+    """Keeps the weights and their momentum in float32, and counts in whole numbers."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if not state:
+                state["master"], state["momentum"] = parameter.float(), torch.zeros_like(parameter.float())
+                state["age"] = torch.zeros(parameter.shape, dtype=torch.int64)
+            state["age"] += 1
+            state["momentum"].mul_(0.9).add_(parameter.grad.float())
+            state["master"] -= 0.01 * state["momentum"]
+            parameter.copy_(state["master"])
+
+
+def test_state_in_a_type_other_than_the_parameters_is_taken_over_to_the_bit():
+    """torch's load_state_dict casts all state to the parameter's type. Runs in bfloat16 with float32 master weights did
+    not end with the bits of those that never stopped."""
+    ours, again = model().bfloat16(), model().bfloat16()
+    found, resumed = learner(ours, lambda m: Master(m.parameters())), learner(again, lambda m: Master(m.parameters()))
+
+    def give(module: nn.Module, seed: int) -> None:
+        give_gradients(module.float(), seed)
+        gradients = [p.grad for p in module.parameters()]
+        module.bfloat16()
+        for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+            assert gradient is not None
+            parameter.grad = gradient.bfloat16()
+
+    give(ours, 1)
+    found.commit(1.0, found.squared_norm())
+    resumed.load_state(pickle.loads(pickle.dumps(found.state())))
+    again.load_state_dict(ours.state_dict())
+    state = resumed.state()["optimizer"]["0.weight"]["state"]
+    assert {key: value.dtype for key, value in state.items()} == {
+        "master": torch.float32, "momentum": torch.float32, "age": torch.int64,
+    }  # fmt: skip
+    for each in (found, resumed):
+        give(each.module, 2)
+        each.commit(1.0, each.squared_norm())
+    assert equal(ours, again)

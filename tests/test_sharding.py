@@ -228,7 +228,7 @@ def evaluate_and_go_on(me: Me, training: Training, folder: str) -> dict[str, Any
     assert isinstance(group, dist.ProcessGroup)
     steps(one, training, range(1, 3))
     storage = Storage.open(folder, "run")
-    saver, order = SharedSaver(storage, group), SaveOrder(2, f"{storage.path}/checkpoint_00000002", MANIFEST)
+    saver, order = SharedSaver(storage, group, 30.0), SaveOrder(2, f"{storage.path}/checkpoint_00000002", MANIFEST)
     saver.start(order, state_to_save(one, order))
     saver.wait()
     other = engine_of(me, training)

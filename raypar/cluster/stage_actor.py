@@ -103,7 +103,7 @@ class StageActor:
             )
         self.clock = self.engine.clock
         assert transport.saving is not None
-        self.saver = SharedSaver(storage, transport.saving)
+        self.saver = SharedSaver(storage, transport.saving, self.timeouts.peer)
         uses_inputs = any(stage.uses_inputs for stage in part.stages.values())
         steps = in_process.steps_of(self.engine)
         return {"names": part.names, "uses_inputs": uses_inputs, "steps": steps, "describe": self.describe()}

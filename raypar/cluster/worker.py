@@ -161,7 +161,7 @@ class WorkerSession(Session):
         if self.plan.data_strategy == "scatter":
             scatter_over(part, ray.train.torch.get_devices() if device.type == "cuda" else [device])
         engine = make_engine(spec, self.plan, self.rank, 0, part, transport, device, sums, saved)
-        saver = SharedSaver(self.storage, _group(self.timeouts))
+        saver = SharedSaver(self.storage, _group(self.timeouts), self.timeouts.peer)
         return InProcessActors([engine], saver, lambda calls: [drive(call) for call in calls])
 
     def publish(self, metrics: dict[str, Any], path: str | None) -> None:

@@ -62,18 +62,25 @@ class Saver(Protocol):
 class SharedSaver:
     """Writes one process's share of a checkpoint, in the background; what several hold alike, one of them writes.
 
-    group: of all processes that hold state, over Gloo and for nothing else.
+    group:   of all processes that hold state, over Gloo and for nothing else.
+    limit_s: how long a checkpoint may take to be written.
     """
 
-    def __init__(self, storage: Storage, group: dist.ProcessGroup) -> None:
-        self.storage, self.group = storage, group
+    def __init__(self, storage: Storage, group: dist.ProcessGroup, limit_s: float) -> None:
+        self.storage, self.group, self.limit_s = storage, group, limit_s
         # Buffers that stay from one save to the next; page-locked for CUDA, from which copies are faster then.
         pinned = torch.cuda.is_available()
         self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
         self.under_way: tuple[SaveOrder, Future[Any]] | None = None
+        self.given_up: Future[Any] | None = None
 
     def start(self, order: SaveOrder, state: State) -> None:
         assert self.under_way is None, "a save before the one before it was waited for"
+        if self.given_up is not None and not self.given_up.done():  # its thread still talks to the others' on the group
+            refused: Future[Any] = Future()
+            refused.set_exception(RuntimeError("the one before it is still being written"))
+            self.under_way = order, refused
+            return
         writer = ShardWriter(order.path, self.storage.filesystem, order.manifest)
         upload: Any = dcp.async_save(state, storage_writer=writer, process_group=self.group, async_stager=self.stager)
         self.under_way = order, upload
@@ -82,9 +89,11 @@ class SharedSaver:
         if self.under_way is None:
             return
         (order, upload), self.under_way = self.under_way, None
+        limit_s = self.limit_s if limit_s is None else limit_s
         try:
             upload.result(limit_s)
         except TimeoutError:
+            self.given_up = upload
             raise cannot_write(order.step, order.path, f"not done after {limit_s:g} s") from None
         except (Exception, dcp.CheckpointException) as error:  # torch's is no Exception
             raise _failed(order, error) from None

@@ -123,9 +123,9 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """{"optimizer": {name: entry}, "scheduler": …, "loss_scale": …}, not copied. An entry is of one parameter, so
-        that it can go to any other group on any other actor: {"class": the optimizer's, "state", "options": of its
-        group (learning rate, weight decay …), "scheduler": what the scheduler keeps for its group}. Under fsdp all
-        replicas call it alike."""
+        that it can go to any other group on any other actor: {"class": the optimizer's, "dtype": the parameter's,
+        "state", "options": of its group (learning rate, weight decay …), "scheduler": what that keeps for its group}.
+        Under fsdp all replicas call it alike."""
         scale = self.loss_scale.state() if self.loss_scale is not None else None
         if self.optimizer is None:
             return {"optimizer": {}, "scheduler": None, "loss_scale": scale}
@@ -155,7 +155,8 @@ def entries_of(optimizer: torch.optim.Optimizer, names: dict[int, str], schedule
         kept = _kept_for_group(schedule, number, len(groups))
         for parameter in group["params"]:
             state = dict(optimizer.state.get(parameter, {}))
-            found[names[id(parameter)]] = {"class": kind, "state": state, "options": options, "scheduler": kept}
+            entry = {"class": kind, "dtype": str(parameter.dtype), "state": state, "options": options}
+            found[names[id(parameter)]] = entry | {"scheduler": kept}
     return found
 
 
@@ -172,7 +173,11 @@ def load_entries(
         for parameter, index in zip(group["params"], plain["params"], strict=True):
             name = names[id(parameter)]
             if name not in saved:
-                raise CheckpointError(f"the checkpoint has no optimizer state for the parameter {name!r}")
+                raise CheckpointError(
+                    f"the checkpoint has no optimizer state for the parameter {name!r}; needed: {argument} selects the "
+                    "parameters that it did when the checkpoint was written, or a run with another name that begins "
+                    "with these weights, parallelize(…, weights='…/checkpoint_…')"
+                )
             before = saved[name]["class"]
             if before != kind:
                 raise CheckpointError(
@@ -185,7 +190,19 @@ def load_entries(
             plain.update(saved[name]["options"])
             brought[-1].append(saved[name]["scheduler"])
     optimizer.load_state_dict(packed)
+    for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+        _undo_casts(parameter, optimizer.state[parameter], saved[names[id(parameter)]])
     return brought
+
+
+def _undo_casts(parameter: torch.Tensor, state: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Give the state of a parameter the types again that it was saved with: float32 moments or master weights of a
+    bfloat16 parameter, say. load_state_dict has cast it all to the parameter's type, whatever the optimizer made it."""
+    if entry["dtype"] != str(parameter.dtype):
+        return  # the user has changed the type of the model
+    for key, value in entry["state"].items():
+        if isinstance(value, torch.Tensor) and value.dtype != state[key].dtype:
+            state[key] = as_parts_of(parameter, value.to(parameter.device))
 
 
 # A scheduler's state has lists with one value for each parameter group (base_lrs, _last_lr, CyclicLR's max_lrs), and

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from raypar.compute import tree
 from raypar.compute.checkpoint import SaveOrder, State
-from raypar.compute.dtensors import as_parts_of, whole
+from raypar.compute.dtensors import as_parts_of, is_shard, whole
 from raypar.compute.engine import Engine
 from raypar.compute.shards import Path, SavedTensors
 from raypar.compute.weights_file import check_shapes, name_lists, shapes_of
@@ -65,6 +66,11 @@ def _split_entries(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     for name, entry in entries.items():
         tensors[name] = {key: value.detach() for key, value in entry["state"].items() if _is_large(value)}
         rest[name] = entry | {"state": {key: v for key, v in entry["state"].items() if key not in tensors[name]}}
+        if any(map(is_shard, tree.flatten(rest[name]["state"])[0])):
+            raise CheckpointError(
+                f"the optimizer's state for the parameter {name!r} has tensors inside a list or dict, of which each "
+                'replica holds a part; needed: tensors by their names, or Plan(data_strategy="ddp")'
+            )
     return tensors, rest
 
 

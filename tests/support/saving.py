@@ -32,7 +32,7 @@ def save_behind_each_step(me: Me, training: Training, folder: str, fault: str | 
     transport = ProcessTransport(plan, replica, actor, pairs(plan, part), me.timeouts)
     assert transport.saving is not None
     engine = make_engine(training.spec, plan, replica, actor, part, transport, CPU)
-    saver = SharedSaver(storage, transport.saving)
+    saver = SharedSaver(storage, transport.saving, me.timeouts.peer)
     found: list[object] = []
     is_faulty = fault is not None and me.rank == me.size - 1
     for step, batch in enumerate(training.batches(), start=1):
