@@ -120,6 +120,8 @@ def read_state_dict(path: Any) -> dict[str, torch.Tensor]:
 
     path: the folder of a checkpoint, local or a URI, or a `ray.train.Checkpoint`.
 
+    Where replicas train apart (local SGD) and the checkpoint was made between two averages, the first replica's.
+
     Raises CheckpointError where it is missing or damaged.
     """
     filesystem, inside = located(path)
