@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyarrow.fs as pafs
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from raypar.compute.checkpoint import located, read_state_dict
-from raypar.compute.manifest import newest_checkpoint, verify
+from raypar.compute.manifest import MANIFEST, newest_checkpoint, verify
 from raypar.compute.shards import Path, SavedTensors
 from raypar.compute.storage import Storage
 from raypar.planning.errors import CheckpointError, RayparError, UsageError
@@ -68,8 +69,16 @@ def _parser() -> argparse.ArgumentParser:
 def _checkpoint(given: str) -> tuple[Any, str]:
     """The file system and path of the checkpoint that was meant."""
     filesystem, path = located(given)
-    newest = newest_checkpoint(Storage(path.rstrip("/"), filesystem))
-    return filesystem, newest or path
+    storage = Storage(path.rstrip("/"), filesystem)
+    newest = newest_checkpoint(storage)
+    if newest is not None:
+        return filesystem, newest
+    if filesystem.get_file_info(f"{storage.path}/{MANIFEST}").type == pafs.FileType.NotFound:
+        raise CheckpointError(
+            f"{storage.path} is no whole checkpoint, and holds none; needed: a checkpoint, or the folder of a run that "
+            "has saved one"
+        )
+    return filesystem, storage.path
 
 
 # ---------------------------------------------------------------- export

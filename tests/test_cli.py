@@ -39,6 +39,12 @@ def test_of_a_runs_folder_the_newest_checkpoint_is_taken(run: Path, tmp_path: Pa
     assert f"2 tensors, 24 B, from {run}/checkpoint_00000012" in capsys.readouterr().out
 
 
+def test_a_checkpoint_may_bear_any_name(run: Path, tmp_path: Path):
+    (run / "checkpoint_00000003").rename(tmp_path / "best")
+    assert main(["export", str(tmp_path / "best"), str(tmp_path / "w.pt")]) == 0
+    assert torch.load(tmp_path / "w.pt")["fc.weight"][0, 0] == 3.0
+
+
 def test_a_checkpoint_is_described_for_people(run: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["inspect", str(run)]) == 0
     out = capsys.readouterr().out
@@ -62,8 +68,10 @@ def test_each_tensor_is_listed_where_that_is_asked_for(run: Path, capsys: pytest
 def test_what_is_wrong_is_told_in_a_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["export", str(run), str(tmp_path / "w.onnx")]) == 1
     assert "UsageError: raypar export: found" in capsys.readouterr().err
-    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
-    assert "nowhere is no whole checkpoint" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    for name in ("nowhere", "empty"):
+        assert main(["inspect", str(tmp_path / name)]) == 1
+        assert f"{name} is no whole checkpoint, and holds none; needed: a checkpoint, or" in capsys.readouterr().err
     assert main(["export", str(run), str(tmp_path / "no" / "folder.pt")]) == 1
     assert "folder.pt could not be written" in capsys.readouterr().err
 
