@@ -142,7 +142,8 @@ def _summary(path: str, manifest: dict[str, Any]) -> list[str]:
         f"{len(manifest['files'])} files, {_bytes(size)}, each as it was written",
     ]
     if manifest["history"]:
-        lines.append("metrics: " + ", ".join(f"{name} {value}" for name, value in manifest["history"][-1].items()))
+        numbers = {name: value for name, value in manifest["history"][-1].items() if isinstance(value, int | float)}
+        lines.append("metrics: " + ", ".join(f"{name} {value:.6g}" for name, value in numbers.items()))
     return lines
 
 

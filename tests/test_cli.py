@@ -19,7 +19,8 @@ def run(tmp_path: Path) -> Path:
     plan = {"data": 2, "pipeline": 2, "placement": None}
     for step in (3, 12):
         position = {"epoch": 1, "trained": {"train": 4}, "batching": {}}
-        write(storage, step, plan=plan, position=position, history=[{"step": step, "loss": 0.25}])
+        row = {"step": step, "loss": 0.25, "actors": [{"pid": 7}]}
+        write(storage, step, plan=plan, position=position, history=[row])
     return tmp_path / "digits"
 
 
