@@ -66,30 +66,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _checkpoint(given: str) -> tuple[Any, str]:
-    """The file system and path of the checkpoint that was meant."""
+def _checkpoint(given: str) -> Storage:
+    """The folder of the checkpoint that was meant."""
     filesystem, path = located(given)
     storage = Storage(path.rstrip("/"), filesystem)
     newest = newest_checkpoint(storage)
     if newest is not None:
-        return filesystem, newest
+        return Storage(newest, filesystem)
     if filesystem.get_file_info(f"{storage.path}/{MANIFEST}").type == pafs.FileType.NotFound:
         raise CheckpointError(
             f"{storage.path} is no whole checkpoint, and holds none; needed: a checkpoint, or the folder of a run that "
             "has saved one"
         )
-    return filesystem, storage.path
+    return storage
 
 
 # ---------------------------------------------------------------- export
 
 
 def _export(given: argparse.Namespace) -> None:
-    filesystem, path = _checkpoint(given.checkpoint)
+    found = _checkpoint(given.checkpoint)
     out: str = given.out
     if not out.endswith((".safetensors", ".pt")):
         raise UsageError(f"raypar export: found {out!r}, needed a name that ends in .safetensors or .pt")
-    state = read_state_dict(_At(filesystem, path))
+    state = read_state_dict(found)
     unfinished = f"{out}.unfinished"  # what is there under the name is whole at any time
     try:
         if out.endswith(".pt"):
@@ -104,25 +104,18 @@ def _export(given: argparse.Namespace) -> None:
         if os.path.exists(unfinished):
             os.remove(unfinished)
     size = sum(tensor.nbytes for tensor in state.values())
-    Console().print(f"{out}: {len(state)} tensors, {_bytes(size)}, from {path}", soft_wrap=True, highlight=False)
-
-
-class _At:
-    """A path on a file system, as a `ray.train.Checkpoint` has it."""
-
-    def __init__(self, filesystem: Any, path: str) -> None:
-        self.filesystem, self.path = filesystem, path
+    Console().print(f"{out}: {len(state)} tensors, {_bytes(size)}, from {found.path}", soft_wrap=True, highlight=False)
 
 
 # ---------------------------------------------------------------- inspect
 
 
 def _inspect(given: argparse.Namespace) -> None:
-    filesystem, path = _checkpoint(given.checkpoint)
-    manifest = verify(path, filesystem)
-    saved = SavedTensors(path, filesystem)
+    found = _checkpoint(given.checkpoint)
+    manifest = verify(found.path, found.filesystem)
+    saved = SavedTensors(found.path, found.filesystem)
     console = Console(highlight=False)
-    for line in _summary(path, manifest):
+    for line in _summary(found.path, manifest):
         console.print(line, soft_wrap=True)
     console.print(_table("what", ["tensors", "size"], _by_kind(saved)))
     of_model = _by_tensor(saved, manifest["names"]) if given.tensors else _by_module(saved, manifest["names"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from raypar.compute.manifest import cannot_write, verify
-from raypar.compute.shards import SavedTensors, ShardWriter
+from raypar.compute.shards import SavedTensors, ShardWriter, in_one_process
 from raypar.compute.storage import Storage, resolve
 from raypar.planning.errors import CheckpointError
 
@@ -102,8 +101,7 @@ class SharedSaver:
 def save(storage: Storage, order: SaveOrder, state: State) -> None:
     """Write a checkpoint of which this process holds everything. Raises CheckpointError."""
     writer = ShardWriter(order.path, storage.filesystem, order.manifest)
-    with warnings.catch_warnings():  # that torch.distributed is not used, which is meant
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    with in_one_process():
         try:
             dcp.save(state, storage_writer=writer, no_dist=True)
         except (Exception, dcp.CheckpointException) as error:  # torch's is no Exception

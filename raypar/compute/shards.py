@@ -140,6 +140,14 @@ class ShardWriter(dcp.FileSystemWriter):
         write_manifest(os.fspath(self.path), self.files.filesystem, self.manifest, {**files, **self.files.written})
 
 
+@contextmanager
+def in_one_process() -> Iterator[None]:
+    """Around calls with no_dist=True: torch warns that torch.distributed is not used, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
 class SavedTensors:
     """The tensors of a checkpoint by their paths; read when they are asked for.
 
@@ -185,8 +193,7 @@ class SavedTensors:
         flat: dict[str, Any] = {self._names[where]: tensor for where, tensor in targets.items()}
         if not flat:
             return
-        with warnings.catch_warnings():  # that torch.distributed is not used, which is meant
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        with in_one_process():
             try:
                 dcp.load(flat, storage_reader=self._reader, no_dist=True)
             except dcp.api.CheckpointException as error:
