@@ -20,13 +20,13 @@ from pipeline import ACTORS, PLACEMENTS, Processes, plan_of, port, torch_pipelin
 from torch.autograd.graph import saved_tensors_hooks
 from transformer import batch, transformer
 
-from raypar.compute.build import build_part
-from raypar.compute.engine import Engine
-from raypar.compute.in_process import make_engine
-from raypar.compute.memory_links import MemoryWorld, take_turns
-from raypar.compute.order import Order
-from raypar.compute.part import Cut, ModelSpec
+from raypar.engine.build import build_part
+from raypar.engine.engine import Engine
+from raypar.engine.step import Order
+from raypar.loop.in_process import make_engine
 from raypar.planning.plan import Plan
+from raypar.stages.model_part import Cut, ModelSpec
+from raypar.transport.memory_links import MemoryWorld, take_turns
 
 CONFIG: dict[str, Any] = {"layers": 8, "width": 64, "tokens": 16, "rows": 2}
 CPU = torch.device("cpu")

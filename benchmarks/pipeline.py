@@ -38,7 +38,7 @@ from torch.distributed.pipelining import (
 from transformer import batch, transformer
 
 import raypar
-from raypar.compute.memory import keep_freed_memory
+from raypar.workers.malloc import keep_freed_memory
 
 ACTORS = 2
 PLACEMENTS = {"gpipe": (0, 1), "1f1b": (0, 1), "interleaved": (0, 1, 0, 1), "zbv": (0, 1, 1, 0)}

@@ -20,9 +20,9 @@ from on_ray import OnRay, blocks
 from torch import nn
 
 import raypar
-from raypar.compute.memory import keep_freed_memory
-from raypar.compute.part import Cut, ModelSpec
-from raypar.compute.profile import measure_units
+from raypar.splitting.choose import measure_units
+from raypar.stages.model_part import Cut, ModelSpec
+from raypar.workers.malloc import keep_freed_memory
 
 CHANNELS, SIZE, ROWS, MICROBATCHES = 32, 32, 4, 8
 SPLIT = ["up2"]

@@ -1,18 +1,18 @@
 """raypar trains PyTorch models on a Ray cluster: data parallel, pipeline parallel, and both at once."""
 
-from raypar.compute.checkpoint import read_state_dict
-from raypar.compute.data import batches
-from raypar.compute.microbatch import shared
-from raypar.compute.parallelize import parallelize
-from raypar.compute.replica import EvalOutput, Replica, StepOutput, report
-from raypar.compute.session import epochs
-from raypar.compute.timing import Bubble
-from raypar.compute.wired import Wired
-from raypar.planning import errors
-from raypar.planning.errors import RayparError
+from raypar import errors
+from raypar.checkpoint.saver import read_state_dict
+from raypar.engine.clock import Bubble
+from raypar.engine.microbatch import shared
+from raypar.errors import RayparError
+from raypar.loop.batches import batches
+from raypar.loop.parallelize import parallelize
+from raypar.loop.replica import EvalOutput, Replica, StepOutput, report
+from raypar.loop.session import epochs
 from raypar.planning.plan import Plan, Timeouts, schedule_of
 from raypar.planning.schedule import Schedule
 from raypar.planning.simulate import simulate
+from raypar.splitting.wired import Wired
 from raypar.trainer import Trainer
 
 __all__ = [

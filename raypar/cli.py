@@ -20,11 +20,11 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from raypar.compute.checkpoint import located, read_state_dict
-from raypar.compute.manifest import MANIFEST, newest_checkpoint, verify
-from raypar.compute.shards import Path, SavedTensors
-from raypar.compute.storage import Storage
-from raypar.planning.errors import CheckpointError, RayparError, UsageError
+from raypar.checkpoint.manifest import MANIFEST, newest_checkpoint, verify
+from raypar.checkpoint.saver import located, read_state_dict
+from raypar.checkpoint.shards import Path, SavedTensors
+from raypar.errors import CheckpointError, RayparError, UsageError
+from raypar.storage import Storage
 
 KINDS = {
     "model": "weights and buffers",

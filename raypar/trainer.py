@@ -16,16 +16,16 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import RunConfig
 from ray.train.v2.api.result import Result
 
-from raypar.cluster.datasets import for_workers, of_ray_data
+from raypar.checkpoint.manifest import newest_checkpoint
 from raypar.cluster.launch import Run, run_on_ray
 from raypar.cluster.placement import check_resources_per_stage, check_scaling
-from raypar.cluster.progress import ProgressDisplay
-from raypar.compute.local import run_local
-from raypar.compute.manifest import newest_checkpoint
-from raypar.compute.sources import check_datasets
-from raypar.compute.storage import Storage, absolute
-from raypar.planning.errors import ConfigError, DataError, near_names
+from raypar.cluster.shipping import for_workers, of_ray_data
+from raypar.data.sources import check_datasets
+from raypar.errors import ConfigError, DataError, near_names
+from raypar.loop.local import run_local
+from raypar.observe.progress import ProgressDisplay
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage, absolute
 
 
 class Trainer:

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import CNN, mlp
-from raypar.compute.build import build_part, build_whole, cut_model
-from raypar.compute.part import Cut, ModelSpec, Part
-from raypar.planning.errors import CheckpointError, ModelError
+from raypar.engine.build import build_part, build_whole, cut_model
+from raypar.errors import CheckpointError, ModelError
 from raypar.planning.plan import Plan
+from raypar.stages.model_part import Cut, ModelSpec, Part
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from raypar.compute.channel import Inbox, Outbox, check_can_cross, layout_of_gradients
-from raypar.compute.memory_links import MemoryLink
-from raypar.compute.transport import drive
-from raypar.planning.errors import ModelError, SplitError
+from raypar.errors import ModelError, SplitError
 from raypar.planning.program import Message
+from raypar.transport.channel import Inbox, Outbox, check_can_cross, layout_of_gradients
+from raypar.transport.interface import drive
+from raypar.transport.memory_links import MemoryLink
 
 CPU = torch.device("cpu")
 

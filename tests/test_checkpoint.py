@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from raypar.compute.checkpoint import SaveOrder, SharedSaver, read_state_dict
-from raypar.compute.manifest import checkpoint_to_resume, keep_newest, list_checkpoints, newest_checkpoint
-from raypar.compute.shards import SavedTensors
-from raypar.compute.storage import Storage
-from raypar.planning.errors import CheckpointError, ConfigError, RayparError
+from raypar.checkpoint.manifest import checkpoint_to_resume, keep_newest, list_checkpoints, newest_checkpoint
+from raypar.checkpoint.saver import SaveOrder, SharedSaver, read_state_dict
+from raypar.checkpoint.shards import SavedTensors
+from raypar.errors import CheckpointError, ConfigError, RayparError
 from raypar.planning.plan import Plan
+from raypar.storage import Storage
 from support.processes import DIED, Processes, processes
 from support.saved import manifest_of, same_values, saved_values, write
 from support.saving import save_behind_each_step

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from raypar.cli import main
-from raypar.compute.storage import Storage
+from raypar.storage import Storage
 from support.saved import write
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raypar.compute.columns import bytes_of, item_shape, to_array
+from raypar.data.columns import bytes_of, item_shape, to_array
 
 
 def tensors(values: np.ndarray, permutation: list[int] | None = None) -> pa.Array:

@@ -13,16 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypar.compute import tree
-from raypar.compute.batch import Batch
-from raypar.compute.data import batches
-from raypar.compute.local import run_local
-from raypar.compute.parquet import RowGroups
-from raypar.compute.session import current, epochs
-from raypar.compute.sources import check_datasets
-from raypar.compute.storage import Storage
-from raypar.planning.errors import DataError, UsageError
+from raypar import tree
+from raypar.data.batch import Batch
+from raypar.data.parquet import RowGroups
+from raypar.data.sources import check_datasets
+from raypar.errors import DataError, UsageError
+from raypar.loop.batches import batches
+from raypar.loop.local import run_local
+from raypar.loop.session import current, epochs
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage
 
 Batches = list[Batch]
 

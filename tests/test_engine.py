@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.memory_links import MemoryLink, MemoryWorld
-from raypar.planning.errors import ModelError, NonFiniteError, SplitError, UserCodeError
+from raypar.errors import ModelError, NonFiniteError, SplitError, UserCodeError
 from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.program import check
+from raypar.transport.memory_links import MemoryLink, MemoryWorld
 from support import reference
 from support.engines import Engines, spec_of
 from support.nccl_rules import NcclWorld

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from raypar.planning import errors
-from raypar.planning.errors import NonFiniteError, RayparError, RunError, near_names
+from raypar import errors
+from raypar.errors import NonFiniteError, RayparError, RunError, near_names
 
 
 def subclasses(cls: type[RayparError]) -> list[type[RayparError]]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from raypar.compute.manifest import checkpoint_to_resume, newest_checkpoint
-from raypar.compute.storage import Storage
+from raypar.checkpoint.manifest import checkpoint_to_resume, newest_checkpoint
 from raypar.planning.plan import Plan
+from raypar.storage import Storage
 from support.killed import STEPS, Death, train, write_rows
 from support.saved import manifest_of, same_values, saved_values
 

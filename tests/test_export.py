@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from raypar.compute.export import described, export_graph
-from raypar.compute.graph import graph_of
-from raypar.compute.trace import call, module_calls
-from raypar.planning.errors import ModelError, SplitError
+from raypar.errors import ModelError, SplitError
+from raypar.splitting.export import described, export_graph
+from raypar.splitting.graph import graph_of
+from raypar.splitting.trace import call, module_calls
 
 ROWS = torch.rand(4, 6)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from raypar.compute.faults import failed_wait, is_of_connection, user_code
-from raypar.planning.errors import DataError, PeerLostError, RunError, TimeoutExceededError, UserCodeError
+from raypar.engine.faults import failed_wait, is_of_connection, user_code
+from raypar.errors import DataError, PeerLostError, RunError, TimeoutExceededError, UserCodeError
 
 CLOSED = RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 LATE = RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/buffer.cc:91] Timed out waiting 2000ms for recv")

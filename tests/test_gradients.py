@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raypar.compute import gradients
-from raypar.compute.gradients import BucketSum
-from raypar.compute.memory_links import MemorySum, MemoryWorld, take_turns
-from raypar.planning.errors import PeerLostError, TimeoutExceededError
+from raypar.errors import PeerLostError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts
+from raypar.replicas import gradients
+from raypar.replicas.gradients import BucketSum
+from raypar.transport.memory_links import MemorySum, MemoryWorld, take_turns
 from support import reference
 from support.cases import OPTIMIZERS, small, small_split
 from support.engines import Engines, count_bytes, spec_of

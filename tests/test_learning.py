@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.learning import Learner
-from raypar.compute.part import ModelSpec, Part
-from raypar.planning.errors import CheckpointError, ModelError
+from raypar.errors import CheckpointError, ModelError
+from raypar.stages.learner import Learner
+from raypar.stages.model_part import ModelSpec, Part
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raypar.compute.local import Turns, run_local
-from raypar.compute.manifest import list_checkpoints
-from raypar.compute.parallelize import parallelize
-from raypar.compute.replica import Replica, report
-from raypar.compute.session import current
-from raypar.compute.storage import Storage
-from raypar.planning.errors import ModelError, NonFiniteError, UsageError
+from raypar.checkpoint.manifest import list_checkpoints
+from raypar.errors import ModelError, NonFiniteError, UsageError
+from raypar.loop.local import Turns, run_local
+from raypar.loop.parallelize import parallelize
+from raypar.loop.replica import Replica, report
+from raypar.loop.session import current
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage
 
 NOWHERE = Storage.open("/dev/null", "run")  # nothing can be written there
 

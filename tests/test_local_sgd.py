@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.data import batches
-from raypar.compute.local import run_local
-from raypar.compute.memory_links import MemoryWorld
-from raypar.compute.parallelize import parallelize
-from raypar.compute.replica import Replica
-from raypar.compute.session import current, epochs
-from raypar.compute.storage import Storage
-from raypar.planning.errors import CheckpointError, ModelError, NonFiniteError, UsageError, UserCodeError
+from raypar.errors import CheckpointError, ModelError, NonFiniteError, UsageError, UserCodeError
+from raypar.loop.batches import batches
+from raypar.loop.local import run_local
+from raypar.loop.parallelize import parallelize
+from raypar.loop.replica import Replica
+from raypar.loop.session import current, epochs
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage
+from raypar.transport.memory_links import MemoryWorld
 from support import reference
 from support.cases import OPTIMIZERS, name_of, small, small_split, with_batch_norm
 from support.engines import CPU, TOLERANCE, Engines, count_bytes, spec_of

@@ -7,9 +7,8 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 
-from raypar.compute import manifest
-from raypar.compute.checkpoint import read_state_dict
-from raypar.compute.manifest import (
+from raypar.checkpoint import manifest
+from raypar.checkpoint.manifest import (
     checkpoint_to_resume,
     free_path,
     keep_newest,
@@ -18,8 +17,9 @@ from raypar.compute.manifest import (
     read_manifest,
     verify,
 )
-from raypar.compute.storage import Storage
-from raypar.planning.errors import CheckpointError, OtherFormatError, RunError
+from raypar.checkpoint.saver import read_state_dict
+from raypar.errors import CheckpointError, OtherFormatError, RunError
+from raypar.storage import Storage
 from support.saved import write
 
 FILES = ("__0_0.distcp", ".metadata", "checkpoint.json")  # in the order in which they are written

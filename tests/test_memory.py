@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from raypar.compute import memory
+from raypar.workers import malloc as memory
 
 FAULTS = """
 import resource, runpy

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from raypar.compute.memory_links import MemoryLink, MemorySum, MemoryWorld, take_turns
-from raypar.compute.transport import Done, drive
 from raypar.planning.plan import Plan
+from raypar.transport.interface import Done, drive
+from raypar.transport.memory_links import MemoryLink, MemorySum, MemoryWorld, take_turns
 
 
 class Never:

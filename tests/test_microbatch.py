@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypar.compute import microbatch, tree
-from raypar.compute.microbatch import Shared, shared
-from raypar.planning.errors import DataError
+from raypar import tree
+from raypar.engine import microbatch
+from raypar.engine.microbatch import Shared, shared
+from raypar.errors import DataError
 
 CPU = torch.device("cpu")
 

@@ -14,25 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import CNN
-from raypar.compute.checkpoint import read_state_dict
-from raypar.compute.data import batches
-from raypar.compute.local import run_local
-from raypar.compute.manifest import newest_checkpoint
-from raypar.compute.microbatch import shared
-from raypar.compute.parallelize import parallelize
-from raypar.compute.replica import Replica, report
-from raypar.compute.session import current, epochs
-from raypar.compute.storage import Storage
-from raypar.planning.errors import (
-    CheckpointError,
-    DataError,
-    ModelError,
-    NonFiniteError,
-    SplitError,
-    UsageError,
-    UserCodeError,
-)
+from raypar.checkpoint.manifest import newest_checkpoint
+from raypar.checkpoint.saver import read_state_dict
+from raypar.engine.microbatch import shared
+from raypar.errors import CheckpointError, DataError, ModelError, NonFiniteError, SplitError, UsageError, UserCodeError
+from raypar.loop.batches import batches
+from raypar.loop.local import run_local
+from raypar.loop.parallelize import parallelize
+from raypar.loop.replica import Replica, report
+from raypar.loop.session import current, epochs
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage
 from support.saved import same_values, saved_values
 
 ROWS, BATCH, EPOCHS = 44, 16, 2

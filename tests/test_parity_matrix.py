@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.planning.errors import PeerLostError, TimeoutExceededError
+from raypar.errors import PeerLostError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts, schedule_of
 from support import reference
 from support.cases import name_of

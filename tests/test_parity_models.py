@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.memory_links import take_turns
-from raypar.compute.microbatch import shared
-from raypar.compute.randomness import mixed_seed
-from raypar.planning.errors import SplitError
+from raypar.engine.microbatch import shared
+from raypar.errors import SplitError
 from raypar.planning.plan import Plan
+from raypar.randomness import mixed_seed
+from raypar.transport.memory_links import take_turns
 from support import reference
 from support.cases import PIPELINES, REPLICAS, adamw, name_of, sgd, small, small_split, with_batch_norm
 from support.engines import TOLERANCE, Engines, assert_equal, spec_of

@@ -10,9 +10,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from raypar.compute import parquet
-from raypar.compute.parquet import RowGroups
-from raypar.planning.errors import DataError, RunError
+from raypar.data import parquet
+from raypar.data.parquet import RowGroups
+from raypar.errors import DataError, RunError
 
 
 def write(path: Path, size: int = 1000, statistics: bool = True, **columns: Any) -> Path:

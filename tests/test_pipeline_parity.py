@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.microbatch import Shared, cut, rows_of, shared, sizes
-from raypar.compute.tree import Tree
+from raypar.engine.microbatch import Shared, cut, rows_of, shared, sizes
 from raypar.planning.plan import Plan
 from raypar.planning.schedules import zero_bubble_h1
+from raypar.tree import Tree
 from support.engines import TOLERANCE, Engines, order_of, spec_of
 from support.nccl_rules import NcclWorld
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raypar.planning.errors import ConfigError, PlanError
+from raypar.errors import ConfigError, PlanError
 from raypar.planning.plan import PRECISION_NAMES, RECOMPUTE_NAMES, Plan, Timeouts, schedule_of
 from raypar.planning.schedules import SCHEDULES, gpipe, one_forward_one_backward, zero_bubble_v
 

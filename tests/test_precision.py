@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.local import run_local
-from raypar.compute.parallelize import parallelize
-from raypar.compute.precision import LossScale, autocast_of
-from raypar.compute.replica import Replica, report
-from raypar.compute.storage import Storage
-from raypar.planning.errors import NonFiniteError
+from raypar.errors import NonFiniteError
+from raypar.loop.local import run_local
+from raypar.loop.parallelize import parallelize
+from raypar.loop.replica import Replica, report
 from raypar.planning.plan import Plan, Timeouts
+from raypar.stages.precision import LossScale, autocast_of
+from raypar.storage import Storage
 from support import reference
 from support.cases import name_of
 from support.engines import CPU, Engines, spec_of

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from raypar.compute.prefetch import ahead
+from raypar.data.windows import ahead
 
 
 def readers() -> list[threading.Thread]:

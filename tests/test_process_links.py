@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch.nn.functional as F
 
-from raypar.planning.errors import PeerLostError, TimeoutExceededError, UserCodeError
+from raypar.errors import PeerLostError, TimeoutExceededError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts
 from support import reference
 from support.cases import OPTIMIZERS

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import CNN, mlp
-from raypar.compute.export import described
-from raypar.compute.part import Cut, ModelSpec
-from raypar.compute.profile import choose_cut, measure_units
-from raypar.planning.errors import ModelError, SplitError
+from raypar.errors import ModelError, SplitError
+from raypar.splitting.choose import choose_cut, measure_units
+from raypar.splitting.export import described
+from raypar.stages.model_part import Cut, ModelSpec
 
 CPU = torch.device("cpu")
 IMAGES = torch.zeros(16, 1, 28, 28)

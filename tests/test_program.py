@@ -17,8 +17,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from raypar.errors import ScheduleError
 from raypar.planning import program as module
-from raypar.planning.errors import ScheduleError
 from raypar.planning.program import (
     AHEAD,
     Compute,

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute import two_backward
-from raypar.compute.microbatch import sizes
+from raypar.engine.microbatch import sizes
 from raypar.planning.plan import Plan
 from raypar.planning.schedule import Action, dependencies
+from raypar.stages import two_backward
 from support.engines import Engines, order_of, spec_of
 from support.nccl_rules import NcclWorld
 

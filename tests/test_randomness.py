@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import dropout
 
-from raypar.compute.randomness import mixed_seed, restore_state, save_state, seed_loop, seed_pass
+from raypar.randomness import mixed_seed, restore_state, save_state, seed_loop, seed_pass
 
 CPU = torch.device("cpu")
 

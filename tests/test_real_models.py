@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypar import Plan, Trainer, parallelize
-from raypar.compute.build import cut_model
-from raypar.compute.export import described
-from raypar.compute.part import Cut, ModelSpec
-from raypar.compute.profile import choose_cut
-from raypar.compute.randomness import mixed_seed
-from raypar.compute.split import holders
+from raypar.engine.build import cut_model
+from raypar.randomness import mixed_seed
+from raypar.splitting.choose import choose_cut
+from raypar.splitting.export import described
+from raypar.splitting.split import holders
+from raypar.stages.model_part import Cut, ModelSpec
 from support import reference
 from support.cases import name_of, sgd
 from support.engines import TOLERANCE, Engines, assert_equal

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.build import cut_model
-from raypar.compute.part import Cut
-from raypar.compute.randomness import seed_pass
-from raypar.compute.stage import Stage, StageCode, part_of_model
-from raypar.planning.errors import ModelError, NonFiniteError, UserCodeError
+from raypar.engine.build import cut_model
+from raypar.errors import ModelError, NonFiniteError, UserCodeError
 from raypar.planning.plan import Plan
+from raypar.randomness import seed_pass
+from raypar.stages.model_part import Cut
+from raypar.stages.stage import Stage, StageCode, part_of_model
 from support import reference
 from support.cases import sgd
 from support.engines import CPU, Engines, assert_equal, spec_of

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from raypar.compute.checkpoint import SaveOrder, save
-from raypar.compute.microbatch import shared
-from raypar.compute.order import Order, StepResult
-from raypar.compute.replica import Replica, report
-from raypar.compute.session import Loop, Position, Session, enter
-from raypar.compute.storage import Storage
-from raypar.compute.timing import Timing
-from raypar.planning.errors import CheckpointError, DataError, NonFiniteError, UsageError, UserCodeError
+from raypar.checkpoint.saver import SaveOrder, save
+from raypar.engine.clock import Timing
+from raypar.engine.microbatch import shared
+from raypar.engine.step import Order, StepResult
+from raypar.errors import CheckpointError, DataError, NonFiniteError, UsageError, UserCodeError
+from raypar.loop.replica import Replica, report
+from raypar.loop.session import Loop, Position, Session, enter
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage
 from support.saved import manifest_of, saved_values
 
 Log = list[str]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypar.planning.row_order import RowOrder, Window, share
+from raypar.data.row_order import RowOrder, Window, share
 
 SIZES = st.lists(st.integers(0, 9), max_size=12).filter(any).map(tuple)
 

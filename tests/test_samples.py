@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from raypar.compute.batch import Batch
-from raypar.compute.samples import collate, indexed, streamed
-from raypar.planning.errors import DataError
-from raypar.planning.row_order import RowOrder
+from raypar.data.batch import Batch
+from raypar.data.row_order import RowOrder
+from raypar.data.samples import collate, indexed, streamed
+from raypar.errors import DataError
 
 
 class Numbers(Dataset[Any]):

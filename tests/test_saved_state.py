@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.data import batches
-from raypar.compute.local import run_local
-from raypar.compute.manifest import newest_checkpoint
-from raypar.compute.parallelize import parallelize
-from raypar.compute.replica import report
-from raypar.compute.saved_state import pack, unpack
-from raypar.compute.session import current, epochs
-from raypar.compute.storage import Storage
-from raypar.planning.errors import CheckpointError
+from raypar.checkpoint.manifest import newest_checkpoint
+from raypar.engine.actor_state import pack, unpack
+from raypar.errors import CheckpointError
+from raypar.loop.batches import batches
+from raypar.loop.local import run_local
+from raypar.loop.parallelize import parallelize
+from raypar.loop.replica import report
+from raypar.loop.session import current, epochs
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage
 from support.saved import same_values, saved_values
 
 FEATURES, ROWS, BATCH = 4, 44, 12

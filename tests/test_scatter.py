@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import raypar
-from raypar.compute.local import run_local
-from raypar.compute.parallelize import parallelize
-from raypar.compute.storage import Storage
-from raypar.planning.errors import DataError
+from raypar.errors import DataError
+from raypar.loop.local import run_local
+from raypar.loop.parallelize import parallelize
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage
 from support import reference
 from support.cases import OPTIMIZERS, small
 

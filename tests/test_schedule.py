@@ -5,8 +5,8 @@ import textwrap
 
 import pytest
 
+from raypar.errors import ScheduleError
 from raypar.planning import schedule as module
-from raypar.planning.errors import ScheduleError
 from raypar.planning.schedule import Action, Schedule, dependencies, draw, most_kept, start_times
 from raypar.planning.schedules import forward_only, gpipe, one_forward_one_backward
 

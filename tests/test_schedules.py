@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raypar.errors import PlanError
 from raypar.planning import schedules as module
-from raypar.planning.errors import PlanError
 from raypar.planning.program import check
 from raypar.planning.schedule import Action, Schedule, dependencies, draw, most_kept, start_times
 from raypar.planning.schedules import (

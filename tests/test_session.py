@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raypar.compute import session as module
-from raypar.compute.data import batches
-from raypar.compute.local import run_local
-from raypar.compute.manifest import newest_checkpoint, read_manifest
-from raypar.compute.parallelize import parallelize
-from raypar.compute.replica import Replica, report
-from raypar.compute.session import Position, Rate, current, epochs
-from raypar.compute.storage import Storage
-from raypar.planning.errors import UsageError
+from raypar.checkpoint.manifest import newest_checkpoint, read_manifest
+from raypar.errors import UsageError
+from raypar.loop import session as module
+from raypar.loop.batches import batches
+from raypar.loop.local import run_local
+from raypar.loop.parallelize import parallelize
+from raypar.loop.replica import Replica, report
+from raypar.loop.session import Position, Rate, current, epochs
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage
 
 EPOCHS, ROWS, BATCH = 3, 7, 2
 STEPS_AN_EPOCH = 4

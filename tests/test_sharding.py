@@ -15,17 +15,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.checkpoint import SaveOrder, SharedSaver
-from raypar.compute.dtensors import as_parts_of, is_shard, local, whole
-from raypar.compute.engine import Engine
-from raypar.compute.local import run_local
-from raypar.compute.part import Cut
-from raypar.compute.saved_state import load_model, model_of, restore, state_to_save
-from raypar.compute.shards import SavedTensors
-from raypar.compute.storage import Storage
-from raypar.compute.transport import drive
-from raypar.planning.errors import NonFiniteError, PeerLostError, UserCodeError
+from raypar.checkpoint.saver import SaveOrder, SharedSaver
+from raypar.checkpoint.shards import SavedTensors
+from raypar.engine.actor_state import load_model, model_of, restore, state_to_save
+from raypar.engine.engine import Engine
+from raypar.errors import NonFiniteError, PeerLostError, UserCodeError
+from raypar.loop.local import run_local
 from raypar.planning.plan import Plan, Timeouts
+from raypar.stages.dtensors import as_parts_of, is_shard, local, whole
+from raypar.stages.model_part import Cut
+from raypar.storage import Storage
+from raypar.transport.interface import drive
 from support import reference
 from support.cases import OPTIMIZERS, name_of
 from support.engines import Engines, order_of, spec_of

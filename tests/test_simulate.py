@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from raypar.planning.errors import ScheduleError
+from raypar.errors import ScheduleError
 from raypar.planning.schedule import Action, Schedule
 from raypar.planning.schedules import (
     Maker,

@@ -16,17 +16,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from raypar.compute.data import batches
-from raypar.compute.local import run_local
-from raypar.compute.manifest import newest_checkpoint, read_manifest
-from raypar.compute.parallelize import parallelize
-from raypar.compute.parquet import RowGroups
-from raypar.compute.replica import report
-from raypar.compute.session import current, epochs
-from raypar.compute.sources import Sharded, check_datasets
-from raypar.compute.storage import Storage
-from raypar.planning.errors import DataError, UsageError
+from raypar.checkpoint.manifest import newest_checkpoint, read_manifest
+from raypar.data.parquet import RowGroups
+from raypar.data.sources import Sharded, check_datasets
+from raypar.errors import DataError, UsageError
+from raypar.loop.batches import batches
+from raypar.loop.local import run_local
+from raypar.loop.parallelize import parallelize
+from raypar.loop.replica import report
+from raypar.loop.session import current, epochs
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage
 
 ROWS = 10
 
@@ -187,7 +187,7 @@ def test_a_global_batch_holds_as_many_rows_of_each_shard(tmp_path: Path):
 
 
 def test_progress_shows_no_total_before_the_end_of_a_stream_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("raypar.compute.session.Rate.count", lambda rate, samples: True)
+    monkeypatch.setattr("raypar.loop.position.Rate.count", lambda rate, samples: True)
     shown: list[dict[str, Any]] = []
     train(tmp_path, streamed(), passes=1, on_progress=shown.append, shuffle=False, batch_size=2)
     assert (shown[0]["done"], shown[0]["total"]) == (1, None)

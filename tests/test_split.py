@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from models import CNN, mlp
-from raypar.compute import split as module
-from raypar.compute.split import StageGraph, check_split, cut_graph, edges_of, holders, open_modules
-from raypar.compute.stage import part_of_model
-from raypar.compute.trace import trace
-from raypar.compute.tree import Tree
-from raypar.planning.errors import ModelError, SplitError
+from raypar.errors import ModelError, SplitError
+from raypar.splitting import split as module
+from raypar.splitting.split import StageGraph, check_split, cut_graph, edges_of, holders, open_modules
+from raypar.splitting.trace import trace
+from raypar.stages.stage import part_of_model
+from raypar.tree import Tree
 
 
 def cut(model: nn.Module, split: Sequence[str], given: Sequence[str] | None = None) -> list[StageGraph]:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.compute.build import cut_model
-from raypar.compute.part import Cut
-from raypar.compute.stage import Stage, StageCode, Values, part_of_model, whole_model
-from raypar.planning.errors import ModelError
+from raypar.engine.build import cut_model
+from raypar.errors import ModelError
+from raypar.stages.model_part import Cut
+from raypar.stages.stage import Stage, StageCode, Values, part_of_model, whole_model
 
 
 def stage_of(

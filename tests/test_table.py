@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypar.planning.errors import PlanError, ScheduleError
+from raypar.errors import PlanError, ScheduleError
+from raypar.planning.own_schedule import Table, own_schedule, read_csv
 from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.schedule import Action, Schedule, most_kept
 from raypar.planning.schedules import SCHEDULES, gpipe, one_forward_one_backward, zero_bubble_v
-from raypar.planning.table import Table, own_schedule, read_csv
 
 PLAIN = """\
 0F0,0F1,,0B0,,0B1

@@ -13,16 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raypar import read_state_dict
-from raypar.compute.build import build_part
-from raypar.compute.local import run_local
-from raypar.compute.manifest import newest_checkpoint
-from raypar.compute.parallelize import parallelize
-from raypar.compute.part import ModelSpec
-from raypar.compute.replica import Replica, report
-from raypar.compute.saved_state import load_model
-from raypar.compute.storage import Storage
-from raypar.planning.errors import CheckpointError
+from raypar.checkpoint.manifest import newest_checkpoint
+from raypar.engine.actor_state import load_model
+from raypar.engine.build import build_part
+from raypar.errors import CheckpointError
+from raypar.loop.local import run_local
+from raypar.loop.parallelize import parallelize
+from raypar.loop.replica import Replica, report
 from raypar.planning.plan import Plan, Timeouts
+from raypar.stages.model_part import ModelSpec
+from raypar.storage import Storage
 from support import reference
 from support.cases import name_of
 from support.engines import CPU, TOLERANCE, Engines, assert_equal, spec_of

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import raypar
+from raypar.observe.timeline import Event, chrome_trace, gantt
 from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.schedules import one_forward_one_backward
-from raypar.planning.timeline import Event, chrome_trace, gantt
 
 SVG = "{http://www.w3.org/2000/svg}"
 STEPS = 3

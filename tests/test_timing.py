@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from raypar.compute import timing
-from raypar.compute.timing import Clock, Timing, bubble_of
+from raypar.engine import clock as timing
+from raypar.engine.clock import Clock, Timing, bubble_of
 from raypar.planning.plan import Plan
 
 CPU = torch.device("cpu")

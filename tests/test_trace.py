@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from models import CNN, mlp
-from raypar.compute.trace import attribute, bind_inputs, call, module_calls, on_meta, trace
-from raypar.planning.errors import ModelError, SplitError
+from raypar.errors import ModelError, SplitError
+from raypar.splitting.trace import attribute, bind_inputs, call, module_calls, on_meta, trace
 
 
 def described(graph: fx.Graph) -> list[str]:

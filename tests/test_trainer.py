@@ -16,7 +16,7 @@ from torch import nn
 
 import raypar
 from raypar import Plan, Trainer
-from raypar.planning.errors import ConfigError, DataError, PlanError
+from raypar.errors import ConfigError, DataError, PlanError
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from raypar.compute import tree
+from raypar import tree
 
 Pair = namedtuple("Pair", ["left", "right"])
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from raypar.compute import two_backward
-from raypar.compute.two_backward import backward_to_inputs
+from raypar.stages import two_backward
+from raypar.stages.two_backward import backward_to_inputs
 from support.engines import TOLERANCE
 
 WIDTH = 4

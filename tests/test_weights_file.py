@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from raypar.compute.storage import Storage
-from raypar.compute.weights_file import name_lists, read_tensors
-from raypar.planning.errors import CheckpointError
+from raypar.checkpoint.weights import name_lists, read_tensors
+from raypar.errors import CheckpointError
+from raypar.storage import Storage
 from support.saved import write
 
 STATE = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.zeros(2), "head.weight": torch.full((1, 2), 3.0)}

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypar.compute import windows
-from raypar.compute.parquet import Arrays, RowGroups
-from raypar.planning.errors import DataError, RunError
-from raypar.planning.row_order import RowOrder
+from raypar.data import windows
+from raypar.data.parquet import Arrays, RowGroups
+from raypar.data.row_order import RowOrder
+from raypar.errors import DataError, RunError
 
 
 def write(folder: Path, sizes: list[int], files: int = 1) -> RowGroups:

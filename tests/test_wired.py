@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import raypar
 from raypar import Wired
-from raypar.compute.split import open_modules
-from raypar.compute.trace import bind_inputs, module_calls, trace
-from raypar.planning.errors import ModelError
+from raypar.errors import ModelError
 from raypar.planning.plan import Plan
+from raypar.splitting.split import open_modules
+from raypar.splitting.trace import bind_inputs, module_calls, trace
 from support import reference
 from support.cases import PIPELINES, name_of, sgd
 from support.engines import Engines, assert_equal, spec_of

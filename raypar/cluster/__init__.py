@@ -1,0 +1,1 @@
+"""the driver's side of Ray: room for a plan, starting, watching, restarting"""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml  # Ray depends on it
+import yaml
 
 Resources = dict[str, float]
 

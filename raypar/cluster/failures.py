@@ -14,19 +14,16 @@ from dataclasses import dataclass, replace
 
 import ray.train
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
-
-# Ray names neither in its public modules, but both are what a public error may hold: a worker whose
-# process is gone, and a worker that did not come up in time.
 from ray.train.v2._internal.exceptions import (
     CollectiveTimeoutError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2.api.config import FailureConfig  # what ray.train.FailureConfig is, with its types
+from ray.train.v2.api.config import FailureConfig
 
-from raypar.compute.faults import failed_wait, is_of_connection
-from raypar.planning.errors import (
+from raypar.engine.faults import failed_wait, is_of_connection
+from raypar.errors import (
     ConfigError,
     PeerLostError,
     RayparError,

@@ -32,20 +32,20 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.result import Result
 from ray.util.placement_group import remove_placement_group
 
-from raypar.cluster import attempt, capacity, failures
+from raypar.checkpoint.manifest import newest_checkpoint, read_manifest
+from raypar.cluster import capacity, failures
+from raypar.cluster import ray_train as attempt
 from raypar.cluster.board import Rows, Watch
-from raypar.cluster.datasets import check_room
 from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import Needs, check_feasible, is_feasible_now, needs_of, reserve
-from raypar.cluster.progress import ProgressDisplay
-from raypar.cluster.script_modules import send_script_modules
-from raypar.cluster.stage_actor import StageActor
-from raypar.cluster.worker import Job, run_worker
-from raypar.compute.manifest import newest_checkpoint, read_manifest
-from raypar.compute.storage import Storage
-from raypar.compute.timeline import write_timeline
-from raypar.planning.errors import CheckpointError, ConfigError, PeerLostError, RayparError, UserCodeError
+from raypar.cluster.shipping import check_room, send_script_modules
+from raypar.errors import CheckpointError, ConfigError, PeerLostError, RayparError, UserCodeError
+from raypar.observe.progress import ProgressDisplay
+from raypar.observe.timeline import write_timeline
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage
+from raypar.workers.stage_actor import StageActor
+from raypar.workers.train_worker import Job, run_worker
 
 logger = logging.getLogger("raypar")
 

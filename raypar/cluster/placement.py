@@ -15,17 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train.v2.api.config import ScalingConfig  # what ray.train.ScalingConfig is, with its types
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.train.v2.api.config import ScalingConfig
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from raypar.cluster import capacity
 from raypar.cluster.capacity import Capacity, Resources
-from raypar.planning.errors import ConfigError, InfeasiblePlanError, TimeoutExceededError
+from raypar.errors import ConfigError, InfeasiblePlanError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts
 
 _POLL_S = 1.0

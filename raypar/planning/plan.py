@@ -7,10 +7,10 @@ import os
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
-from raypar.planning.errors import ConfigError, PlanError, near_names
+from raypar.errors import ConfigError, PlanError, near_names
+from raypar.planning.own_schedule import OwnSchedule, Table, name_of, own_schedule, read_csv
 from raypar.planning.schedule import Schedule
 from raypar.planning.schedules import SCHEDULES, check_placement
-from raypar.planning.table import OwnSchedule, Table, name_of, own_schedule, read_csv
 
 SCHEDULE_NAMES = tuple(SCHEDULES)
 RECOMPUTE_NAMES = ("never", "always", "except_last")

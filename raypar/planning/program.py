@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from raypar.planning.errors import ScheduleError
+from raypar.errors import ScheduleError
 from raypar.planning.schedule import Action, Schedule, start_times
 
 AHEAD = 3

@@ -22,7 +22,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-from raypar.planning.errors import ScheduleError
+from raypar.errors import ScheduleError
 
 
 class Action(NamedTuple):

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from raypar.planning.errors import PlanError
+from raypar.errors import PlanError
 from raypar.planning.schedule import Action, Schedule, dependencies, most_kept, start_times
 
 Maker = Callable[[Sequence[int], int], Schedule]

@@ -16,7 +16,7 @@ import ray
 from raypar.cluster import capacity
 from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import check_feasible, needs_of
-from raypar.planning.errors import InfeasiblePlanError
+from raypar.errors import InfeasiblePlanError
 from raypar.planning.plan import Plan, Timeouts
 from tests.cluster.test_fleet import FakeStage
 

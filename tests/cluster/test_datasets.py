@@ -18,9 +18,9 @@ from torch.utils.data import TensorDataset
 import raypar
 from raypar import Plan, Timeouts, Trainer
 from raypar.cluster.capacity import Capacity, Machines
-from raypar.cluster.datasets import check_room, for_workers
 from raypar.cluster.placement import needs_of
-from raypar.planning.errors import DataError, InfeasiblePlanError, UsageError
+from raypar.cluster.shipping import check_room, for_workers
+from raypar.errors import DataError, InfeasiblePlanError, UsageError
 
 ROWS = 20
 

@@ -18,7 +18,7 @@ from ray.train.v2._internal.exceptions import (
 
 from raypar.cluster.failures import Tally, as_raypar_error, death, retries_left, root_cause
 from raypar.cluster.fleet import stage_died
-from raypar.planning.errors import (
+from raypar.errors import (
     ConfigError,
     DataError,
     NonFiniteError,

@@ -12,7 +12,7 @@ import ray
 
 from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import needs_of
-from raypar.planning.errors import ModelError, RunError, StageDiedError, TimeoutExceededError
+from raypar.errors import ModelError, RunError, StageDiedError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -19,7 +19,7 @@ from torch import nn
 
 import raypar
 from raypar import Plan, Timeouts, Trainer
-from raypar.planning.errors import InfeasiblePlanError, UserCodeError, WorkerDiedError
+from raypar.errors import InfeasiblePlanError, UserCodeError, WorkerDiedError
 
 TIMEOUTS = Timeouts(start=60, peer=20, stop=5)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import raypar
 from raypar import Plan, Timeouts, Trainer
-from raypar.planning.errors import RunError, StageDiedError, TimeoutExceededError
+from raypar.errors import RunError, StageDiedError, TimeoutExceededError
 
 PEER, MARGIN = 3.0, 15.0
 """Seconds: the limit of a wait between peers, and what a run may take to end beyond it on a busy machine."""

@@ -17,10 +17,10 @@ from torch import nn
 import raypar
 from models import CNN
 from raypar import Plan, Timeouts, Trainer
-from raypar.cluster.pipeline_replica import PipelineActors
-from raypar.compute.order import Order
-from raypar.compute.storage import Storage
-from raypar.planning.errors import ModelError, TimeoutExceededError, UserCodeError
+from raypar.engine.step import Order
+from raypar.errors import ModelError, TimeoutExceededError, UserCodeError
+from raypar.storage import Storage
+from raypar.workers.remote_actors import PipelineActors
 from support import reference
 from support.engines import order_of
 

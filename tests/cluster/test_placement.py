@@ -16,7 +16,7 @@ from raypar.cluster.placement import (
     needs_of,
     pins_of_workers,
 )
-from raypar.planning.errors import ConfigError, InfeasiblePlanError
+from raypar.errors import ConfigError, InfeasiblePlanError
 from raypar.planning.plan import Plan
 
 GPU_MACHINE = Machines({"CPU": 4, "GPU": 2})

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from raypar.cluster.progress import ProgressDisplay
+from raypar.observe.progress import ProgressDisplay
 
 REPORT = {"epoch": 0, "epochs": 2, "step": 3, "done": 3, "total": 8, "loss": 0.51239, "samples_per_s": 812.4}
 

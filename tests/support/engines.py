@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raypar.compute import microbatch
-from raypar.compute.build import build_part
-from raypar.compute.channel import Waiting
-from raypar.compute.engine import Engine
-from raypar.compute.in_process import make_engine
-from raypar.compute.memory_links import MemoryWorld, take_turns
-from raypar.compute.order import Order, StepResult
-from raypar.compute.part import Cut, ModelSpec
-from raypar.compute.tree import Tree
+from raypar.engine import microbatch
+from raypar.engine.build import build_part
+from raypar.engine.engine import Engine
+from raypar.engine.step import Order, StepResult
+from raypar.loop.in_process import make_engine
 from raypar.planning.plan import Plan
+from raypar.stages.model_part import Cut, ModelSpec
+from raypar.transport.channel import Waiting
+from raypar.transport.memory_links import MemoryWorld, take_turns
+from raypar.tree import Tree
 from support.reference import Batch, Outcome, shares, worst_difference
 
 CPU = torch.device("cpu")

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raypar.compute import shards
-from raypar.compute.data import batches
-from raypar.compute.local import run_local
-from raypar.compute.parallelize import parallelize
-from raypar.compute.replica import report
-from raypar.compute.session import epochs
-from raypar.compute.storage import Storage
+from raypar.checkpoint import shards
+from raypar.loop.batches import batches
+from raypar.loop.local import run_local
+from raypar.loop.parallelize import parallelize
+from raypar.loop.replica import report
+from raypar.loop.session import epochs
 from raypar.planning.plan import Plan, Timeouts
+from raypar.storage import Storage
 
 FEATURES, ROWS, BATCH, EPOCHS = 4, 56, 12, 3
 STEPS = 15

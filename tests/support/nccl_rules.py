@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raypar.compute.channel import Waiting
-from raypar.compute.memory_links import MemoryWorld
-from raypar.compute.transport import Done
 from raypar.planning.plan import Plan
+from raypar.transport.channel import Waiting
+from raypar.transport.interface import Done
+from raypar.transport.memory_links import MemoryWorld
 
 
 class DeadlockError(Exception):

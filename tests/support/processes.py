@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raypar.compute.process_links import join_world, leave_world, open_store
-from raypar.planning.errors import RayparError
+from raypar.errors import RayparError
 from raypar.planning.plan import Timeouts
+from raypar.transport.process_links import join_world, leave_world, open_store
 
 HOST = "127.0.0.1"
 ANSWER = 60.0

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from raypar.compute.checkpoint import SaveOrder, State, save
-from raypar.compute.manifest import free_path, verify
-from raypar.compute.saved_state import pack, unpack
-from raypar.compute.shards import SavedTensors
-from raypar.compute.storage import Storage, resolve
+from raypar.checkpoint.manifest import free_path, verify
+from raypar.checkpoint.saver import SaveOrder, State, save
+from raypar.checkpoint.shards import SavedTensors
+from raypar.engine.actor_state import pack, unpack
+from raypar.storage import Storage, resolve
 
 PACKED = ("training", "random")
 

@@ -6,15 +6,15 @@ import os
 import resource
 import signal
 
-from raypar.compute.build import build_part
-from raypar.compute.checkpoint import SaveOrder, SharedSaver
-from raypar.compute.engine import pairs
-from raypar.compute.in_process import make_engine
-from raypar.compute.process_links import ProcessTransport
-from raypar.compute.saved_state import model_of, state_to_save
-from raypar.compute.storage import Storage
-from raypar.compute.transport import drive
-from raypar.planning.errors import CheckpointError
+from raypar.checkpoint.saver import SaveOrder, SharedSaver
+from raypar.engine.actor_state import model_of, state_to_save
+from raypar.engine.build import build_part
+from raypar.engine.engine import pairs
+from raypar.errors import CheckpointError
+from raypar.loop.in_process import make_engine
+from raypar.storage import Storage
+from raypar.transport.interface import drive
+from raypar.transport.process_links import ProcessTransport
 from support.engines import CPU, order_of
 from support.processes import Me
 from support.work import Training

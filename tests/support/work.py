@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import CNN, mlp
-from raypar.compute.build import build_part, sums_in_processes
-from raypar.compute.dtensors import whole
-from raypar.compute.engine import Engine, pairs
-from raypar.compute.in_process import make_engine
-from raypar.compute.part import Cut, ModelSpec
-from raypar.compute.process_links import ProcessTransport, leave_world
-from raypar.compute.transport import drive
-from raypar.planning.errors import RayparError
+from raypar.engine.build import build_part, sums_in_processes
+from raypar.engine.engine import Engine, pairs
+from raypar.errors import RayparError
+from raypar.loop.in_process import make_engine
 from raypar.planning.plan import Plan
+from raypar.stages.dtensors import whole
+from raypar.stages.model_part import Cut, ModelSpec
+from raypar.transport.interface import drive
+from raypar.transport.process_links import ProcessTransport, leave_world
 from support import reference
 from support.cases import OPTIMIZERS, small, with_batch_norm
 from support.engines import CPU, order_of

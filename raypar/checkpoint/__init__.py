@@ -1,0 +1,1 @@
+"""state becomes files and comes back: manifest, shards, contents, weights"""

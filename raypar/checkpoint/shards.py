@@ -1,0 +1,207 @@
+"""torch.distributed.checkpoint on any pyarrow file system, with a checksum of every file.
+
+Its own FileSystemWriter and FileSystemReader do the work; here they are given the files to do it on. `FileSystemBase`,
+which stands for those, is not among the names that torch exports, and torch's own fsspec storage leans on it likewise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from raypar.checkpoint.manifest import write_manifest
+from raypar.errors import CheckpointError
+
+Path = tuple[str, ...]
+"""Where a tensor stands in the nested dicts that were saved, such as ("model", "fc.weight")."""
+
+
+class _HashingStream(io.RawIOBase):
+    """Counts and hashes what is written through it. failure: of a write; torch.save raises another error instead."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self.stream = stream
+        self.failure: OSError | None = None
+        self.hash = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.size
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            self.stream.write(view)
+        except OSError as error:
+            self.failure = error
+            raise
+        self.hash.update(view)
+        self.size += len(view)
+        return len(view)
+
+
+class _ArrowFiles(FileSystemBase):
+    """The files of a checkpoint on a pyarrow file system.
+
+    written: {"bytes", "sha256"} of each file written so far, by its name.
+    """
+
+    def __init__(self, filesystem: pafs.FileSystem) -> None:
+        self.filesystem = filesystem
+        self.written: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        text = os.fspath(path)
+        if mode == "rb":
+            with self.filesystem.open_input_file(text) as stream:
+                yield stream
+            return
+        with self.filesystem.open_output_stream(text) as stream:
+            hashing = _HashingStream(stream)
+            try:
+                yield hashing
+            except RuntimeError:
+                if hashing.failure is None:
+                    raise
+                raise hashing.failure from None
+        self.written[os.path.basename(text)] = {"bytes": hashing.size, "sha256": hashing.hash.hexdigest()}
+        if isinstance(self.filesystem, pafs.LocalFileSystem):  # other stores keep what they have confirmed
+            with open(text, "rb") as file:
+                os.fsync(file.fileno())
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
+        return f"{os.fspath(path)}/{suffix}"
+
+    def init_path(self, path: str | os.PathLike[str]) -> str:
+        return os.fspath(path)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        self.filesystem.move(os.fspath(path), os.fspath(new_path))
+        self.written[os.path.basename(new_path)] = self.written.pop(os.path.basename(path))
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        self.filesystem.create_dir(os.fspath(path), recursive=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return bool(self.filesystem.get_file_info(os.fspath(path)).type != pafs.FileType.NotFound)
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        self.filesystem.delete_file(os.fspath(path))
+
+
+class ShardWriter(dcp.FileSystemWriter):
+    """Writes what one process holds, and on the first process of the group the manifest, when all have written.
+
+    manifest: its fields, without the files; those of the first process count.
+    """
+
+    def __init__(self, path: str, filesystem: pafs.FileSystem, manifest: dict[str, Any]) -> None:
+        super().__init__(path, sync_files=False)  # _ArrowFiles does that
+        self.files = _ArrowFiles(filesystem)
+        self.fs, self.path = self.files, path  # type: ignore[assignment]  # torch's are for local files
+        self.manifest = manifest
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        # The results travel to the first process: the checksums travel with them.
+        results = super().write_data(plan, planner).wait()
+        sums = [WriteResult(MetadataIndex(name), sums["bytes"], sums) for name, sums in self.files.written.items()]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result([*results, *sums])
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        files = {r.index.fqn: r.storage_data for each in results for r in each if isinstance(r.storage_data, dict)}
+        super().finish(metadata, [[r for r in each if not isinstance(r.storage_data, dict)] for each in results])
+        write_manifest(os.fspath(self.path), self.files.filesystem, self.manifest, {**files, **self.files.written})
+
+
+@contextmanager
+def in_one_process() -> Iterator[None]:
+    """Around calls with no_dist=True: torch warns that torch.distributed is not used, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+class SavedTensors:
+    """The tensors of a checkpoint by their paths; read when they are asked for.
+
+    shapes: of all of them.
+
+    Raises CheckpointError where there is none that can be read.
+    """
+
+    def __init__(self, path: str, filesystem: pafs.FileSystem) -> None:
+        self.path = path
+        self._reader = dcp.FileSystemReader(path)
+        self._reader.fs, self._reader.path = _ArrowFiles(filesystem), path  # type: ignore[assignment]
+        try:
+            metadata = self._reader.read_metadata()
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+            raise CheckpointError(f"{path}/.metadata cannot be read: {error}") from error
+        self._names: dict[Path, str] = {tuple(where): name for name, where in metadata.planner_data.items()}
+        self._metadata: dict[str, Any] = metadata.state_dict_metadata
+        self.shapes: dict[Path, torch.Size] = {where: self._entry(where).size for where in self._names}
+
+    def _entry(self, where: Path) -> TensorStorageMetadata:
+        entry = self._metadata[self._names[where]]
+        assert isinstance(entry, TensorStorageMetadata), f"{where} is no tensor"
+        return entry
+
+    def dtype(self, where: Path) -> torch.dtype:
+        return self._entry(where).properties.dtype
+
+    def nbytes(self, where: Path) -> int:
+        return math.prod(self.shapes[where]) * self.dtype(where).itemsize
+
+    def below(self, *prefix: str) -> list[Path]:
+        """The paths that begin with `prefix`."""
+        return [where for where in self._names if where[: len(prefix)] == prefix]
+
+    def empty(self, where: Path) -> torch.Tensor:
+        """A tensor on the CPU with room for the one that is saved there."""
+        entry = self._entry(where)
+        return torch.empty(entry.size, dtype=entry.properties.dtype)
+
+    def load_into(self, targets: Mapping[Path, torch.Tensor]) -> None:
+        """Read tensors into those given, on whatever device; of a DTensor the part that is here."""
+        flat: dict[str, Any] = {self._names[where]: tensor for where, tensor in targets.items()}
+        if not flat:
+            return
+        with in_one_process():
+            try:
+                dcp.load(flat, storage_reader=self._reader, no_dist=True)
+            except dcp.api.CheckpointException as error:
+                reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
+                raise CheckpointError(f"{self.path} cannot be read: {reasons}") from error
+
+    def load(self, wanted: list[Path]) -> dict[Path, torch.Tensor]:
+        """The tensors at these paths, on the CPU."""
+        found = {where: self.empty(where) for where in wanted}
+        self.load_into(found)
+        return found

@@ -1,0 +1,1 @@
+"""rows become batches: which rows, and reading them"""

@@ -1,0 +1,221 @@
+"""What an actor saves and takes over again, under names that no plan decides.
+
+    ("model", name)           parameters, and buffers of the first replica
+    ("buffers", r, name)      buffers of replica r > 0
+    ("optimizer", name, key)  the optimizer's tensors for the parameter `name`, such as its "exp_avg"
+    ("training", actor)       packed: everything else of the optimizer by parameter name, scheduler, loss scale
+    ("random", r)             packed: the random generators of the train loop of replica r
+
+All replicas save what they hold alike under the same names, and torch.distributed.checkpoint shares it out among them.
+Where they train apart (local SGD), that is the state of the averages alone; replica r > 0 has what is above of its own:
+
+    ("replicas", r, "model" | "optimizer" | "training", …)
+    ("anchor", name)          the weights at the last average, where there is an outer optimizer
+    ("outer", name, key)      its tensors
+    ("average", actor)        packed: everything else of it, and what each replica has trained on since then
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from raypar import tree
+from raypar.checkpoint.saver import SaveOrder, State
+from raypar.checkpoint.shards import Path, SavedTensors
+from raypar.checkpoint.weights import check_shapes, name_lists, shapes_of
+from raypar.engine.engine import Engine
+from raypar.errors import CheckpointError
+from raypar.stages.dtensors import as_parts_of, is_shard, whole
+
+
+def state_to_save(engine: Engine, order: SaveOrder) -> State:
+    """What this actor holds, as it is: tensors are not copied."""
+    part, replica, actor = engine.part, str(engine.replica), str(engine.actor)
+    learned = engine.learner.state()
+    tensors, rest = _split_entries(learned["optimizer"])
+    state: State = {
+        "model": {
+            name: t.detach() for name, t in part.module.state_dict(keep_vars=True).items() if not part.is_copy(t)
+        },
+        "optimizer": tensors,
+        "training": {actor: pack(learned | {"optimizer": rest})},
+    }
+    if engine.replica and engine.averaging is not None:
+        state = {"replicas": {replica: state}}
+    elif engine.replica:
+        state["buffers"] = {replica: {name: state["model"].pop(name) for name in _persistent_buffers(engine)}}
+    if engine.averaging is not None:
+        average = engine.averaging.state()
+        state["outer"], outer = _split_entries(average["outer"])
+        state["anchor"] = average["anchor"]
+        state["average"] = {actor: pack({"trained": average["trained"], "outer": outer})}
+    if order.random is not None:
+        state["random"] = {replica: pack(order.random)}
+    return _without_empty(state)
+
+
+def _split_entries(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors of an optimizer's entries by parameter name, and the entries without them."""
+    tensors, rest = {}, {}
+    for name, entry in entries.items():
+        tensors[name] = {key: value.detach() for key, value in entry["state"].items() if _is_large(value)}
+        rest[name] = entry | {"state": {key: v for key, v in entry["state"].items() if key not in tensors[name]}}
+        if any(map(is_shard, tree.flatten(rest[name]["state"])[0])):
+            raise CheckpointError(
+                f"the optimizer's state for the parameter {name!r} has tensors inside a list or dict, of which each "
+                'replica holds a part; needed: tensors by their names, or Plan(data_strategy="ddp")'
+            )
+    return tensors, rest
+
+
+def _is_large(value: Any) -> bool:
+    """Whether a value is a file entry of its own; the others, such as Adam's count of steps, are packed together."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _without_empty(state: State) -> State:
+    below = {key: _without_empty(value) if isinstance(value, dict) else value for key, value in state.items()}
+    return {key: value for key, value in below.items() if not isinstance(value, dict) or value}
+
+
+def merge_states(states: Iterable[State]) -> State:
+    """The states of several actors as one."""
+    merged: State = {}
+    for state in states:
+        for key, value in state.items():
+            merged[key] = merge_states([merged.get(key, {}), value]) if isinstance(value, dict) else value
+    return merged
+
+
+_NUMPY: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *(value.__reduce__()[0] for value in (np.float64(), np.empty(0))),  # the functions that make them
+    *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]},
+]
+"""What NumPy's numbers and arrays are made of in a file: a learning rate that was computed with NumPy is one."""
+
+
+def pack(value: Any) -> torch.Tensor:
+    """Numbers, texts, tensors and NumPy's arrays in lists and dicts as one tensor of bytes."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
+
+
+def unpack(packed: torch.Tensor) -> Any:
+    """What was packed. Raises CheckpointError for objects of other classes, whose code nobody should run unasked."""
+    with torch.serialization.safe_globals(_NUMPY):
+        try:
+            return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(packed.numpy().tobytes()))
+            raise CheckpointError(
+                f"the state of the optimizer or the scheduler holds {', '.join(unsafe)}; needed numbers, texts, "
+                "tensors and lists and dicts of them. The weights can be had: parallelize(…, weights='…/checkpoint_…')"
+            ) from error
+
+
+def _persistent_buffers(engine: Engine) -> list[str]:
+    """The names of this actor's buffers that are part of the state dict."""
+    module = engine.part.module
+    return sorted(module.state_dict().keys() & dict(module.named_buffers(remove_duplicate=False)).keys())
+
+
+# ---------------------------------------------------------------- taken over
+
+
+def restore(engine: Engine, saved: SavedTensors) -> None:
+    """Take over this actor's part of a checkpoint, of whatever plan: weights, this replica's buffers, optimizer,
+    scheduler, loss scale. Raises CheckpointError where it is of another model or optimizer."""
+    _check_model(saved, engine.part.names)
+    replica = str(engine.replica)
+    own: Path = ("replicas", replica) if engine.averaging is not None and saved.below("replicas", replica) else ()
+    targets: dict[Path, torch.Tensor] = {}
+    buffers = _persistent_buffers(engine)
+    for name, tensor in engine.part.module.state_dict().items():
+        of_replica = [("buffers", replica, name), ("replicas", replica, "model", name)] if name in buffers else []
+        targets[next((each for each in of_replica if each in saved.shapes), (*own, "model", name))] = tensor
+    saved.load_into(targets)
+    parameters = {name for name, _ in engine.part.module.named_parameters()}
+    learned: dict[str, Any] = {"optimizer": {}, "scheduler": None, "loss_scale": None}
+    for of_actor in _packed(saved, (*own, "training")):
+        learned["optimizer"].update(of_actor["optimizer"])
+        for key in ("scheduler", "loss_scale"):
+            learned[key] = learned[key] if learned[key] is not None else of_actor[key]
+    _give_tensors(learned["optimizer"], saved, (*own, "optimizer"), parameters)
+    engine.learner.load_state(learned)
+    if engine.averaging is not None:
+        averages = _packed(saved, ("average",))
+        outer = {name: entry for of_actor in averages for name, entry in of_actor["outer"].items()}
+        _give_tensors(outer, saved, ("outer",), parameters)
+        anchors = saved.load([where for where in saved.below("anchor") if where[1] in parameters])
+        anchor = {name: tensor for (_, name), tensor in anchors.items()}
+        trained = averages[0]["trained"] if averages else []
+        engine.averaging.load_state({"trained": trained, "anchor": anchor, "outer": outer})
+
+
+def _check_model(saved: SavedTensors, names: dict[str, torch.Size]) -> None:
+    found = {where[1]: shape for where, shape in saved.shapes.items() if where[0] == "model"}
+    missing = [name for name in names if name not in found]
+    extra = [name for name in found if name not in names]
+    if missing or extra:
+        raise CheckpointError(
+            f"{saved.path} is of another model: {name_lists(missing, extra)}. Needed: build_model() as it was, or a "
+            "run of another name, which begins anew"
+        )
+    check_shapes(saved.path, found, names)
+
+
+def _packed(saved: SavedTensors, below: Path) -> list[Any]:
+    """What was packed by each actor."""
+    packed = saved.load(saved.below(*below))
+    return [unpack(packed[where]) for where in sorted(packed)]
+
+
+def _give_tensors(entries: dict[str, Any], saved: SavedTensors, below: Path, parameters: set[str]) -> None:
+    """Give the entries of an optimizer their tensors again, those of `parameters`."""
+    wanted = [where for where in saved.below(*below) if where[-2] in parameters]
+    for where, tensor in saved.load(wanted).items():
+        entries[where[-2]]["state"][where[-1]] = tensor
+
+
+def saved_random(saved: SavedTensors, replica: int) -> dict[str, Any] | None:
+    """The random generators of the train loop of a replica; None where the run had fewer replicas."""
+    where = ("random", str(replica))
+    found: dict[str, Any] | None = unpack(saved.load([where])[where]) if where in saved.shapes else None
+    return found
+
+
+def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
+    """Take over the values of this actor's parameters and buffers; of several names of a tied weight the last one
+    counts, on all actors, as in plain PyTorch. Raises CheckpointError for missing names or other shapes, before
+    anything has changed."""
+    mine = engine.part.module.state_dict()
+    missing = [name for name in mine if name not in state]
+    if missing:
+        raise CheckpointError(f"the state lacks {len(missing)} names of the model: {', '.join(missing[:10])}")
+    check_shapes("the state", shapes_of(state), shapes_of(mine))
+    same = engine.part.same
+    engine.part.module.load_state_dict(
+        {
+            name: as_parts_of(tensor, state[[other for other in same.get(name, [name]) if other in state][-1]])
+            for name, tensor in mine.items()
+        }
+    )
+    if engine.averaging is not None:
+        engine.averaging.restart()
+
+
+def model_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """This actor's part of the model's state dict, copied to the CPU. Under fsdp all replicas call it alike."""
+    tensors = engine.part.module.state_dict(keep_vars=True)
+    return {
+        name: whole(tensor).to("cpu", copy=True) for name, tensor in tensors.items() if not engine.part.is_copy(tensor)
+    }

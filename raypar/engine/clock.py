@@ -1,0 +1,187 @@
+"""How long the passes of the stages took, measured without making a GPU wait, and the bubble they leave."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from raypar.observe.timeline import Event
+from raypar.planning.plan import Plan, schedule_of
+from raypar.planning.simulate import simulate
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Sums over the training steps since the last `Clock.read`. Seconds.
+
+    forward, backward: of each stage, all its passes together, recomputing among the backward ones, and both parts of
+                       those that the schedule splits; `passes` counts the forward ones.
+    span:              from the start of each step to the actor's last pass in it.
+    weight:            of each stage whose backward passes are split, the mean of the parts for the weights.
+    """
+
+    forward: dict[int, float]
+    backward: dict[int, float]
+    passes: dict[int, int]
+    span: float
+    weight: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def busy(self) -> float:
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+
+KEPT_STEPS = 20
+"""A timeline holds so many of the last steps."""
+
+
+class Clock:
+    """Measures passes; on a GPU with events in its stream, read only when somebody asks.
+
+    trace: keep also when each pass, wait and send was, of the last KEPT_STEPS steps.
+    """
+
+    def __init__(self, device: torch.device, *, trace: bool = False) -> None:
+        self.cuda = device.type == "cuda"
+        self.trace = trace
+        self.steps: deque[tuple[int, list[tuple[Any, Any, str, int, int]]]] = deque(maxlen=KEPT_STEPS)
+        self.origin: tuple[Any, float] | None = None  # a time of this clock, and the same moment since the epoch
+        self.marks: list[tuple[Any, Any, int, str]] = []
+        self.sums: dict[tuple[int, str], list[float]] = {}
+        self.started: Any = None
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def measure(self, stage: int, kind: str, microbatch: int = -1) -> Iterator[None]:
+        """Count what runs inside as a pass (of a kind of schedule.Action) of a stage."""
+        start = self._now()
+        yield
+        end = self._now()
+        self.marks.append((start, end, stage, kind))
+        if self.trace:
+            self.steps[-1][1].append((start, end, kind, stage, microbatch))
+
+    @contextmanager
+    def traced(self, kind: str, stage: int, microbatch: int = -1) -> Iterator[None]:
+        """Keep when what runs inside was, where the run is traced."""
+        if not self.trace or not self.steps:
+            yield
+            return
+        start = self._now()
+        try:
+            yield
+        finally:  # also what failed: how long an actor waited for a message that never came
+            self.steps[-1][1].append((start, self._now(), kind, stage, microbatch))
+
+    def begin_step(self, step: int = 0) -> None:
+        if self.trace:
+            if self.origin is None:
+                self.origin = (self._now(), time.time())
+                if self.cuda:
+                    self.origin[0].synchronize()
+            self.steps.append((step, []))
+        self.started = self._now()
+
+    def events(self, replica: int, actor: int) -> list[Event]:
+        """What was traced and is over by now: after a failure a GPU may never come to the end of the last ones."""
+        if self.origin is None:
+            return []
+        first, epoch = self.origin
+
+        def seconds(moment: Any) -> float:
+            return epoch + (float(first.elapsed_time(moment)) / 1e3 if self.cuda else float(moment - first))
+
+        return [
+            Event(replica, actor, step, kind, stage, microbatch, seconds(start), seconds(end))
+            for step, marks in self.steps
+            for start, end, kind, stage, microbatch in marks
+            if not self.cuda or end.query()
+        ]
+
+    def end_step(self) -> None:
+        self.marks.append((self.started, self._now(), -1, "span"))
+        if not self.cuda or len(self.marks) > 10_000:
+            self._settle()
+
+    def _settle(self) -> None:
+        for start, end, stage, kind in self.marks:
+            if self.cuda:
+                end.synchronize()
+            entry = self.sums.setdefault((stage, kind), [0.0, 0])
+            entry[0] += start.elapsed_time(end) / 1e3 if self.cuda else end - start
+            entry[1] += 1
+        self.marks.clear()
+
+    def read(self) -> Timing:
+        """What was measured since the last call."""
+        self._settle()
+
+        def total(stage: int, kind: str) -> float:
+            return self.sums.get((stage, kind), [0.0, 0])[0]
+
+        stages = sorted({stage for stage, kind in self.sums if kind != "span"})
+        passes = {s: int(self.sums.get((s, "F"), [0.0, 0])[1]) for s in stages}
+        backward = {s: sum(total(s, kind) for kind in "BIW") for s in stages}
+        weight = {s: total(s, "W") / self.sums[s, "W"][1] for s in stages if (s, "W") in self.sums}
+        timing = Timing({s: total(s, "F") for s in stages}, backward, passes, total(-1, "span"), weight)
+        self.sums.clear()
+        return timing
+
+
+@dataclass(frozen=True)
+class Bubble:
+    """The share of the actors' time within steps in which they do not compute, from 0 to 1.
+
+    measured:  over the steps since the last call.
+    simulated: what the schedule leaves with the measured time of each stage, when messages take no time; None where
+               actors share cores, with the reason in `note`: the times of the stages then hold each other's.
+    forward, backward: milliseconds of each stage for one micro-batch; backward with both parts where it is split.
+    """
+
+    measured: float
+    simulated: float | None
+    note: str | None
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+
+
+def bubble_of(plan: Plan, timings: Sequence[Timing], actors: Sequence[dict[str, Any]]) -> Bubble | None:
+    """The bubble of all replicas' actors, from their timings and descriptions; None before any step, and where
+    actors take turns in one process, which leaves nothing to measure."""
+    if len({(actor["node_id"], actor["pid"]) for actor in actors}) < len(actors):
+        return None
+    stages = range(len(plan.actor_of_stage))
+    passes = [sum(t.passes.get(s, 0) for t in timings) for s in stages]
+    if not all(passes):
+        return None
+    forward = [sum(t.forward.get(s, 0.0) for t in timings) / passes[s] for s in stages]
+    backward = [sum(t.backward.get(s, 0.0) for t in timings) / passes[s] for s in stages]
+    split = [[t.weight[s] for t in timings if s in t.weight] for s in stages]
+    weight = [sum(found) / len(found) if found else 0.0 for found in split]
+    longest = max(t.span for t in timings)
+    measured = 1.0 - sum(t.busy for t in timings) / (longest * len(timings))
+    note = _crowded(actors)
+    simulated = None if note else simulate(schedule_of(plan), forward, backward, weight).bubble
+    return Bubble(measured, simulated, note, tuple(t * 1e3 for t in forward), tuple(t * 1e3 for t in backward))
+
+
+def _crowded(actors: Sequence[dict[str, Any]]) -> str | None:
+    """Why the actors' times cannot be taken for times of their own; None where each has a core or a GPU."""
+    on_cpu = Counter(actor["node_id"] for actor in actors if actor["device"] == "cpu")
+    for actor in actors:
+        count = on_cpu[actor["node_id"]]
+        if count > actor["cores"]:
+            return f"{count} actors share {actor['cores']} cores"
+    return None

@@ -1,0 +1,49 @@
+"""What an exception means, and whose it is: the user's code, a lost peer, or a limit that has passed."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from raypar.errors import PeerLostError, RayparError, RunError, TimeoutExceededError, UserCodeError
+
+
+def is_of_connection(error: BaseException) -> bool:
+    """Whether an error is one of torch.distributed. Gloo's are plain RuntimeErrors that name its source file, but for
+    what else was under way when a wait on the same pair had run into its limit."""
+    texts = ("/gloo/", "timeout caused pair closure", "NCCL")
+    named = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return named or isinstance(error, dist.DistError)
+
+
+def failed_wait(what: str, error: BaseException, replica: int, stage: int | None = None) -> RunError:
+    """What it means that an exchange with another process failed; `what` says which, and where."""
+    reason = str(error).strip().partition("\n")[0]
+    if not is_of_connection(error):
+        return RunError(f"{what} failed: {type(error).__name__}: {reason}", replica=replica, stage=stage)
+    if "timed out" in reason.lower() or "timeout" in reason.lower():
+        return TimeoutExceededError(
+            f"{what} took longer than Timeouts(peer=…) allows; the other side is stuck or slow ({reason})",
+            replica=replica,
+            stage=stage,
+        )
+    return PeerLostError(f"{what} failed, since the other side is gone ({reason})", replica=replica, stage=stage)
+
+
+@contextmanager
+def user_code(what: str, replica: int, stage: int | None = None) -> Iterator[None]:
+    """Give an exception of the user's model, loss or optimizer an address; raypar's own errors have one."""
+    try:
+        yield
+    except RayparError:
+        raise
+    except Exception as error:
+        if is_of_connection(error):  # DDP reduces within the backward pass
+            raise failed_wait(what, error, replica, stage) from error
+        trace = "".join(traceback.format_exception(error))
+        raise UserCodeError(
+            f"{what} raised {type(error).__name__}: {error}\n{trace}", replica=replica, stage=stage
+        ) from error

@@ -1,0 +1,266 @@
+"""One replica of the model, as a train loop uses it."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import numpy as np
+import torch
+
+from raypar.checkpoint.weights import check_shapes, name_lists, shapes_of
+from raypar.engine import microbatch
+from raypar.engine.clock import Bubble, bubble_of
+from raypar.engine.step import Order, StepResult
+from raypar.errors import CheckpointError, DataError, NonFiniteError, UsageError
+from raypar.loop.actors import Actors
+from raypar.loop.session import Position, Session, current
+
+IN_FLIGHT = 2
+"""Steps that may be under way at once: one that computes, one whose batch is already there."""
+
+
+class StepOutput:
+    """The outcome of `train_step`. `step` is known at once; everything else waits for the step to end.
+
+    loss:      the mean over the global batch, the same on every replica.
+    grad_norm: of the whole model's gradient, before clipping; with Plan(data_strategy="local_sgd") of this replica's.
+    samples:   rows of the global batch.
+    lr:        the learning rate of the first parameter group in this step; None where nothing is trained.
+    skipped:   True where the step changed nothing, since the global batch had no row, or its rows no weight (the
+               sum of the weights that loss_fn returned was 0), or the gradients overflowed under precision="fp16".
+    """
+
+    def __init__(self, step: int, wait: Callable[[], StepResult]) -> None:
+        self.step = step
+        self._wait = wait
+        self._result: StepResult | BaseException | None = None
+
+    def result(self) -> StepResult:
+        """Wait for the step; raises the error that ended it, each time it is asked."""
+        if self._result is None:
+            try:
+                self._result = self._wait()
+            except Exception as error:
+                self._result = error
+        if isinstance(self._result, BaseException):
+            raise self._result
+        return self._result
+
+    @property
+    def loss(self) -> float:
+        return self.result().loss
+
+    @property
+    def grad_norm(self) -> float:
+        return self.result().grad_norm
+
+    @property
+    def samples(self) -> int:
+        return self.result().samples
+
+    @property
+    def lr(self) -> float | None:
+        return self.result().lr
+
+    @property
+    def skipped(self) -> bool:
+        return self.result().skipped
+
+
+@dataclass(frozen=True)
+class EvalOutput:
+    """The outcome of `eval_step`: the mean loss and the number of rows of the global batch."""
+
+    loss: float
+    samples: int
+
+
+class Replica:
+    """One replica of the model: made by `raypar.parallelize`, used by one train loop."""
+
+    def __init__(self, session: Session, actors: Actors) -> None:
+        self._session = session
+        self._actors = actors
+        self._in_flight: deque[tuple[StepOutput, Position]] = deque()
+        self._step = session.step
+        self._position = session.position.copy()
+        self._names = actors.names()
+        session.wait_for_steps = self.wait
+
+    def train_step(self, inputs: Any, targets: Any) -> StepOutput:
+        """One optimizer step on this replica's share of a global batch; returns without waiting for it.
+
+        inputs:  a tensor, or a tuple, list or dict of them, rows first: the arguments of the model's forward.
+        targets: likewise, given to loss_fn. Both may have no row where others have some.
+
+        At most two steps are under way; an error of one is raised at the next call.
+        """
+        self._wait_until_in_flight(IN_FLIGHT - 1)
+        order = self._order(self._step + 1, inputs, targets)
+        position = self._session.trained_on_batch()
+        order = replace(order, is_last=self._session.is_last_batch())
+        output = StepOutput(order.step, lambda: self._settle(output, wait))
+        try:
+            wait = self._actors.train(order)
+        except NonFiniteError as error:  # actors in this process have ended the step by now
+            self.wait()
+            raise self._saved(error, position) from None
+        self._step += 1
+        self._in_flight.append((output, position))
+        return output
+
+    def eval_step(self, inputs: Any, targets: Any) -> EvalOutput:
+        """The loss of a batch in eval mode, without gradients. All replicas call it alike."""
+        self.wait()
+        order = self._order(self._step, inputs, targets)
+        loss, weight = self._actors.evaluate(order)
+        total = self._session.sum(torch.tensor([loss, weight, order.rows], dtype=torch.float64)).tolist()
+        return EvalOutput(total[0] / total[1] if total[1] else float("nan"), int(total[2]))
+
+    def predict(self, inputs: Any) -> Any:
+        """The model's output for this replica's rows in eval mode, on the CPU. Under Plan(data_strategy="fsdp") all
+        replicas call it alike, as they do state_dict."""
+        self.wait()
+        return self._actors.predict(self._order(self._step, inputs, None))
+
+    @overload
+    def sum(self, value: float) -> float: ...
+    @overload
+    def sum(self, value: torch.Tensor) -> torch.Tensor: ...
+    def sum(self, value: float | torch.Tensor) -> float | torch.Tensor:
+        """A number or tensor (correct answers, tokens) added over all replicas. All call it alike."""
+        self.wait()
+        if isinstance(value, torch.Tensor):
+            return self._session.sum(value.detach().clone())
+        total = self._session.sum(torch.tensor(value, dtype=torch.float64)).item()
+        return int(total) if isinstance(value, int | np.integer) else total
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights and buffers of the whole model on the CPU, under the names of build_model(): this replica's own,
+        where replicas train apart."""
+        self.wait()
+        return self._actors.model()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over weights and buffers of the whole model; every replica must be given the same.
+
+        Raises CheckpointError when names are missing or unknown, or a shape differs.
+        """
+        self.wait()
+        missing = [name for name in self._names if name not in state]
+        extra = [name for name in state if name not in self._names]
+        if missing or extra:
+            raise CheckpointError(f"load_state_dict: the names do not fit the model: {name_lists(missing, extra)}")
+        check_shapes("load_state_dict: the state", shapes_of(state), self._names)
+        self._actors.load_model(state)
+
+    def bubble(self) -> Bubble | None:
+        """The share of time in which the actors of all replicas did not compute, over the training steps since
+        the last call, beside what the schedule would leave; None before any step. All call it alike."""
+        self.wait()
+        timings = [timing for of_replica in self._session.gather(self._actors.timings()) for timing in of_replica]
+        return bubble_of(self._session.plan, timings, self.describe())
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One entry an actor, of all replicas: replica, actor, its stages with the modules of each, device,
+        node, process. All call it alike."""
+        self.wait()
+        return [actor for of_replica in self._session.gather(self._actors.describe()) for actor in of_replica]
+
+    def wait(self) -> None:
+        """Wait for all steps under way; raises the error of the first that failed."""
+        self._wait_until_in_flight(0)
+
+    def _wait_until_in_flight(self, most: int) -> None:
+        while len(self._in_flight) > most:
+            self._in_flight[0][0].result()
+
+    def _settle(self, output: StepOutput, wait: Callable[[], StepResult]) -> StepResult:
+        """Wait for a step and all before it, in their order."""
+        while self._in_flight[0][0] is not output:
+            self._in_flight[0][0].result()
+        try:
+            result = wait()
+        except NonFiniteError as error:
+            raise self._saved(error, self._in_flight[0][1]) from None
+        _, self._position = self._in_flight.popleft()
+        self._session.step = output.step
+        self._session.committed(result.samples, result.loss, result.step, self._position)
+        return result
+
+    def _saved(self, error: NonFiniteError, failed: Position) -> NonFiniteError:
+        """The same error, once the last committed step is saved, or with the reason why it could not be. A step that
+        failed as the first of its epoch is tried again in that one, not behind the last batch of the one before."""
+        position = self._position if self._position.epoch == failed.epoch else Position(failed.epoch)
+        try:
+            return error.with_checkpoint(self._session.save_now(self._actors, error.step - 1, position))
+        except CheckpointError as failure:
+            return NonFiniteError(f"{error.message} Also, {failure}", step=error.step, stage=error.stage)
+
+    def _order(self, step: int, inputs: Any, targets: Any) -> Order:
+        rows = microbatch.rows_of(inputs)
+        if targets is not None and microbatch.rows_of(targets) != rows:
+            raise DataError(
+                f"found {rows} rows of inputs and {microbatch.rows_of(targets)} rows of targets, needed as many of both"
+            )
+        if self._session.plan.data_strategy == "scatter" and microbatch.has_shared([inputs, targets]):
+            raise DataError(
+                "found raypar.shared(…) with Plan(data_strategy='scatter'), which cuts the rows of every tensor over "
+                "the devices; needed: the values repeated for each row, or another data_strategy"
+            )
+        key = (microbatch.describe(inputs), microbatch.describe(targets))
+        return Order(step, rows, key, inputs, targets)
+
+
+def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:
+    """Report metrics, as ray.train.report does; with a replica, save a checkpoint of the run too.
+
+    metrics: numbers by name; those of the first replica are kept, with `step` and `epoch` beside them.
+    All replicas call it alike; it waits for the steps under way and for all replicas.
+
+    Inside `raypar.epochs` a checkpoint stands for the next epoch once no loop over `raypar.batches` that trains has a
+    batch left, else for the next batch of this one. So where an epoch has several such loops one after the other,
+    save within them or behind the last: a checkpoint made between two of them leaves out the second one on resume.
+
+    The checkpoint is written while the run goes on: what is taken here is a copy. It counts, and `metrics` reach Ray
+    Train, when it is written, at the latest at the next call or at the end of the loop.
+
+    Raises CheckpointError when the checkpoint of the call before could not be written; the run can go on without it.
+    The one at the end of the run is waited for, and `fit()` raises where it could not be written.
+    """
+    session = current("report")
+    if not isinstance(metrics, dict):
+        raise UsageError(f"raypar.report({metrics!r}): needed a dict of metrics by name")
+    if session.wait_for_steps is not None:
+        session.wait_for_steps()
+    row = {name: _plain(name, value) for name, value in metrics.items()}
+    row = {"step": session.step, "epoch": session.position.epoch, **row}
+    session.history.append(row)
+    failure = session.settle()
+    if replica is not None:
+        session.save(replica._actors, session.step, session.position_to_save(), row)
+        if session.writes_at_once:
+            failure = session.settle() or failure
+    else:
+        session.publish(row, None)
+    if failure is not None:
+        raise failure
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A metric as the manifest of a checkpoint can hold it: a tensor or array of one element as a number."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        count = value.numel() if isinstance(value, torch.Tensor) else value.size
+        value = value.item() if count == 1 else value.tolist()
+    try:
+        json.dumps({name: value})
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"raypar.report: the metric {name!r} is a {type(value).__name__}, needed a number, a text, or lists and "
+            "dicts of them"
+        ) from None
+    return value

@@ -1,0 +1,1 @@
+"""how copies of the same weights stay equal: ddp, fsdp, scatter, local SGD, ties"""

@@ -1,0 +1,120 @@
+"""Local SGD: replicas take steps of their own, and now and then their parameters are averaged.
+
+    replica 0   w ─ step ─ step ─ step ─▶ w0 ─┐                    ┌─▶ w'
+                                              ├ mean, by samples ──┤        after every `sync_every` steps
+    replica 1   w ─ step ─ step ─ step ─▶ w1 ─┘                    └─▶ w'
+
+The mean itself is w' in local SGD (Stich 2019, https://arxiv.org/abs/1805.09767). With an outer optimizer, w − mean is
+the gradient of a step that goes from w, the weights at the last average, to w': DiLoCo (Douillard et al. 2023,
+https://arxiv.org/abs/2311.08105), there with Nesterov momentum. That step is the same on all replicas.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from raypar.planning.plan import Plan
+from raypar.replicas.gradients import buckets_of
+from raypar.stages.learner import checked_optimizer, entries_of, load_entries
+from raypar.stages.model_part import ModelSpec, Part
+from raypar.transport.channel import Waiting
+from raypar.transport.interface import Transport
+
+
+class Averaging:
+    """One actor's share in the averages of its replica: of the parameters that it trains, stage by stage.
+
+    trained: the weight (rows, or valid tokens) that each replica has trained on since the last average.
+    anchor:  the weights at the last average by name; only with an outer optimizer.
+    """
+
+    def __init__(self, plan: Plan, replica: int, part: Part, spec: ModelSpec, transport: Transport) -> None:
+        self.every, self.replica = plan.sync_every, replica
+        self.collectives = {stage: transport.same_stage(stage) for stage in part.stages}
+        self.buckets = {stage: buckets_of(part.trainable(stage)) for stage in part.stages}
+        self.parameters = [p for buckets in self.buckets.values() for bucket in buckets for p in bucket]
+        self.trained = [0.0] * plan.data
+        names = {id(parameter): name for name, parameter in part.module.named_parameters()}
+        self.anchor: dict[str, nn.Parameter] = {}
+        self.outer: torch.optim.Optimizer | None = None
+        if spec.outer_optimizer is not None and self.parameters:
+            self.anchor = {names[id(p)]: nn.Parameter(p.detach().clone()) for p in self.parameters}
+            made = spec.outer_optimizer(list(self.anchor.values()))
+            self.outer = checked_optimizer(made, "outer_optimizer(parameters)")
+
+    def count(self, totals: Any) -> None:
+        """Count what the replicas have trained on in a step that was committed."""
+        self.trained = [before + weight for before, (weight, _) in zip(self.trained, totals.of_replica, strict=True)]
+
+    def is_due(self, order: Any) -> bool:
+        """Whether the parameters are averaged behind this step; the same on all actors of all replicas."""
+        is_time = order.is_last if isinstance(self.every, str) else order.step % (self.every or 1) == 0
+        return is_time and sum(self.trained) > 0.0
+
+    def mean(self) -> Waiting:
+        """The mean of the parameters over the replicas, by what each has trained on."""
+        share = self.trained[self.replica] / sum(self.trained)
+        flats, works = [], []
+        for stage, buckets in self.buckets.items():
+            collective = self.collectives[stage]
+            for bucket in buckets:
+                flats.append(torch.cat([p.detach().reshape(-1) for p in bucket]).mul_(share))
+                works.append(collective.sum(flats[-1]) if collective is not None else None)
+        for work in works:
+            if work is not None:
+                yield work
+        sizes = [[p.numel() for p in bucket] for buckets in self.buckets.values() for bucket in buckets]
+        return [mean for flat, each in zip(flats, sizes, strict=True) for mean in flat.split(each)]
+
+    @torch.no_grad()
+    def take(self, means: list[torch.Tensor]) -> None:
+        """Go on from the mean, or from where the outer optimizer's step leads."""
+        self.trained = [0.0] * len(self.trained)
+        if self.outer is None:
+            for parameter, mean in zip(self.parameters, means, strict=True):
+                parameter.copy_(mean.view_as(parameter))
+            return
+        anchors = list(self.anchor.values())
+        for anchor, mean in zip(anchors, means, strict=True):
+            anchor.grad = anchor - mean.view_as(anchor)
+        self.outer.step()
+        for parameter, anchor in zip(self.parameters, anchors, strict=True):
+            parameter.copy_(anchor)
+            anchor.grad = None
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """All replicas have been given the same weights: the next average starts from there."""
+        self.trained = [0.0] * len(self.trained)
+        for parameter, anchor in zip(self.parameters, self.anchor.values(), strict=False):
+            anchor.copy_(parameter)
+
+    # ------------------------------------------------------------ state, by parameter name
+
+    def state(self) -> dict[str, Any]:
+        """What the next average needs beside the replicas' own weights, the same on every replica, not copied:
+        {"trained": a number a replica, "anchor": {name: tensor}, "outer": {name: entry}}, the last two empty
+        without an outer optimizer. An entry is as in Learner.state."""
+        names = {id(anchor): name for name, anchor in self.anchor.items()}
+        return {
+            "trained": list(self.trained),
+            "anchor": {name: anchor.detach() for name, anchor in self.anchor.items()},
+            "outer": entries_of(self.outer, names) if self.outer is not None else {},
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` of any actors has given, this actor's own parameters only; after the replica's own
+        weights. From a run with another number of replicas, or without an outer optimizer, only what fits is taken.
+        Raises CheckpointError where the outer optimizer was another one."""
+        self.restart()
+        if len(state["trained"]) == len(self.trained):
+            self.trained = list(state["trained"])
+        for name in self.anchor.keys() & state["anchor"].keys():
+            self.anchor[name].copy_(state["anchor"][name])
+        if self.outer is not None and self.anchor.keys() <= state["outer"].keys():
+            names = {id(anchor): name for name, anchor in self.anchor.items()}
+            load_entries(self.outer, names, state["outer"], "outer_optimizer=")

@@ -1,0 +1,1 @@
+"""a user's model becomes the code of its stages"""

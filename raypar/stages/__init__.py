@@ -1,0 +1,1 @@
+"""what one actor holds and does alone: passes, gradients, optimizer"""

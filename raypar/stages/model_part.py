@@ -1,0 +1,85 @@
+"""What a model is made of, as an actor sees it: what the user gave, and the part that the actor holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from raypar.splitting.split import Edge
+from raypar.stages.stage import LossFunction, Stage
+from raypar.tree import Tree
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a model is cut, the same on all actors.
+
+    split:  names of the modules at which a new stage begins, in the order of their calls.
+    opened: names of modules that tracing looks into.
+    given:  names of the arguments of forward that batches pass; None: those without a default.
+    example: the shapes and types of inputs, where the graph needs torch.export (see raypar.splitting.export); else None.
+    """
+
+    split: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
+    given: tuple[str, ...] | None = None
+    example: Tree = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What `parallelize` was given, as every actor needs it."""
+
+    build_model: Callable[[], nn.Module]
+    loss_fn: LossFunction
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    max_grad_norm: float | None = None
+    weights: str | None = None
+    seed: int = 0
+    cut: Cut = field(default_factory=Cut)
+    trace: bool = False
+    outer_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+
+
+@dataclass
+class Part:
+    """What one actor holds.
+
+    module: the user's model without the modules of other actors; names and types are the whole model's.
+    stages: the actor's stages.
+    owner:  the stage of each parameter and buffer of the whole model.
+    ties:   (owner, holder) for each two actors that share a tied weight.
+    copies: the names of the copies of tied weights that this actor holds, by their owner.
+    lent:   the names of the tied weights of which others hold copies, by holder, in the same order as there.
+    edges:  of the stage graph, by mode.
+    names:  of the whole model's state dict, in its order, with the shapes.
+    same:   of each of them, all names of the same tensor, in the model's order.
+    """
+
+    module: nn.Module
+    stages: dict[int, Stage]
+    owner: dict[str, int]
+    edges: dict[str, set[Edge]]
+    names: dict[str, torch.Size]
+    ties: set[tuple[int, int]] = field(default_factory=set)
+    copies: dict[int, list[str]] = field(default_factory=dict)
+    lent: dict[int, list[str]] = field(default_factory=dict)
+    same: dict[str, list[str]] = field(default_factory=dict)
+
+    def all_copies(self) -> list[nn.Parameter]:
+        """The parameters here that other actors own."""
+        return [self.module.get_parameter(name) for names in self.copies.values() for name in names]
+
+    def is_copy(self, tensor: torch.Tensor) -> bool:
+        """Whether a parameter is owned by another actor."""
+        return any(tensor is copy for copy in self.all_copies())
+
+    def trainable(self, stage: int) -> list[nn.Parameter]:
+        """The parameters of one stage that are trained, in the order of the model."""
+        named = self.module.named_parameters()
+        return [p for name, p in named if p.requires_grad and self.owner[name] == stage]

@@ -1,0 +1,1 @@
+"""how tensors travel between actors, and how waits are driven"""

@@ -1,0 +1,1 @@
+"""what runs in the processes that Ray starts: train worker, stage actor"""

@@ -1,0 +1,186 @@
+"""The stage actors of one replica, as its train worker sees them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from raypar.checkpoint.saver import SaveOrder
+from raypar.cluster.failures import death, unwrapped
+from raypar.engine import microbatch
+from raypar.engine.clock import Timing
+from raypar.engine.step import Order, StepResult
+from raypar.errors import PeerLostError, RayparError, RunError, StageDiedError, TimeoutExceededError
+from raypar.loop.in_process import check_something_is_stepped, merge_models, with_lr
+from raypar.observe.timeline import Event
+from raypar.planning.plan import Plan, Timeouts
+from raypar.stages.model_part import ModelSpec
+from raypar.storage import Storage
+from raypar.tree import Tree
+
+CPU = torch.device("cpu")
+
+
+class PipelineActors:
+    """The stage actors of replica `replica`, built and ready for steps.
+
+    A step is one call to each of them. Arrays go to the actors that use them, as NumPy views, which Ray
+    shares between the processes of a machine.
+    """
+
+    def __init__(
+        self,
+        handles: Sequence[ActorHandle[Any]],
+        plan: Plan,
+        replica: int,
+        timeouts: Timeouts,
+        spec: ModelSpec,
+        storage: Storage,
+        restored: str | None,
+    ) -> None:
+        self.handles, self.plan, self.replica, self.timeouts = handles, plan, replica, timeouts
+        spec_once = ray.put(spec)
+        built = self._call("build", spec_once, storage, restored, limit="start")
+        check_something_is_stepped(answer["steps"] for answer in built)
+        self._names: dict[str, torch.Size] = built[0]["names"]
+        self._uses_inputs = [answer["uses_inputs"] for answer in built]
+        self._last = plan.actor_of_stage[-1]
+        self._saves: list[Any] = []
+        self._described = [answer["describe"] for answer in built]
+
+    def train(self, order: Order) -> Callable[[], StepResult]:
+        calls = self._start("train_step", order)
+        return lambda: with_lr(self._get(calls))
+
+    def evaluate(self, order: Order) -> tuple[float, float]:
+        sums = self._get(self._start("eval_step", order))
+        return sum(loss for loss, _ in sums), sum(weight for _, weight in sums)
+
+    def predict(self, order: Order) -> Tree:
+        return microbatch.to_tensors(self._get(self._start("predict", order))[self._last], CPU)
+
+    def model(self) -> dict[str, torch.Tensor]:
+        return merge_models([microbatch.to_tensors(part, CPU) for part in self._call("model")], self._names)
+
+    def load_model(self, state: dict[str, torch.Tensor]) -> None:
+        self._call("load_model", ray.put(microbatch.to_arrays(state)))
+
+    def save(self, order: SaveOrder) -> None:
+        # Not waited for: an actor takes its copy behind the steps it was given and before those that follow.
+        orders = [order, *[order.for_others()] * (len(self.handles) - 1)]
+        self._saves = [handle.save.remote(own) for handle, own in zip(self.handles, orders, strict=True)]
+
+    def saved(self, limit_s: float | None = None) -> None:
+        saves, self._saves = self._saves, []
+        self._get(saves)
+        self._call("saved", limit_s)
+
+    def names(self) -> dict[str, torch.Size]:
+        return self._names
+
+    def timings(self) -> list[Timing]:
+        return self._call("timing")
+
+    def events(self) -> list[Event]:
+        return [event for of_actor in self._call("events") for event in of_actor]
+
+    def describe(self) -> list[dict[str, Any]]:
+        return self._described
+
+    def _start(self, method: str, order: Order) -> list[Any]:
+        """Send an order to all actors, each with the arrays that it uses."""
+        inputs, targets = microbatch.to_arrays(order.inputs), microbatch.to_arrays(order.targets)
+        calls = []
+        for actor, handle in enumerate(self.handles):
+            own = replace(
+                order,
+                inputs=inputs if self._uses_inputs[actor] else None,
+                targets=targets if actor == self._last else None,
+            )
+            calls.append(getattr(handle, method).remote(own))
+        return calls
+
+    def _call(self, method: str, *arguments: Any, limit: str = "peer") -> list[Any]:
+        """Call a method in which actors do not wait for each other, and so have no limits of their own; `limit` is the
+        field of Timeouts that counts."""
+        calls = [getattr(handle, method).remote(*arguments) for handle in self.handles]
+        try:
+            return self._get(calls, getattr(self.timeouts, limit))
+        except GetTimeoutError:
+            raise self._silence(calls, repr(method), limit) from None
+
+    def _silence(self, calls: list[Any], what: str, limit: str) -> TimeoutExceededError:
+        """The error that names the actors that have not answered."""
+        _, silent = ray.wait(calls, num_returns=len(calls), timeout=0)
+        stages = [stage for call in silent for stage in self.plan.stages_of(calls.index(call))]
+        return TimeoutExceededError(
+            f"replica {self.replica}, stage {', '.join(map(str, stages))}: no answer to {what} within the "
+            f"{getattr(self.timeouts, limit):g} s of Timeouts({limit}=…); the process is stuck or slow",
+            replica=self.replica,
+            stage=stages[0] if stages else None,
+        )
+
+    def _get(self, calls: list[Any], timeout: float | None = None) -> list[Any]:
+        """The answers of all actors; or the error that the others' errors may have followed from.
+
+        Without a `timeout` as `_answers_to_step` has it. Once one has failed, the others get `timeouts.stop` seconds to
+        say what happened to them.
+        """
+        try:
+            answers = self._answers_to_step(calls) if timeout is None else ray.get(calls, timeout=timeout)
+            if answers is not None:
+                return answers
+        except GetTimeoutError:
+            raise
+        except (RayTaskError, RayActorError, RayparError):
+            done, _ = ray.wait(calls, num_returns=len(calls), timeout=self.timeouts.stop)
+            errors = [
+                error for error in (self._error_of(calls.index(call), call) for call in done) if error is not None
+            ]
+            raise min(errors, key=_depth) from None
+        raise self._silence(calls, "a step that others have ended", "peer")
+
+    def _answers_to_step(self, calls: list[Any]) -> list[Any] | None:
+        """Wait as long as the actors compute, for their own waits have limits. But nobody may wait for one that stands
+        still behind its last message, so once one actor has answered, the next one must within `timeouts.peer` seconds;
+        else None."""
+        answered, since = 0, time.monotonic()
+        while True:
+            try:
+                return ray.get(calls, timeout=self.timeouts.peer / 10)
+            except GetTimeoutError:
+                done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+            if len(done) > answered:
+                answered, since = len(done), time.monotonic()
+            elif answered and time.monotonic() - since > self.timeouts.peer:
+                return None
+
+    def _error_of(self, actor: int, call: Any) -> RayparError | None:
+        try:
+            ray.get(call)
+        except RayActorError as error:
+            stages = self.plan.stages_of(actor)
+            return StageDiedError(
+                f"the actor of replica {self.replica}, stage {', '.join(map(str, stages))} died: {death(error)}",
+                replica=self.replica,
+                stage=stages[0],
+                preempted=bool(error.preempted),
+            )
+        except RayTaskError as error:
+            cause = unwrapped(error)
+            return cause if isinstance(cause, RayparError) else RunError(str(error), replica=self.replica)
+        return None
+
+
+def _depth(error: RayparError) -> int:
+    """How far an error is from the root: a lost peer follows from something else, a limit may."""
+    return next(
+        (depth for depth, kind in ((2, PeerLostError), (1, TimeoutExceededError)) if isinstance(error, kind)), 0
+    )

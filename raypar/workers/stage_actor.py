@@ -1,0 +1,177 @@
+"""The process that holds one actor's stages: an engine behind Ray calls.
+
+Ray starts it in its bundle, pinned to its GPU where there is one, and carries one call a step to it. What
+the engine sends and receives goes through torch.distributed, past Ray.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from raypar.checkpoint.saver import SaveOrder, SharedSaver
+from raypar.checkpoint.shards import SavedTensors
+from raypar.engine import microbatch
+from raypar.engine.actor_state import load_model, model_of, state_to_save
+from raypar.engine.build import build_part, one_process_a_node, sums_in_processes
+from raypar.engine.clock import Clock, Timing
+from raypar.engine.engine import Engine, pairs
+from raypar.engine.faults import failed_wait, user_code
+from raypar.engine.step import Order, StepResult
+from raypar.errors import NonFiniteError, RayparError
+from raypar.loop import in_process
+from raypar.observe.timeline import Event
+from raypar.planning.plan import Plan, Timeouts
+from raypar.splitting.choose import measure_units
+from raypar.stages.model_part import Cut, ModelSpec
+from raypar.storage import Storage
+from raypar.transport.channel import Waiting
+from raypar.transport.interface import drive
+from raypar.transport.process_links import ProcessTransport, join_world, leave_world, open_store
+from raypar.tree import Tree
+from raypar.workers.malloc import keep_freed_memory
+
+
+class StageActor:
+    """One actor of one replica; raypar.cluster.fleet makes it a Ray actor."""
+
+    def __init__(self, replica: int, actor: int, plan: Plan, timeouts: Timeouts) -> None:
+        self.replica, self.actor, self.plan, self.timeouts = replica, actor, plan, timeouts
+        gpus = ray.get_gpu_ids()
+        # Ray also hands out logical GPUs on machines without CUDA; an actor's own GPU is its cuda:0
+        self.device = torch.device("cuda:0" if gpus and torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
+        self.store: dist.TCPStore | None = None
+        self.engine: Engine | None = None
+        self.clock: Clock | None = None  # of the engine; after a failure it tells what was done until then
+        self.saver: SharedSaver | None = None
+        self.failure: RayparError | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Where this actor runs and, once it is built, what it holds."""
+        context = ray.get_runtime_context()
+        held = in_process.describe(self.engine) if self.engine is not None else {}
+        return {
+            **held,
+            "replica": self.replica,
+            "actor": self.actor,
+            "device": str(self.device),
+            "gpu_ids": ray.get_gpu_ids(),
+            "node_id": context.get_node_id(),
+            "node_ip": _node_ip(),
+            "pid": os.getpid(),
+        }
+
+    # ------------------------------------------------------------ before the first step
+
+    def open_store(self, world_size: int) -> tuple[str, int]:
+        """Serve the store at which all stage actors meet; returns its host and port."""
+        host = _node_ip()
+        self.store = open_store(host, world_size, self.timeouts)
+        return host, self.store.port
+
+    def connect(self, host: str, port: int, rank: int, world_size: int) -> None:
+        """Join the world of all stage actors."""
+        if self.store is None:
+            self.store = dist.TCPStore(host, port, world_size, is_master=False)
+        join_world(self.store, rank, world_size, self.timeouts)
+
+    def measure(self, spec: ModelSpec, units: Cut, example_inputs: Tree) -> list[float]:
+        """The seconds of each unit of a cut on this actor's device."""
+        with one_process_a_node():
+            return measure_units(spec, units, microbatch.to_tensors(example_inputs, self.device), self.device)
+
+    def build(self, spec: ModelSpec, storage: Storage, restored: str | None) -> dict[str, Any]:
+        """Build this actor's part, fresh or from a checkpoint. Returns what the worker needs to know of it."""
+        held = self.plan.stages_of(self.actor)
+        what = f"replica {self.replica}, stage {', '.join(map(str, held))}: building the model and its optimizer"
+        with user_code(what, self.replica, held[0]):
+            with one_process_a_node():
+                part = build_part(spec, self.plan, self.actor, self.device)
+                saved = SavedTensors(restored, storage.filesystem) if restored is not None else None
+            transport = ProcessTransport(self.plan, self.replica, self.actor, pairs(self.plan, part), self.timeouts)
+            sums = sums_in_processes(part, self.plan, transport, self.device)
+            self.engine = in_process.make_engine(
+                spec, self.plan, self.replica, self.actor, part, transport, self.device, sums, saved
+            )
+        self.clock = self.engine.clock
+        assert transport.saving is not None
+        self.saver = SharedSaver(storage, transport.saving, self.timeouts.peer)
+        uses_inputs = any(stage.uses_inputs for stage in part.stages.values())
+        steps = in_process.steps_of(self.engine)
+        return {"names": part.names, "uses_inputs": uses_inputs, "steps": steps, "describe": self.describe()}
+
+    # ------------------------------------------------------------ steps
+
+    def train_step(self, order: Order) -> StepResult:
+        result: StepResult = self._run(lambda engine: engine.train_step(order))
+        return result
+
+    def eval_step(self, order: Order) -> tuple[float, float]:
+        sums: tuple[float, float] = self._run(lambda engine: engine.eval_step(order))
+        return sums
+
+    def events(self) -> list[Event]:
+        return self.clock.events(self.replica, self.actor) if self.clock is not None else []
+
+    def predict(self, order: Order) -> Tree:
+        return microbatch.to_arrays(self._run(lambda engine: engine.predict(order)))
+
+    def _run(self, call: Callable[[Engine], Waiting]) -> Any:
+        """Run a call of the engine. After an error no further step is taken; unless all actors have given
+        the step up together, the connections are closed, so that neighbours that wait fail at once."""
+        if self.failure is not None:
+            raise self.failure
+        assert self.engine is not None, "a step before build()"
+        try:
+            return drive(call(self.engine))
+        except Exception as found:
+            stage = next(iter(self.engine.part.stages))
+            error = found if isinstance(found, RayparError) else failed_wait("a step", found, self.replica, stage)
+            self.failure = error
+            if not isinstance(error, NonFiniteError):
+                self.engine = self.saver = None
+                leave_world(error)
+            raise error from None
+
+    # ------------------------------------------------------------ state
+
+    def model(self) -> dict[str, Any]:
+        """This actor's part of the model's state; as NumPy arrays, which Ray carries without copying them twice."""
+        assert self.engine is not None, "model() before build()"
+        arrays: dict[str, Any] = microbatch.to_arrays(model_of(self.engine))
+        return arrays
+
+    def save(self, order: SaveOrder) -> None:
+        """Begin to write this actor's share of a checkpoint."""
+        if self.failure is not None:
+            raise self.failure
+        assert self.engine is not None, "save() before build()"
+        assert self.saver is not None
+        self.saver.start(order, state_to_save(self.engine, order))
+
+    def saved(self, limit_s: float | None) -> None:
+        """Wait until the checkpoint is written."""
+        if self.saver is not None:
+            self.saver.wait(limit_s)
+
+    def load_model(self, state: dict[str, Any]) -> None:
+        assert self.engine is not None, "load_model() before build()"
+        load_model(self.engine, microbatch.to_tensors(state, torch.device("cpu")))
+
+    def timing(self) -> Timing:
+        assert self.engine is not None, "timing() before build()"
+        return self.engine.clock.read()
+
+
+def _node_ip() -> str:
+    ip: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return ip

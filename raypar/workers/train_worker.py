@@ -1,0 +1,197 @@
+"""What runs in a Ray Train worker: the session of one replica around the user's train loop."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError
+
+from raypar import randomness
+from raypar.checkpoint.manifest import checkpoint_to_resume
+from raypar.checkpoint.saver import SharedSaver
+from raypar.checkpoint.shards import SavedTensors
+from raypar.cluster.failures import as_raypar_error, unwrapped
+from raypar.engine import microbatch
+from raypar.engine.build import build_part, one_process_a_node, sums_in_processes
+from raypar.errors import TimeoutExceededError
+from raypar.loop.actors import Actors
+from raypar.loop.in_process import InProcessActors, make_engine
+from raypar.loop.session import Session, enter
+from raypar.observe.timeline import write_timeline
+from raypar.planning.plan import Plan, Timeouts
+from raypar.replicas.gradients import Collective
+from raypar.replicas.scatter import scatter_over
+from raypar.splitting.choose import measure_units
+from raypar.stages.model_part import Cut, ModelSpec
+from raypar.storage import Storage
+from raypar.transport.interface import drive
+from raypar.transport.process_links import ProcessCollective
+from raypar.workers.malloc import keep_freed_memory
+from raypar.workers.remote_actors import PipelineActors
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a train worker is told.
+
+    train_loop: takes no argument. actors[r] are the stage actors of replica r; empty without a pipeline.
+    board:      takes progress and the history of metrics to the driver.
+    """
+
+    train_loop: Callable[[], Any]
+    plan: Plan
+    datasets: dict[str, Any]
+    timeouts: Timeouts
+    storage: Storage
+    actors: list[list[ActorHandle[Any]]]
+    board: ActorHandle[Any]
+    trace: bool = False
+
+
+def run_worker(config: dict[str, Any]) -> None:
+    """The train loop of a Ray Train worker; `config["job"]` is a Job. Raises RayparErrors only."""
+    job: Job = config["job"]
+    rank = ray.train.get_context().get_world_rank()
+    session: WorkerSession | None = None
+    try:
+        session = WorkerSession(job, rank)
+        session.restore(session.gather(checkpoint_to_resume(job.storage) if rank == 0 else None)[0])
+        enter(session)
+        randomness.seed_loop(rank)
+        job.train_loop()
+        session.finish()
+        if job.trace:
+            events = [event for each in session.gather(session.recorded()) for event in each]
+            if rank == 0:
+                write_timeline(job.storage, job.plan, events, in_turns=False)
+    except Exception as error:
+        if session is not None:
+            session.give_up()
+        if session is not None and job.trace and not job.actors and rank == 0:  # stage actors are asked by the driver
+            with contextlib.suppress(Exception):
+                write_timeline(job.storage, job.plan, session.recorded(), in_turns=False)
+        raise as_raypar_error(error, rank) from None
+
+
+class _WorkerTransport:
+    """The connections of the one actor of a replica without a pipeline: the group of the train workers."""
+
+    def __init__(self, plan: Plan, control: dist.ProcessGroup | None) -> None:
+        several = plan.data > 1
+        self._stage = ProcessCollective(dist.group.WORLD) if several and dist.group.WORLD is not None else None
+        self._everyone = ProcessCollective(control) if control is not None else None
+
+    def link_to(self, actor: int) -> Any:
+        raise AssertionError("one actor sends to nobody")
+
+    def link_from(self, actor: int) -> Any:
+        raise AssertionError("one actor receives from nobody")
+
+    def same_stage(self, stage: int) -> Collective | None:
+        return self._stage
+
+    def everyone(self) -> Collective | None:
+        return self._everyone
+
+
+class WorkerSession(Session):
+    """A replica in a Ray Train worker. Replicas talk over a Gloo group of their own, also on GPUs."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        super().__init__(job.plan, rank, job.datasets, job.storage, job.timeouts)
+        self.job, self.trace = job, job.trace
+        self.control: dist.ProcessGroup | None = None
+        if self.size > 1:
+            self.control = _group(job.timeouts)
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.control is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.control is None:
+            return tensor
+        total = tensor.cpu()
+        dist.all_reduce(total, group=self.control)
+        return total.to(tensor.device)
+
+    def measure(self, spec: ModelSpec, units: Cut, example_inputs: Any) -> list[float]:
+        if not self.job.actors:
+            with one_process_a_node():
+                return measure_units(spec, units, example_inputs, _device())
+        try:
+            first = self.job.actors[self.rank][0]
+            call: Any = first.measure.remote(spec, units, microbatch.to_arrays(example_inputs))
+            seconds: list[float] = ray.get(call, timeout=self.timeouts.start)
+        except GetTimeoutError:
+            raise TimeoutExceededError(
+                f"replica {self.rank}, stage 0: measuring the modules took more than the {self.timeouts.start:g} s of "
+                "Timeouts(start=…); the process is stuck or slow, or parallelize(split=…) spares it the measuring",
+                replica=self.rank,
+                stage=0,
+            ) from None
+        except Exception as error:
+            raise unwrapped(error) from None
+        return seconds
+
+    def start_actors(self, spec: ModelSpec) -> Actors:
+        if self.job.actors:
+            own = self.job.actors[self.rank]
+            return PipelineActors(own, self.plan, self.rank, self.timeouts, spec, self.storage, self.restored)
+        device = _device()
+        if device.type == "cpu":
+            keep_freed_memory()
+        with one_process_a_node():
+            part = build_part(spec, self.plan, 0, device)
+            saved = SavedTensors(self.restored, self.storage.filesystem) if self.restored is not None else None
+        transport = _WorkerTransport(self.plan, self.control)
+        sums = sums_in_processes(part, self.plan, transport, device)
+        if self.plan.data_strategy == "scatter":
+            scatter_over(part, ray.train.torch.get_devices() if device.type == "cuda" else [device])
+        engine = make_engine(spec, self.plan, self.rank, 0, part, transport, device, sums, saved)
+        saver = SharedSaver(self.storage, _group(self.timeouts), self.timeouts.peer)
+        return InProcessActors([engine], saver, lambda calls: [drive(call) for call in calls])
+
+    def publish(self, metrics: dict[str, Any], path: str | None) -> None:
+        if self.rank == 0:
+            with contextlib.suppress(Exception):  # it is in the checkpoint, too
+                pushed: Any = self.job.board.push.remote({"kind": "history", "rows": self.history})
+                ray.get(pushed, timeout=self.timeouts.stop)  # a loop may end here, and its process with it
+        checkpoint = None
+        if path is not None and self.rank == 0:
+            checkpoint = ray.train.Checkpoint(path, self.storage.filesystem)
+        mode = ray.train.CheckpointUploadMode.NO_UPLOAD  # raypar has written it already
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode)
+
+    def show_progress(self, progress: dict[str, Any]) -> None:
+        with contextlib.suppress(Exception):  # a lost line of progress is no reason to stop
+            self.job.board.push.remote({"kind": "progress", **progress})
+
+
+def _group(timeouts: Timeouts) -> dist.ProcessGroup:
+    """A new group of all train workers over Gloo; all of them call for it alike."""
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeouts.peer))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _device() -> torch.device:
+    """This worker's device. Ray Train's own answer is cuda also for logical GPUs on a machine without one."""
+    if torch.cuda.is_available() and ray.get_gpu_ids():
+        found = ray.train.torch.get_device()
+        assert isinstance(found, torch.device)
+        return found
+    return torch.device("cpu")
