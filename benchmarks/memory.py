@@ -20,13 +20,13 @@ from pipeline import ACTORS, PLACEMENTS, Processes, plan_of, port, torch_pipelin
 from torch.autograd.graph import saved_tensors_hooks
 from transformer import batch, transformer
 
-from raypar.engine.build import build_part
+from raypar.engine.build import build_part, make_engine
 from raypar.engine.engine import Engine
-from raypar.engine.step import Order
-from raypar.loop.in_process import make_engine
+from raypar.engine.step import StepRequest
 from raypar.planning.plan import Plan
-from raypar.stages.model_part import Cut, ModelSpec
-from raypar.transport.memory_links import MemoryWorld, take_turns
+from raypar.splitting.model import ModelSpec, Split
+from raypar.transport.interface import take_turns
+from raypar.transport.memory_links import MemoryWorld
 
 CONFIG: dict[str, Any] = {"layers": 8, "width": 64, "tokens": 16, "rows": 2}
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def engines_of(plan: Plan) -> list[Engine]:
         lambda: transformer(CONFIG["layers"], CONFIG["width"]),
         F.mse_loss,
         lambda module: torch.optim.SGD(module.parameters(), lr=1e-3),
-        cut=Cut(split),
+        cut=Split(split),
     )
     world = MemoryWorld(plan)
     return [
@@ -78,7 +78,7 @@ def train(plan: Plan, engines: list[Engine], saved: list[Counter] | None = None)
             for stage in engine.part.stages.values():
                 stage.forward = counted_forward(stage.forward, counter)  # type: ignore[method-assign]
     for step in range(1, 4):
-        take_turns([engine.train_step(Order(step, len(inputs), "same", inputs, targets)) for engine in engines])
+        take_turns([engine.train_step(StepRequest(step, len(inputs), "same", inputs, targets)) for engine in engines])
 
 
 def counted_forward(forward: Callable[..., Any], counter: Counter) -> Callable[..., Any]:

@@ -20,8 +20,8 @@ from on_ray import OnRay, blocks
 from torch import nn
 
 import raypar
-from raypar.splitting.choose import measure_units
-from raypar.stages.model_part import Cut, ModelSpec
+from raypar.splitting.model import ModelSpec, Split
+from raypar.stages.measure import measure_units
 from raypar.workers.malloc import keep_freed_memory
 
 CHANNELS, SIZE, ROWS, MICROBATCHES = 32, 32, 4, 8
@@ -77,7 +77,7 @@ def stage_times() -> tuple[list[float], list[float]]:
     """Seconds of the forward and the backward pass of each stage, alone; measure_units tells their sum, of which a
     backward pass takes two thirds."""
     spec = ModelSpec(UNet, F.mse_loss, sgd)
-    seconds = measure_units(spec, Cut(tuple(SPLIT)), batch()[0][:ROWS], torch.device("cpu"))
+    seconds = measure_units(spec, Split(tuple(SPLIT)), batch()[0][:ROWS], torch.device("cpu"))
     return [each / 3 for each in seconds], [each * 2 / 3 for each in seconds]
 
 

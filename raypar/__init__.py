@@ -1,14 +1,14 @@
 """raypar trains PyTorch models on a Ray cluster: data parallel, pipeline parallel, and both at once."""
 
 from raypar import errors
-from raypar.checkpoint.saver import read_state_dict
-from raypar.engine.clock import Bubble
+from raypar.checkpoint.weights import read_state_dict
 from raypar.engine.microbatch import shared
 from raypar.errors import RayparError
 from raypar.loop.batches import batches
 from raypar.loop.parallelize import parallelize
 from raypar.loop.replica import EvalOutput, Replica, StepOutput, report
 from raypar.loop.session import epochs
+from raypar.observe.bubble import Bubble
 from raypar.planning.plan import Plan, Timeouts, schedule_of
 from raypar.planning.schedule import Schedule
 from raypar.planning.simulate import simulate

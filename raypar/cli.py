@@ -20,23 +20,12 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from raypar.checkpoint.contents import KINDS
 from raypar.checkpoint.manifest import MANIFEST, newest_checkpoint, verify
-from raypar.checkpoint.saver import located, read_state_dict
 from raypar.checkpoint.shards import Path, SavedTensors
+from raypar.checkpoint.weights import located, read_state_dict
 from raypar.errors import CheckpointError, RayparError, UsageError
 from raypar.storage import Storage
-
-KINDS = {
-    "model": "weights and buffers",
-    "buffers": "buffers of the other replicas",
-    "optimizer": "optimizer, tensors",
-    "training": "optimizer, the rest; scheduler",
-    "replicas": "replicas that train apart",
-    "anchor": "weights at the last average",
-    "outer": "outer optimizer",
-    "average": "state of the averages",
-    "random": "random generators",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,1 +1,4 @@
-"""state becomes files and comes back: manifest, shards, contents, weights"""
+"""State becomes files and comes back.
+
+Enter by: manifest, saver, shards, contents, weights.
+"""

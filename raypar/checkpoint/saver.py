@@ -7,28 +7,26 @@ report ─▶ copy into buffers that stay ─▶ the next steps …
 from __future__ import annotations
 
 import dataclasses
-import os
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from raypar.checkpoint.manifest import cannot_write, verify
-from raypar.checkpoint.shards import SavedTensors, ShardWriter, in_one_process
+from raypar.checkpoint.manifest import cannot_write
+from raypar.checkpoint.shards import ShardWriter, in_one_process
 from raypar.errors import CheckpointError
-from raypar.storage import Storage, resolve
+from raypar.storage import Storage
 
 State = dict[str, Any]
 """Tensors in dicts within dicts."""
 
 
 @dataclass(frozen=True)
-class SaveOrder:
+class SaveRequest:
     """What a replica asks of its actors when a checkpoint is due.
 
     path:     of the new checkpoint.
@@ -42,7 +40,7 @@ class SaveOrder:
     manifest: dict[str, Any] = field(default_factory=dict)
     random: dict[str, Any] | None = None
 
-    def for_others(self) -> SaveOrder:
+    def for_others(self) -> SaveRequest:
         """The same for an actor that is not the first."""
         return dataclasses.replace(self, manifest={}, random=None)
 
@@ -50,7 +48,7 @@ class SaveOrder:
 class Saver(Protocol):
     """What writes the state of a process."""
 
-    def start(self, order: SaveOrder, state: State) -> None:
+    def start(self, order: SaveRequest, state: State) -> None:
         """Take a copy of `state` and begin to write it."""
 
     def wait(self, limit_s: float | None = None) -> None:
@@ -70,10 +68,10 @@ class SharedSaver:
         # Buffers that stay from one save to the next; page-locked for CUDA, from which copies are faster then.
         pinned = torch.cuda.is_available()
         self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
-        self.under_way: tuple[SaveOrder, Future[Any]] | None = None
+        self.under_way: tuple[SaveRequest, Future[Any]] | None = None
         self.given_up: Future[Any] | None = None
 
-    def start(self, order: SaveOrder, state: State) -> None:
+    def start(self, order: SaveRequest, state: State) -> None:
         assert self.under_way is None, "a save before the one before it was waited for"
         if self.given_up is not None and not self.given_up.done():  # its thread still talks to the others' on the group
             refused: Future[Any] = Future()
@@ -98,7 +96,7 @@ class SharedSaver:
             raise _failed(order, error) from None
 
 
-def save(storage: Storage, order: SaveOrder, state: State) -> None:
+def save(storage: Storage, order: SaveRequest, state: State) -> None:
     """Write a checkpoint of which this process holds everything. Raises CheckpointError."""
     writer = ShardWriter(order.path, storage.filesystem, order.manifest)
     with in_one_process():
@@ -108,33 +106,6 @@ def save(storage: Storage, order: SaveOrder, state: State) -> None:
             raise _failed(order, error) from None
 
 
-def _failed(order: SaveOrder, error: BaseException) -> CheckpointError:
+def _failed(order: SaveRequest, error: BaseException) -> CheckpointError:
     failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else [(error, None)]
     return cannot_write(order.step, order.path, "; ".join(dict.fromkeys(str(failure[0]) for failure in failures)))
-
-
-def read_state_dict(path: Any) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint as a plain state dict on the CPU, without Ray.
-
-    path: the folder of a checkpoint, local or a URI, or a `ray.train.Checkpoint`.
-
-    Where replicas train apart (local SGD) and the checkpoint was made between two averages, the first replica's.
-
-    Raises CheckpointError where it is missing or damaged.
-    """
-    filesystem, inside = located(path)
-    manifest = verify(inside, filesystem)
-    saved = SavedTensors(inside, filesystem)
-    found = saved.load(saved.below("model"))
-    return {name: found["model", name] for name in manifest["names"]}
-
-
-def located(path: Any) -> tuple[Any, str]:
-    """A checkpoint's file system and its path there; `path` as in `read_state_dict`. Raises CheckpointError where the
-    store cannot be reached."""
-    if hasattr(path, "filesystem") and hasattr(path, "path"):
-        return path.filesystem, path.path
-    try:
-        return resolve(os.fspath(path))
-    except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"{os.fspath(path)} cannot be reached: {error}") from error

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 import torch
 
 from raypar.checkpoint.manifest import verify
 from raypar.checkpoint.shards import SavedTensors
 from raypar.errors import CheckpointError
+from raypar.storage import resolve
 
 
 def read_tensors(
@@ -88,3 +91,30 @@ def name_lists(missing: Sequence[str], extra: Sequence[str]) -> str:
         if names
     ]
     return " and ".join(parts)
+
+
+def read_state_dict(path: Any) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint as a plain state dict on the CPU, without Ray.
+
+    path: the folder of a checkpoint, local or a URI, or a `ray.train.Checkpoint`.
+
+    Where replicas train apart (local SGD) and the checkpoint was made between two averages, the first replica's.
+
+    Raises CheckpointError where it is missing or damaged.
+    """
+    filesystem, inside = located(path)
+    manifest = verify(inside, filesystem)
+    saved = SavedTensors(inside, filesystem)
+    found = saved.load(saved.below("model"))
+    return {name: found["model", name] for name in manifest["names"]}
+
+
+def located(path: Any) -> tuple[Any, str]:
+    """A checkpoint's file system and its path there; `path` as in `read_state_dict`. Raises CheckpointError where the
+    store cannot be reached."""
+    if hasattr(path, "filesystem") and hasattr(path, "path"):
+        return path.filesystem, path.path
+    try:
+        return resolve(os.fspath(path))
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{os.fspath(path)} cannot be reached: {error}") from error

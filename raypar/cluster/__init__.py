@@ -1,1 +1,4 @@
-"""the driver's side of Ray: room for a plan, starting, watching, restarting"""
+"""The driver's side of Ray: room for a plan, starting, watching, restarting.
+
+Enter by: launch, placement, shipping.
+"""

@@ -7,13 +7,11 @@ from is raised. `as_raypar_error` runs inside the train worker, everything else 
 
 from __future__ import annotations
 
-import pickle
-import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import ray.train
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import (
     CollectiveTimeoutError,
     WorkerGroupStartupTimeoutError,
@@ -22,7 +20,6 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.config import FailureConfig
 
-from raypar.engine.faults import failed_wait, is_of_connection
 from raypar.errors import (
     ConfigError,
     PeerLostError,
@@ -30,55 +27,9 @@ from raypar.errors import (
     RunError,
     StageDiedError,
     TimeoutExceededError,
-    UserCodeError,
     WorkerDiedError,
 )
-
-_DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)
-
-
-def as_raypar_error(error: BaseException, replica: int) -> RayparError:
-    """What a train worker raises in place of `error`.
-
-    Ray Train hands the driver an exception without its traceback and its cause, and fails in another way
-    where the exception cannot be pickled; so both become part of a UserCodeError while they are at hand.
-    """
-    found = unwrapped(error)
-    if isinstance(found, RayparError):
-        return found
-    if isinstance(found, _DEATHS):
-        return PeerLostError(f"The train worker of replica {replica} lost a stage actor: {found}", replica=replica)
-    if is_of_connection(found):
-        return failed_wait(f"replica {replica}: the train worker's wait for those of other replicas", found, replica)
-    return user_code_error(found, replica)
-
-
-def unwrapped(error: BaseException) -> BaseException:
-    """The error that a remote call failed with, out of the one in which Ray hands it over."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) and error.cause is not error:
-        error = error.cause
-    return error
-
-
-def user_code_error(error: BaseException, replica: int | None) -> UserCodeError:
-    """An exception of the user's code with its traceback as text; `original` is the exception if it pickles."""
-    text = "".join(traceback.format_exception(error)).rstrip()
-    where = f" of replica {replica}" if replica is not None else ""
-    wrapped = UserCodeError(
-        f"{type(error).__name__} in the train loop{where}: {error}\n{text}",
-        replica=replica,
-        original=_if_it_pickles(error),
-    )
-    wrapped.__cause__ = error
-    return wrapped
-
-
-def _if_it_pickles(error: BaseException) -> BaseException | None:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # a class of its own __init__, a lock inside, …: its text is in the message
-        return None
-    return error
+from raypar.workers.ray_errors import _DEATHS, death, unwrapped, user_code_error
 
 
 def root_cause(error: BaseException, autopsy: StageDiedError | None, timeout_s: float) -> RayparError:
@@ -156,14 +107,6 @@ def _cause(error: BaseException, rank: int | None, timeout_s: float) -> RayparEr
     failed = RunError(f"The run failed before the train workers ran: {type(error).__name__}: {error}")
     failed.__cause__ = error
     return failed
-
-
-def death(error: BaseException) -> str:
-    """What Ray knows about a death, without the lines that name Ray's own ids."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
-    kept = [line for line in lines if not line.startswith("The actor died unexpectedly before finishing this task")]
-    text = " ".join(kept) or str(error)
-    return text.split(" Some common causes include")[0]
 
 
 def _reclaimed(preempted: bool) -> str:

@@ -19,11 +19,11 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raypar.cluster import capacity
-from raypar.cluster.failures import death, unwrapped
 from raypar.cluster.placement import Needs, arrange, nodes_of_bundles, pins_of_workers, reserve
 from raypar.errors import RayparError, RunError, StageDiedError, TimeoutExceededError
 from raypar.observe.timeline import Event
 from raypar.planning.plan import Plan, Timeouts
+from raypar.workers.ray_errors import death, unwrapped
 
 # Ray asks a machine every 3 s for a sign of life, and gives it up after five times without one. The machine of a
 # process that has died tells at once.

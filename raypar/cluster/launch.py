@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,17 +38,15 @@ from raypar.cluster.board import Rows, Watch
 from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import Needs, check_feasible, is_feasible_now, needs_of, reserve
 from raypar.cluster.shipping import check_room, send_script_modules
-from raypar.errors import CheckpointError, ConfigError, PeerLostError, RayparError, UserCodeError
+from raypar.errors import CheckpointError, ConfigError, RayparError, UserCodeError
 from raypar.observe.progress import ProgressDisplay
 from raypar.observe.timeline import write_timeline
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
 from raypar.workers.stage_actor import StageActor
-from raypar.workers.train_worker import Job, run_worker
+from raypar.workers.train_worker import Job, train_worker
 
 logger = logging.getLogger("raypar")
-
-_GRACE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -219,21 +216,6 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
 
 def _explains_itself(error: RayparError) -> bool:
     return not error.retryable or isinstance(error, UserCodeError)
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """What each train worker runs: raypar's part and in it the user's loop."""
-    job: Job = config["job"]
-    job.board.push.remote({"kind": "started"})
-    if config["quiet"]:
-        attempt.silence_reports()
-    try:
-        run_worker(config)
-    except PeerLostError:
-        # Ray Train ends the attempt with the errors that it knows when it sees the first one. Whoever only lost a
-        # connection waits, so that the one who broke it is known by then.
-        time.sleep(_GRACE_S)
-        raise
 
 
 def _scaling_of_workers(run: Run, needs: Needs, fleet: Fleet | None) -> ScalingConfig:

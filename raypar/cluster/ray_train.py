@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +21,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
@@ -132,14 +130,6 @@ def run_config_of_attempt(run_config: RunConfig) -> RunConfig:
 def is_quiet(run_config: RunConfig) -> bool:
     """Whether Ray Train should say nothing: the user has not set a level, and raypar tells what matters."""
     return run_config.logging_config == LoggingConfig()
-
-
-def silence_reports() -> None:
-    """In a train worker: no line for each ray.train.report, which Ray Train logs past the level that was set.
-
-    It does so through a logger that is named by a file instead of the module.
-    """
-    logging.getLogger(context.__file__).setLevel(logging.WARNING)
 
 
 def train_environment(timeouts: Timeouts, failure_config: FailureConfig) -> dict[str, str]:

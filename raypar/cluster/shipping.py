@@ -1,4 +1,4 @@
-"""Data sets on their way to the train workers: Ray Data's as a shard each, others pickled."""
+"""What travels to the train workers: data sets, and the modules beside the user's script."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ray import cloudpickle
 
 from raypar.cluster.capacity import Capacity
 from raypar.cluster.placement import Needs
-from raypar.data.sources import Sharded
+from raypar.data.sources import RayDataShard
 from raypar.errors import DataError, InfeasiblePlanError
 
 
@@ -30,7 +30,7 @@ def for_workers(datasets: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, given in datasets.items():
         if isinstance(given, ray.data.Dataset):
-            found[name] = Sharded(partial(_read_shard, name))
+            found[name] = RayDataShard(partial(_read_shard, name))
             continue
         try:
             cloudpickle.dumps(given)  # type: ignore[no-untyped-call]

@@ -1,1 +1,4 @@
-"""rows become batches: which rows, and reading them"""
+"""Rows become batches: which rows, and reading them.
+
+Enter by: sources, row_order.
+"""

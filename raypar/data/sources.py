@@ -28,7 +28,7 @@ _KINDS = (
 
 
 @dataclass(frozen=True)
-class Sharded:
+class RayDataShard:
     """A data set that others have cut into one shard a replica: `read(rows, drop_last)` goes through this replica's,
     so many rows at a time, each batch a dict of tensors by column."""
 
@@ -46,7 +46,7 @@ def check_datasets(datasets: Mapping[str, Any] | None) -> None:
                 groups.check()
         elif is_indexed(given):
             _length(who, given)
-        elif not callable(given) and not isinstance(given, IterableDataset | Sharded):
+        elif not callable(given) and not isinstance(given, IterableDataset | RayDataShard):
             raise DataError(f"{who}: found {type(given).__name__}, needed {_KINDS}")
 
 
@@ -112,7 +112,7 @@ def open_source(
             lambda first: samples.indexed(who, given, order, first, *place), _count(who, order), {"rows": rows}
         )
     size, drop_last = wanted.batch_size, wanted.drop_last
-    if isinstance(given, Sharded):
+    if isinstance(given, RayDataShard):
         if size % replicas:
             raise UsageError(
                 f"batches({name!r}, batch_size={size}): needed a multiple of {replicas}, since each replica has a "
@@ -149,6 +149,6 @@ def _of_parquet(groups: RowGroups, order: RowOrder, first: int, replica: int, re
             yield Batch({column: torch.from_numpy(values) for column, values in arrays.items()})
 
 
-def _of_shard(shard: Sharded, rows: int, drop_last: bool) -> Generator[Batch]:
+def _of_shard(shard: RayDataShard, rows: int, drop_last: bool) -> Generator[Batch]:
     for batch in shard.read(rows, drop_last):
         yield Batch(batch)

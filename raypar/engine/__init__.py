@@ -1,1 +1,4 @@
-"""one step of one actor, from its program to its commit; and how an actor is built, saved and restored"""
+"""One step of one actor; how an actor is built, saved and restored.
+
+Enter by: build, engine, step, actor_state, microbatch, faults, clock.
+"""

@@ -17,16 +17,13 @@ Where they train apart (local SGD), that is the state of the averages alone; rep
 
 from __future__ import annotations
 
-import io
-import pickle
-from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 
 from raypar import tree
-from raypar.checkpoint.saver import SaveOrder, State
+from raypar.checkpoint.contents import _without_empty, pack, unpack
+from raypar.checkpoint.saver import SaveRequest, State
 from raypar.checkpoint.shards import Path, SavedTensors
 from raypar.checkpoint.weights import check_shapes, name_lists, shapes_of
 from raypar.engine.engine import Engine
@@ -34,7 +31,7 @@ from raypar.errors import CheckpointError
 from raypar.stages.dtensors import as_parts_of, is_shard, whole
 
 
-def state_to_save(engine: Engine, order: SaveOrder) -> State:
+def state_to_save(engine: Engine, order: SaveRequest) -> State:
     """What this actor holds, as it is: tensors are not copied."""
     part, replica, actor = engine.part, str(engine.replica), str(engine.actor)
     learned = engine.learner.state()
@@ -77,49 +74,6 @@ def _split_entries(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
 def _is_large(value: Any) -> bool:
     """Whether a value is a file entry of its own; the others, such as Adam's count of steps, are packed together."""
     return isinstance(value, torch.Tensor) and value.dim() > 0
-
-
-def _without_empty(state: State) -> State:
-    below = {key: _without_empty(value) if isinstance(value, dict) else value for key, value in state.items()}
-    return {key: value for key, value in below.items() if not isinstance(value, dict) or value}
-
-
-def merge_states(states: Iterable[State]) -> State:
-    """The states of several actors as one."""
-    merged: State = {}
-    for state in states:
-        for key, value in state.items():
-            merged[key] = merge_states([merged.get(key, {}), value]) if isinstance(value, dict) else value
-    return merged
-
-
-_NUMPY: list[Any] = [
-    np.ndarray,
-    np.dtype,
-    *(value.__reduce__()[0] for value in (np.float64(), np.empty(0))),  # the functions that make them
-    *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]},
-]
-"""What NumPy's numbers and arrays are made of in a file: a learning rate that was computed with NumPy is one."""
-
-
-def pack(value: Any) -> torch.Tensor:
-    """Numbers, texts, tensors and NumPy's arrays in lists and dicts as one tensor of bytes."""
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
-
-
-def unpack(packed: torch.Tensor) -> Any:
-    """What was packed. Raises CheckpointError for objects of other classes, whose code nobody should run unasked."""
-    with torch.serialization.safe_globals(_NUMPY):
-        try:
-            return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(packed.numpy().tobytes()))
-            raise CheckpointError(
-                f"the state of the optimizer or the scheduler holds {', '.join(unsafe)}; needed numbers, texts, "
-                "tensors and lists and dicts of them. The weights can be had: parallelize(…, weights='…/checkpoint_…')"
-            ) from error
 
 
 def _persistent_buffers(engine: Engine) -> list[str]:
@@ -184,13 +138,6 @@ def _give_tensors(entries: dict[str, Any], saved: SavedTensors, below: Path, par
     wanted = [where for where in saved.below(*below) if where[-2] in parameters]
     for where, tensor in saved.load(wanted).items():
         entries[where[-2]]["state"][where[-1]] = tensor
-
-
-def saved_random(saved: SavedTensors, replica: int) -> dict[str, Any] | None:
-    """The random generators of the train loop of a replica; None where the run had fewer replicas."""
-    where = ("random", str(replica))
-    found: dict[str, Any] | None = unpack(saved.load([where])[where]) if where in saved.shapes else None
-    return found
 
 
 def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:

@@ -2,81 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import random
-import tempfile
-from collections.abc import Iterator, Sequence
-from weakref import WeakSet
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
+from raypar.checkpoint.shards import SavedTensors
 from raypar.checkpoint.weights import check_shapes, read_tensors, shapes_of
+from raypar.engine.actor_state import restore
+from raypar.engine.engine import Engine
 from raypar.errors import ModelError
 from raypar.planning.plan import Plan
-from raypar.replicas.fsdp import ShardedSum
-from raypar.replicas.gradients import BucketSum, DDPSum, GradientSum
-from raypar.splitting.graph import graph_of
-from raypar.splitting.split import StageGraph, check_split, cut_graph, edges_of, holders
+from raypar.replicas.gradients import GradientSum
+from raypar.replicas.local_sgd import Averaging
+from raypar.replicas.strategies import bucket_sums
+from raypar.splitting.model import ModelSpec, build_whole
+from raypar.splitting.split import cut_model, edges_of, holders
+from raypar.splitting.stage_code import part_of_model, whole_model
 from raypar.splitting.trace import module_calls
-from raypar.stages.model_part import Cut, ModelSpec, Part
-from raypar.stages.precision import autocast_of
-from raypar.stages.stage import Stage, StageCode, part_of_model, whole_model
+from raypar.stages.learner import Learner
+from raypar.stages.model_part import ModelPart
+from raypar.stages.precision import LossScale, autocast_of
+from raypar.stages.stage import Stage
 from raypar.transport.interface import Transport
-from raypar.transport.process_links import ProcessCollective
 
 
-def build_whole(spec: ModelSpec) -> nn.Module:
-    """The whole model on the CPU, the same in every process: all generators are seeded first."""
-    torch.manual_seed(spec.seed)
-    np.random.seed(spec.seed % 2**32)
-    random.seed(spec.seed)
-    model = spec.build_model()
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"build_model() returned {type(model).__name__}, needed a torch.nn.Module")
-    if model in _built:
-        raise ModelError(
-            "build_model() returned a module that it had returned before; needed a new one at each call, since each "
-            "replica and each stage keeps a part of its own: build it inside build_model, or return a deepcopy of it"
-        )
-    _built.add(model)
-    check_model(model)
-    return model
-
-
-_built: WeakSet[nn.Module] = WeakSet()
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse what no actor could train. Raises ModelError."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise ModelError(
-                f"the model's {name!r} has no shape yet (a lazy module, such as nn.LazyLinear); needed modules with "
-                "their sizes given, or a build_model that runs the model once before it returns it"
-            )
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise ModelError(
-                f"the model's module {name!r} has sparse=True, and gradients that are sparse tensors can be neither "
-                "summed over replicas nor counted in the norm; needed sparse=False"
-            )
-
-
-@contextlib.contextmanager
-def one_process_a_node() -> Iterator[None]:
-    """Whole models are built by one process of a machine at a time, so that memory holds one at most."""
-    path = os.path.join(tempfile.gettempdir(), f"raypar-build-{os.getuid()}.lock")
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) -> Part:
+def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) -> ModelPart:
     """Build the model, keep what `actor` holds, move it to `device` and free the rest."""
     model = build_whole(spec)
     placement = plan.actor_of_stage
@@ -105,7 +56,7 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     if plan.compile and not cuts:
         model.compile()
     edges = {mode: edges_of(cuts[mode]) if cuts else set() for mode in ("train", "eval")}
-    return Part(
+    return ModelPart(
         model,
         stages,
         {name: stages[0] for name, stages in held.items()},
@@ -154,29 +105,6 @@ def _same_tensors(model: nn.Module) -> dict[str, list[str]]:
     return {name: names[id(tensor)] for name, tensor in state.items()}
 
 
-def cut_model(model: nn.Module, cut: Cut, stages: int) -> dict[str, list[StageGraph]]:
-    """The model's graph cut into stages, by mode: forward may read `self.training`."""
-    cuts = {}
-    for mode in ("train", "eval"):
-        with in_mode(model, mode == "train"):
-            graph = graph_of(model, cut.given, cut.opened, cut.example)
-        cuts[mode] = cut_graph(graph, check_split(graph, cut.split, stages))
-    return cuts
-
-
-@contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in eval mode, or with True as it was left: parts of it may be in eval mode for good."""
-    was = {module: module.training for module in model.modules()}
-    if not training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in was.items():
-            module.training = mode
-
-
 def _drop_others(model: nn.Module, others: set[str], called: set[str]) -> None:
     """Remove the parameters and buffers of other actors, and every module that held nothing else and is not called."""
     for prefix, module in list(model.named_modules()):
@@ -199,32 +127,33 @@ def _drop_others(model: nn.Module, others: set[str], called: set[str]) -> None:
                 delattr(module, name)
 
 
-def bucket_sums(part: Part, plan: Plan, transport: Transport) -> dict[int, GradientSum]:
-    """Gradients summed in buckets over each stage's process group; not at all where replicas train apart."""
-    apart = plan.data_strategy == "local_sgd"
-    return {
-        stage: BucketSum(part.trainable(stage), None if apart else transport.same_stage(stage)) for stage in part.stages
-    }
-
-
-def sums_in_processes(part: Part, plan: Plan, transport: Transport, device: torch.device) -> dict[int, GradientSum]:
-    """How actors in processes of their own keep the replicas of their stages one model, as the plan says. All replicas
-    call it alike, before the optimizer is made."""
-    first = min(part.stages)
-    group = transport.same_stage(first)
-    trains = any(p.requires_grad for p in part.module.parameters())
-    if not isinstance(group, ProcessCollective):  # there is but one replica
-        return bucket_sums(part, plan, transport)
-    if plan.data_strategy == "fsdp" and any(True for _ in part.module.parameters()):
-        nothing = {stage: BucketSum([], None) for stage in part.stages}
-        return {**nothing, first: ShardedSum(part, group, device)}
-    if plan.data_strategy == "ddp" and len(plan.actor_of_stage) == 1 and trains:
-        return ddp_sum(part, group)
-    return bucket_sums(part, plan, transport)
-
-
-def ddp_sum(part: Part, group: ProcessCollective) -> dict[int, GradientSum]:
-    """Gradients summed by DDP around the whole model, whose forward goes through it in training."""
-    ddp = DDPSum(part.module, group.group)
-    part.stages[0].codes["train"] = StageCode(lambda inputs, _: (ddp.call(inputs),))
-    return {0: ddp}
+def make_engine(
+    spec: ModelSpec,
+    plan: Plan,
+    replica: int,
+    actor: int,
+    part: ModelPart,
+    transport: Transport,
+    device: torch.device,
+    sums: dict[int, GradientSum] | None = None,
+    saved: SavedTensors | None = None,
+) -> Engine:
+    """The engine of one actor over its part of the model, restored where there is a checkpoint."""
+    learner = Learner(part, spec, LossScale() if plan.precision == "fp16" else None)
+    averaging = Averaging(plan, replica, part, spec, transport) if plan.data_strategy == "local_sgd" else None
+    engine = Engine(
+        plan,
+        replica,
+        actor,
+        part,
+        learner,
+        sums or bucket_sums(part, plan, transport),
+        transport,
+        device,
+        spec.seed,
+        averaging=averaging,
+        trace=spec.trace,
+    )
+    if saved is not None:
+        restore(engine, saved)
+    return engine

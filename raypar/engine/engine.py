@@ -23,7 +23,7 @@ from raypar.engine import microbatch
 from raypar.engine import step as commit
 from raypar.engine.clock import Clock
 from raypar.engine.faults import failed_wait, user_code
-from raypar.engine.step import Order, StepResult
+from raypar.engine.step import StepRequest, StepResult
 from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.program import Compute, Message, Post, Program, Release, Send, programs
 from raypar.planning.schedule import Action, Schedule
@@ -33,11 +33,11 @@ from raypar.replicas.fsdp import ShardedSum
 from raypar.replicas.gradients import GradientSum
 from raypar.replicas.local_sgd import Averaging
 from raypar.replicas.ties import Ties
+from raypar.splitting.stage_code import Values
 from raypar.stages.learner import Learner
-from raypar.stages.model_part import Part
-from raypar.stages.stage import Values
-from raypar.transport.channel import Inbox, Outbox, Waiting, layout_of_gradients
-from raypar.transport.interface import Transport
+from raypar.stages.model_part import ModelPart
+from raypar.transport.channel import Inbox, Outbox, layout_of_gradients
+from raypar.transport.interface import Transport, Waiting
 from raypar.tree import Tree
 
 
@@ -65,7 +65,7 @@ class Engine:
         plan: Plan,
         replica: int,
         actor: int,
-        part: Part,
+        part: ModelPart,
         learner: Learner,
         sums: dict[int, GradientSum],
         transport: Transport,
@@ -95,7 +95,7 @@ class Engine:
 
     # ------------------------------------------------------------ what a replica asks for
 
-    def train_step(self, order: Order) -> Waiting:
+    def train_step(self, order: StepRequest) -> Waiting:
         """One optimizer step; returns a StepResult. Raises NonFiniteError when the loss or the gradient is
         not finite: then nothing has changed."""
         self.learner.begin()
@@ -117,14 +117,14 @@ class Engine:
                 yield from self.ties.spread_weights()
         return StepResult(order.step, totals.mean, norm, totals.samples, lr, skipped)
 
-    def eval_step(self, order: Order) -> Waiting:
+    def eval_step(self, order: StepRequest) -> Waiting:
         """Forward passes alone; returns the loss's (sum, weight) over this replica on the actor of the last stage, and
         (0, 0) elsewhere."""
         run = self._start("eval", order)
         yield from self._play(run)
         return commit.total([loss for loss, _ in run.sums]), commit.total([weight for _, weight in run.sums])
 
-    def predict(self, order: Order) -> Waiting:
+    def predict(self, order: StepRequest) -> Waiting:
         """Forward passes alone; returns the model's output on the actor of the last stage, None elsewhere."""
         run = self._start("predict", order)
         yield from self._play(run)
@@ -136,7 +136,7 @@ class Engine:
     def _is_last_actor(self) -> bool:
         return self.placement[-1] == self.actor
 
-    def _start(self, mode: str, order: Order) -> _Pass:
+    def _start(self, mode: str, order: StepRequest) -> _Pass:
         self.learner.set_mode(mode in ("train", "search"))
         sizes = microbatch.sizes(order.rows, self.plan.microbatches)
         if mode == "predict" and not sizes:  # the output of no row has a shape too
@@ -324,7 +324,7 @@ class Engine:
             stage = next(iter(self.part.stages)) if stage is None else stage
             raise failed_wait(f"replica {self.replica}, stage {stage}: {what}", error, self.replica, stage) from error
 
-    def _totals(self, run: _Pass, order: Order) -> Waiting:
+    def _totals(self, run: _Pass, order: StepRequest) -> Waiting:
         """The commit's sum: what all actors know of the step."""
         loss, weight = (commit.total([pair[index] for pair in run.sums]) for index in (0, 1))
         samples = order.rows if self._is_last_actor else 0
@@ -334,7 +334,7 @@ class Engine:
         with self.clock.traced("commit", next(iter(self.part.stages))):
             return commit.totals((yield from self._sum_over_all(numbers)))
 
-    def _give_up(self, order: Order, loss: float) -> Waiting:
+    def _give_up(self, order: StepRequest, loss: float) -> Waiting:
         """Drop a step whose loss or gradient is not finite, in all actors alike; raises NonFiniteError unless that may
         be the loss scale's fault."""
         self.learner.give_up()
@@ -345,7 +345,7 @@ class Engine:
         if scale is None or not scale.shrink():
             yield from self._find_non_finite(order, loss)
 
-    def _average(self, order: Order, totals: commit.Totals) -> Waiting:
+    def _average(self, order: StepRequest, totals: commit.StepTotals) -> Waiting:
         """Where replicas train apart, average their weights if that is due; returns whether it was."""
         if self.averaging is None:
             return False
@@ -360,7 +360,7 @@ class Engine:
             self.averaging.take(means)
         return True
 
-    def _find_non_finite(self, order: Order, loss: float) -> Waiting:
+    def _find_non_finite(self, order: StepRequest, loss: float) -> Waiting:
         """Play the forward passes of the failed step again, to name the first stage that is not finite."""
         run = self._start("search", order)
         run.finite = [True] * len(self.placement)
@@ -379,7 +379,7 @@ class Engine:
         return user_code(f"replica {self.replica}, {where}: {what}", self.replica, stage)
 
 
-def pairs(plan: Plan, part: Part) -> set[tuple[int, int]]:
+def pairs(plan: Plan, part: ModelPart) -> set[tuple[int, int]]:
     """The ordered pairs of actors that exchange messages: along each edge, and back with gradients; and where they
     share tied weights, both ways."""
     placement = plan.actor_of_stage

@@ -1,4 +1,4 @@
-"""What a replica asks of its actors, and what it is told."""
+"""What a replica asks of its actors for one step, what it is told, and the one sum by which all of them commit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raypar.tree import Tree
 
 
 @dataclass(frozen=True)
-class Order:
+class StepRequest:
     """What a replica asks of its actors: one batch, and what is to be done with it.
 
     step:    number of the optimizer step, from 1.
@@ -48,7 +48,7 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Totals:
+class StepTotals:
     """What every actor knows of a step once it commits.
 
     loss, weight: of the global batch, not divided.
@@ -82,9 +82,9 @@ def numbers(loss: float, weight: float, squared: float, samples: int, replica: i
     return [loss, weight, squared, float(samples), *own]
 
 
-def totals(summed: list[float]) -> Totals:
+def totals(summed: list[float]) -> StepTotals:
     loss, weight, squared, samples, *own = summed
-    return Totals(loss, weight, squared, int(samples), tuple(zip(own[::2], own[1::2], strict=True)))
+    return StepTotals(loss, weight, squared, int(samples), tuple(zip(own[::2], own[1::2], strict=True)))
 
 
 def total(values: list[torch.Tensor]) -> float:

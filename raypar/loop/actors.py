@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from raypar.checkpoint.saver import SaveOrder
-from raypar.engine.clock import Timing
-from raypar.engine.step import Order, StepResult
+from raypar.checkpoint.saver import SaveRequest
+from raypar.engine.engine import Engine
+from raypar.engine.step import StepRequest, StepResult
+from raypar.errors import ModelError
+from raypar.observe.bubble import Timing
 from raypar.observe.timeline import Event
 from raypar.tree import Tree
 
 
-class Actors(Protocol):
+class ReplicaActors(Protocol):
     """What holds the stages of one replica: this process, all engines of local mode, or stage actors."""
 
-    def train(self, order: Order) -> Callable[[], StepResult]:
+    def train(self, order: StepRequest) -> Callable[[], StepResult]:
         """Start a step; the function returned waits for its result."""
 
-    def evaluate(self, order: Order) -> tuple[float, float]:
+    def evaluate(self, order: StepRequest) -> tuple[float, float]:
         """The loss's (sum, weight) over this replica's rows."""
 
-    def predict(self, order: Order) -> Tree: ...
+    def predict(self, order: StepRequest) -> Tree: ...
 
     def model(self) -> dict[str, torch.Tensor]:
         """The whole model's state dict on the CPU, under the names of build_model(), with this replica's buffers."""
 
     def load_model(self, state: dict[str, torch.Tensor]) -> None: ...
 
-    def save(self, order: SaveOrder) -> None:
+    def save(self, order: SaveRequest) -> None:
         """Begin to write a checkpoint of the steps so far, together with all other replicas."""
 
     def saved(self, limit_s: float | None = None) -> None:
@@ -48,3 +51,49 @@ class Actors(Protocol):
 
     def describe(self) -> list[dict[str, Any]]:
         """Where each actor is and what it holds."""
+
+
+def merge_models(parts: Sequence[dict[str, torch.Tensor]], names: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """What the actors of a replica hold of the model as one state dict, in the order of the whole model."""
+    merged = {name: tensor for part in parts for name, tensor in part.items()}
+    return {name: merged[name] for name in names if name in merged}
+
+
+def describe(engine: Engine) -> dict[str, Any]:
+    """What an actor holds, for people: each stage with the names of its top modules."""
+    owner = engine.part.owner
+    stages = {}
+    for stage in engine.part.stages:
+        inside = [name.rpartition(".")[0] for name, holder in owner.items() if holder == stage]
+        stages[stage] = list(dict.fromkeys(inside))
+    return {
+        "replica": engine.replica,
+        "actor": engine.actor,
+        "stages": stages,
+        "device": str(engine.device),
+        "node_id": None,
+        "cores": os.cpu_count() or 1,
+        "pid": os.getpid(),
+        "parameters": sum(p.numel() for p in engine.part.module.parameters()),
+    }
+
+
+def steps_of(engine: Engine) -> bool | None:
+    """Whether an actor's optimizer steps anything; None where the actor has nothing to train."""
+    return engine.learner.optimizer is not None if engine.learner.parameters else None
+
+
+def check_something_is_stepped(of_actors: Iterable[bool | None]) -> None:
+    """Raise ModelError where the model has parameters to train, and no actor's optimizer has selected any. That one
+    of them selects none is no error: groups go by name or type, and the others' parameters are elsewhere."""
+    asked = [found for found in of_actors if found is not None]
+    if asked and not any(asked):
+        raise ModelError(
+            "optimizer: found one without any parameter on every actor, though the model has parameters that require a "
+            "gradient; needed one that selects some of module.parameters()"
+        )
+
+
+def with_lr(results: Sequence[StepResult]) -> StepResult:
+    """The results of a replica's actors as one: they are equal, but only those with an optimizer know the rate."""
+    return next((result for result in results if result.lr is not None), results[0])

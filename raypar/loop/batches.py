@@ -14,7 +14,8 @@ from typing import Any
 from raypar.data.row_order import RowOrder
 from raypar.data.sources import Source, is_indexed, is_path, open_source
 from raypar.errors import DataError, UsageError, near_names
-from raypar.loop.session import Loop, Session, current
+from raypar.loop.position import Loop
+from raypar.loop.session import Session, current
 
 logger = logging.getLogger("raypar")
 

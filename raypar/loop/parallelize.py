@@ -16,8 +16,7 @@ from raypar.errors import ModelError, RayparError, UsageError
 from raypar.loop.replica import Replica
 from raypar.loop.session import current
 from raypar.splitting.choose import choose_cut
-from raypar.stages.model_part import Cut, ModelSpec
-from raypar.stages.stage import LossFunction
+from raypar.splitting.model import LossFunction, ModelSpec, Split
 
 
 def parallelize(
@@ -89,7 +88,7 @@ def parallelize(
     if example_inputs is not None:
         example_inputs = _plain_tensors(example_inputs)
     placement = session.plan.actor_of_stage
-    chosen: Cut | RayparError | None = None
+    chosen: Split | RayparError | None = None
     if session.rank == 0:  # one replica decides: measured times differ, and all must cut alike
         kept = randomness.save_state()  # measuring draws random numbers, which are not the loop's
         try:

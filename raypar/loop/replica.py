@@ -13,11 +13,12 @@ import torch
 
 from raypar.checkpoint.weights import check_shapes, name_lists, shapes_of
 from raypar.engine import microbatch
-from raypar.engine.clock import Bubble, bubble_of
-from raypar.engine.step import Order, StepResult
+from raypar.engine.step import StepRequest, StepResult
 from raypar.errors import CheckpointError, DataError, NonFiniteError, UsageError
-from raypar.loop.actors import Actors
-from raypar.loop.session import Position, Session, current
+from raypar.loop.actors import ReplicaActors
+from raypar.loop.position import Position
+from raypar.loop.session import Session, current
+from raypar.observe.bubble import Bubble, bubble_of
 
 IN_FLIGHT = 2
 """Steps that may be under way at once: one that computes, one whose batch is already there."""
@@ -82,7 +83,7 @@ class EvalOutput:
 class Replica:
     """One replica of the model: made by `raypar.parallelize`, used by one train loop."""
 
-    def __init__(self, session: Session, actors: Actors) -> None:
+    def __init__(self, session: Session, actors: ReplicaActors) -> None:
         self._session = session
         self._actors = actors
         self._in_flight: deque[tuple[StepOutput, Position]] = deque()
@@ -201,7 +202,7 @@ class Replica:
         except CheckpointError as failure:
             return NonFiniteError(f"{error.message} Also, {failure}", step=error.step, stage=error.stage)
 
-    def _order(self, step: int, inputs: Any, targets: Any) -> Order:
+    def _order(self, step: int, inputs: Any, targets: Any) -> StepRequest:
         rows = microbatch.rows_of(inputs)
         if targets is not None and microbatch.rows_of(targets) != rows:
             raise DataError(
@@ -213,7 +214,7 @@ class Replica:
                 "the devices; needed: the values repeated for each row, or another data_strategy"
             )
         key = (microbatch.describe(inputs), microbatch.describe(targets))
-        return Order(step, rows, key, inputs, targets)
+        return StepRequest(step, rows, key, inputs, targets)
 
 
 def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:

@@ -7,71 +7,29 @@ A session is made by local mode or by a train worker before the user's loop star
 from __future__ import annotations
 
 import contextlib
-import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from raypar import randomness
+from raypar.checkpoint.contents import saved_random
 from raypar.checkpoint.manifest import free_path, read_manifest
-from raypar.checkpoint.saver import SaveOrder
+from raypar.checkpoint.saver import SaveRequest
 from raypar.checkpoint.shards import SavedTensors
-from raypar.engine.actor_state import saved_random
 from raypar.errors import CheckpointError, UsageError
-from raypar.loop.actors import Actors
+from raypar.loop.actors import ReplicaActors
+from raypar.loop.position import Loop, Position, Rate, _arguments
+from raypar.loop.saving import Saving
 from raypar.observe.timeline import Event
 from raypar.planning.plan import Plan, Timeouts
-from raypar.stages.model_part import Cut, ModelSpec
+from raypar.splitting.model import ModelSpec, Split
 from raypar.storage import Storage
-
-
-@dataclass
-class Position:
-    """Where a run is in its data.
-
-    epoch:    the epoch that goes on, or the next one, from 0.
-    trained:  of each data set, the batches of this epoch that optimizer steps have used.
-    batching: of each of these, the arguments of `batches` that decide which rows those were.
-    """
-
-    epoch: int = 0
-    trained: dict[str, int] = field(default_factory=dict)
-    batching: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def copy(self) -> Position:
-        return Position(self.epoch, dict(self.trained), dict(self.batching))
-
-
-@dataclass(eq=False)
-class Loop:
-    """A loop over the batches of a data set that has begun and not ended.
-
-    count:    the batches of a whole epoch; None where only its end will tell. Known with the last batch at the latest.
-    batching: as in Position.
-    newest:   the index of the batch that the loop has got last.
-    trained:  how many of the epoch's batches were used when the last step was taken within this loop; 0 before any.
-    """
-
-    name: str
-    count: int | None
-    batching: dict[str, Any]
-    newest: int = -1
-    trained: int = 0
-
-
-@dataclass(frozen=True)
-class Saving:
-    """A checkpoint that is being written: by whom, where (or why not), and the metrics that are published with it."""
-
-    actors: Actors
-    path: str | CheckpointError
-    row: dict[str, Any] | None
 
 
 class Session(ABC):
@@ -139,11 +97,11 @@ class Session(ABC):
         """The sum of a tensor over all replicas, on its device."""
 
     @abstractmethod
-    def measure(self, spec: ModelSpec, units: Cut, example_inputs: Any) -> list[float]:
+    def measure(self, spec: ModelSpec, units: Split, example_inputs: Any) -> list[float]:
         """The seconds of each unit of a cut, measured on a device of the kind that will hold it."""
 
     @abstractmethod
-    def start_actors(self, spec: ModelSpec) -> Actors:
+    def start_actors(self, spec: ModelSpec) -> ReplicaActors:
         """Build the model on this replica's actors, restored from `restored` where that is set."""
 
     @abstractmethod
@@ -235,7 +193,7 @@ class Session(ABC):
                 }
             )
 
-    def save(self, actors: Actors, step: int, position: Position, row: dict[str, Any] | None = None) -> None:
+    def save(self, actors: ReplicaActors, step: int, position: Position, row: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint; all replicas call it alike, and `settle` before the next one.
 
         row: the metrics that are published with it.
@@ -257,7 +215,7 @@ class Session(ABC):
                 "history": self.history,
                 "names": list(actors.names()),
             }
-            actors.save(SaveOrder(step, found, manifest, randomness.plain_state()))
+            actors.save(SaveRequest(step, found, manifest, randomness.plain_state()))
         self.saving = Saving(actors, found, row)
 
     def settle(self) -> CheckpointError | None:
@@ -284,7 +242,7 @@ class Session(ABC):
             with contextlib.suppress(Exception):
                 self.saving.actors.saved(self.timeouts.stop)
 
-    def save_now(self, actors: Actors, step: int, position: Position) -> str:
+    def save_now(self, actors: ReplicaActors, step: int, position: Position) -> str:
         """Write a checkpoint and wait for it; returns its path. Raises CheckpointError."""
         self.settle()
         self.save(actors, step, position)
@@ -314,28 +272,6 @@ class Session(ABC):
         if self.epochs is not None and position.trained and not going_on:
             return Position(position.epoch + 1)
         return position.copy()
-
-
-def _arguments(batching: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in batching.items())
-
-
-class Rate:
-    """Samples per second since the last time that progress was shown, at most four times a second."""
-
-    def __init__(self) -> None:
-        self.since = time.monotonic()
-        self.samples = 0
-        self.per_second: float | None = None
-
-    def count(self, samples: int) -> bool:
-        self.samples += samples
-        elapsed = time.monotonic() - self.since
-        if elapsed < 0.25:
-            return False
-        self.per_second = self.samples / elapsed
-        self.since, self.samples = time.monotonic(), 0
-        return True
 
 
 _current: ContextVar[Session | None] = ContextVar("raypar_session", default=None)

@@ -1,1 +1,4 @@
-"""what a run shows: timeline, bubble, progress, and metrics to come; no torch, no ray"""
+"""What a run shows: timeline, bubble, progress. Imports neither torch nor ray.
+
+Enter by: timeline, bubble, progress.
+"""

@@ -1,1 +1,4 @@
-"""what is to be done: plans, schedules, programs, where to cut; no torch, no ray"""
+"""What is to be done: plans, schedules, programs, where to cut. Imports neither torch nor ray.
+
+Enter by: plan, schedule, schedules, program, simulate, partition.
+"""

@@ -1,1 +1,4 @@
-"""how copies of the same weights stay equal: ddp, fsdp, scatter, local SGD, ties"""
+"""How copies of the same weights stay equal: ddp, fsdp, scatter, local SGD, ties.
+
+Enter by: strategies, ties, fsdp, gradients, local_sgd, scatter.
+"""

@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from raypar.replicas.gradients import BucketSum
-from raypar.stages.model_part import Part
-from raypar.transport.channel import Waiting
+from raypar.stages.model_part import ModelPart
+from raypar.transport.interface import Waiting
 from raypar.transport.process_links import ProcessCollective
 
 
@@ -44,7 +44,7 @@ class ShardedSum:
     buckets: parameters without a dimension, those that are not contiguous, and types other than that of most.
     """
 
-    def __init__(self, part: Part, replicas: ProcessCollective, device: torch.device) -> None:
+    def __init__(self, part: ModelPart, replicas: ProcessCollective, device: torch.device) -> None:
         from torch.distributed.fsdp import fully_shard  # takes a second, and only this strategy needs it
 
         self.part, self.replicas, self.device = part, replicas, device

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from raypar.splitting.trace import call
-from raypar.transport.channel import Waiting, Work
-from raypar.tree import Tree
+from raypar.transport.interface import Collective, Waiting
 
 BUCKET_BYTES = 32 * 1024 * 1024
 """Gradients are summed in flat tensors of about this size: large enough that latency does not count."""
-
-
-class Collective(Protocol):
-    """Members that add up a tensor, in place. All members call in the same order."""
-
-    @property
-    def size(self) -> int: ...
-
-    def sum(self, tensor: torch.Tensor) -> Work: ...
 
 
 class GradientSum(Protocol):
@@ -88,98 +74,3 @@ class BucketSum:
                 part = flat[offset : offset + parameter.numel()].view_as(parameter)
                 parameter.grad = part if have_it else None
                 offset += parameter.numel()
-
-
-class _Whole(nn.Module):
-    """The module that DDP wraps: the model, callable with inputs in any form, or with none at all."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        # DDP warns, to stderr and not through Python, when it looks for unused parameters and finds none; this is one
-        self.never_used = nn.Parameter(torch.zeros(1, device=next(model.parameters()).device))
-
-    def forward(self, inputs: Tree) -> Any:
-        if inputs is None:  # a replica without a row: it uses no parameter of the model, and takes part all the same
-            return self.never_used.sum() * 0.0
-        return call(self.model, inputs)
-
-
-class DDPSum:
-    """DistributedDataParallel around a whole model: reduces during the last micro-batch's backward pass.
-
-    A communication hook adds without DDP's own division by the number of replicas, since raypar divides once,
-    by the weight of the global batch.
-    """
-
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
-        self.ddp = DistributedDataParallel(
-            _Whole(model),
-            process_group=group,
-            init_sync=False,  # every replica builds the same weights from the same seed, or the same checkpoint
-            forward_sync_buffers=False,  # buffers belong to the replica
-            find_unused_parameters=True,  # any model: what a step does not use keeps no gradient, as in plain PyTorch
-            gradient_as_bucket_view=True,
-        )
-        self.failures = _Failures()
-        self.ddp.register_comm_hook(_Reduction(group, self.failures), _add_only)
-
-    def call(self, inputs: Tree) -> Any:
-        return self.ddp(inputs)
-
-    @contextmanager
-    def around(self, is_last: bool) -> Iterator[None]:
-        with nullcontext() if is_last else self.ddp.no_sync():
-            try:
-                yield
-            except RuntimeError as error:
-                if self.failures.any:  # else it is the model's own
-                    raise dist.DistError(str(error)) from error
-                raise
-
-    def start(self, rows: int) -> Waiting:
-        if not rows:
-            self.ddp(None).backward()
-        yield from ()
-
-
-class _Failures:
-    """Whether a reduction within DDP's backward pass has failed, which raises that as it would any error.
-
-    Holds no process group: torch drops it in a thread of that group, which cannot wait for its own end.
-    """
-
-    def __init__(self) -> None:
-        self.any = False
-
-    @contextmanager
-    def noticed(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError:
-            self.any = True
-            raise
-
-    def first_of(self, done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
-        with self.noticed():
-            return done.value()[0]
-
-
-@dataclass(frozen=True)
-class _Reduction:
-    """What DDP's hook works with."""
-
-    group: dist.ProcessGroup
-    failures: _Failures
-
-
-def _add_only(reduction: _Reduction, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    with reduction.failures.noticed():
-        work = dist.all_reduce(bucket.buffer(), group=reduction.group, async_op=True)
-    assert work is not None
-    future: torch.futures.Future[torch.Tensor] = work.get_future().then(reduction.failures.first_of)
-    return future
-
-
-# DDP compares the annotations of a hook with the types themselves, where this module has them as text.
-_add_only.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}

@@ -18,10 +18,10 @@ from torch import nn
 
 from raypar.planning.plan import Plan
 from raypar.replicas.gradients import buckets_of
-from raypar.stages.learner import checked_optimizer, entries_of, load_entries
-from raypar.stages.model_part import ModelSpec, Part
-from raypar.transport.channel import Waiting
-from raypar.transport.interface import Transport
+from raypar.splitting.model import ModelSpec
+from raypar.stages.model_part import ModelPart
+from raypar.stages.optimizer_state import checked_optimizer, entries_of, load_entries
+from raypar.transport.interface import Transport, Waiting
 
 
 class Averaging:
@@ -31,7 +31,7 @@ class Averaging:
     anchor:  the weights at the last average by name; only with an outer optimizer.
     """
 
-    def __init__(self, plan: Plan, replica: int, part: Part, spec: ModelSpec, transport: Transport) -> None:
+    def __init__(self, plan: Plan, replica: int, part: ModelPart, spec: ModelSpec, transport: Transport) -> None:
         self.every, self.replica = plan.sync_every, replica
         self.collectives = {stage: transport.same_stage(stage) for stage in part.stages}
         self.buckets = {stage: buckets_of(part.trainable(stage)) for stage in part.stages}

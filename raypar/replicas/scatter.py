@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 from raypar.randomness import mixed_seed
-from raypar.splitting.trace import call
-from raypar.stages.model_part import Part
-from raypar.stages.stage import StageCode
+from raypar.splitting.model import call
+from raypar.splitting.stage_code import StageCode
+from raypar.stages.model_part import ModelPart
 from raypar.tree import Tree
 
 logger = logging.getLogger("raypar")
 
 
-def scatter_over(part: Part, devices: Sequence[torch.device]) -> None:
+def scatter_over(part: ModelPart, devices: Sequence[torch.device]) -> None:
     """Let the one stage of a part run on several CUDA devices, the first of which holds it; with fewer than two it
     stays the plain module, and a warning says so."""
     if len(devices) < 2 or devices[0].type != "cuda":

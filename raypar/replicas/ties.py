@@ -15,15 +15,14 @@ import torch
 from torch import nn
 
 from raypar.stages.dtensors import local
-from raypar.stages.model_part import Part
-from raypar.transport.channel import Link, Waiting
-from raypar.transport.interface import Transport
+from raypar.stages.model_part import ModelPart
+from raypar.transport.interface import Link, Transport, Waiting
 
 
 class Ties:
     """One actor's share in the tied weights of its replica."""
 
-    def __init__(self, part: Part, transport: Transport) -> None:
+    def __init__(self, part: ModelPart, transport: Transport) -> None:
         self.module = part.module
         self.copies = dict(sorted(part.copies.items()))
         self.lent = dict(sorted(part.lent.items()))

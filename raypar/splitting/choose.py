@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from raypar import tree
-from raypar.engine.build import build_whole, check_model, cut_model, in_mode, one_process_a_node
 from raypar.errors import RayparError, SplitError
 from raypar.planning.partition import balanced_cuts
 from raypar.splitting.export import described
 from raypar.splitting.graph import graph_of, needs_export
-from raypar.splitting.split import can_be_opened, check_split, holders, open_modules
-from raypar.splitting.trace import attribute, bind_inputs, module_calls, on_meta
-from raypar.stages.model_part import Cut, ModelSpec
-from raypar.stages.stage import Stage, Values, part_of_model
+from raypar.splitting.model import (
+    ModelSpec,
+    Split,
+    attribute,
+    bind_inputs,
+    build_whole,
+    check_model,
+    in_mode,
+    on_meta,
+    one_process_a_node,
+)
+from raypar.splitting.split import can_be_opened, check_split, cut_model, holders, open_modules
+from raypar.splitting.stage_code import Values, part_of_model
+from raypar.splitting.trace import module_calls
 from raypar.transport.channel import check_can_cross
 from raypar.tree import Tree
-
-ROUNDS = 3
-"""Times that each module is measured; the fastest counts, since noise only ever adds."""
 
 OPENINGS = 4
 """Times that modules which are too large are opened, and all is measured again."""
@@ -42,8 +46,8 @@ def choose_cut(
     placement: Sequence[int],
     split: Sequence[str] | None,
     example_inputs: Tree,
-    measure: Callable[[Cut], list[float]],
-) -> Cut:
+    measure: Callable[[Split], list[float]],
+) -> Split:
     """Decide where to cut, on a model without storage: nothing is allocated for a model that cannot be cut.
 
     measure: the seconds of each unit of a cut, forward and backward; called only without `split`.
@@ -52,7 +56,7 @@ def choose_cut(
     """
     stages = len(placement)
     if stages == 1 and not split:
-        return Cut()
+        return Split()
     model = on_meta(spec.build_model)
     if model is None:
         with one_process_a_node():
@@ -60,7 +64,7 @@ def choose_cut(
     check_model(model)
     given = None if example_inputs is None else tuple(bind_inputs(model, example_inputs))
     example = None if example_inputs is None else described(example_inputs)
-    whole = Cut((), tuple(sorted(open_modules(model, split, stages, given, example))), given, example)
+    whole = Split((), tuple(sorted(open_modules(model, split, stages, given, example))), given, example)
     if split is not None:
         graph = graph_of(model, given, whole.opened, example)
         cut = _without_example(model, dataclasses.replace(whole, split=tuple(check_split(graph, split, stages))))
@@ -87,7 +91,7 @@ def choose_cut(
     return cut
 
 
-def _check(model: nn.Module, cut: Cut, stages: int, example_inputs: Tree) -> None:
+def _check(model: nn.Module, cut: Split, stages: int, example_inputs: Tree) -> None:
     """Refuse a cut through something that belongs to one stage, or with a border that a value cannot cross."""
     cuts = cut_model(model, cut, stages)
     holders(model, list(cuts.values()))
@@ -97,11 +101,11 @@ def _check(model: nn.Module, cut: Cut, stages: int, example_inputs: Tree) -> Non
 
 def _balanced(
     model: nn.Module,
-    whole: Cut,
+    whole: Split,
     placement: Sequence[int],
     example_inputs: Tree,
-    measure: Callable[[Cut], list[float]],
-) -> list[tuple[Cut, list[float]]]:
+    measure: Callable[[Split], list[float]],
+) -> list[tuple[Split, list[float]]]:
     """Cuts in balance, each with its actors' shares of the cost. The first opens no more than `whole.opened`;
     each further one opens modules that are too large for a fair share, and is better balanced for it."""
     if example_inputs is None:
@@ -110,7 +114,7 @@ def _balanced(
             "parallelize example_inputs to balance the stages by measured time, or split to choose yourself",
             stacklevel=4,  # the line that calls parallelize
         )
-    found: list[tuple[Cut, list[float]]] = []
+    found: list[tuple[Split, list[float]]] = []
     opened = whole.opened
     for _ in range(OPENINGS + 1):
         calls = module_calls(graph_of(model, whole.given, opened, whole.example))
@@ -146,7 +150,7 @@ def _balanced(
     return found
 
 
-def _without_example(model: nn.Module, cut: Cut) -> Cut:
+def _without_example(model: nn.Module, cut: Split) -> Split:
     """A cut that holds an example only where torch.fx is not enough, in training or in evaluation."""
     for training in (True, False):
         with in_mode(model, training):
@@ -155,7 +159,7 @@ def _without_example(model: nn.Module, cut: Cut) -> Cut:
     return dataclasses.replace(cut, example=None)
 
 
-def _can_trace(model: nn.Module, name: str, opened: Sequence[str], whole: Cut) -> bool:
+def _can_trace(model: nn.Module, name: str, opened: Sequence[str], whole: Split) -> bool:
     """Whether the module `name` can be opened besides the others."""
     if not can_be_opened(attribute(model, name)):
         return False
@@ -166,27 +170,7 @@ def _can_trace(model: nn.Module, name: str, opened: Sequence[str], whole: Cut) -
     return True
 
 
-def _chain(model: nn.Module, cut: Cut, visit: Callable[[Stage, dict[int, Values]], dict[int, Values]]) -> list[Stage]:
-    """Call `visit` on each stage of a cut in order, with what the earlier ones have sent to it."""
-    parts = cut_model(model, cut, len(cut.split) + 1)
-    codes = [
-        {mode: part_of_model(model, cuts[index]) for mode, cuts in parts.items()} for index in range(len(cut.split) + 1)
-    ]
-    stages = [Stage(index, codes[index], index == len(codes) - 1, _sum_of_output) for index in range(len(codes))]
-    arrived: dict[int, dict[int, Values]] = {index: {} for index in range(len(codes))}
-    for stage in stages:
-        for target, values in visit(stage, arrived.pop(stage.index)).items():
-            arrived[target][stage.index] = values
-    return stages
-
-
-def _sum_of_output(output: Any, targets: Any) -> torch.Tensor:
-    """A loss for any model: every floating-point value of the output takes part."""
-    found = [t for t in tree.leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    return torch.stack([t.float().sum() for t in found]).sum() if found else torch.zeros(())
-
-
-def _check_borders(model: nn.Module, cut: Cut, stages: int, example_inputs: Tree) -> None:
+def _check_borders(model: nn.Module, cut: Split, stages: int, example_inputs: Tree) -> None:
     """Refuse a model of which some value cannot cross a border; on the meta device, without storage."""
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     inputs = tree.map_tensors(lambda t: torch.empty_like(t, device=device), example_inputs)
@@ -204,41 +188,3 @@ def _check_borders(model: nn.Module, cut: Cut, stages: int, example_inputs: Tree
         raise
     except Exception:  # code that looks at values cannot run on meta: its borders are checked at the first step
         return
-
-
-def measure_units(spec: ModelSpec, cut: Cut, example_inputs: Tree, device: torch.device) -> list[float]:
-    """Seconds of one forward and backward pass of each stage of `cut`, on a throw-away model on `device`."""
-    model = build_whole(spec).to(device)
-    inputs = tree.map_tensors(lambda t: t.to(device), example_inputs)
-    best = [float("inf")] * (len(cut.split) + 1)
-    for _ in range(ROUNDS + 1):  # the first round warms up
-        times = [0.0] * len(best)
-
-        def timed(index: int, run: Callable[[], Any], times: list[float] = times) -> Any:
-            start = _now(device)
-            result = run()
-            times[index] += _now(device) - start
-            return result
-
-        def visit(
-            stage: Stage, received: dict[int, Values], timed: Callable[[int, Callable[[], Any]], Any] = timed
-        ) -> dict[int, Values]:
-            sends, _ = timed(stage.index, lambda: stage.forward(0, inputs, received, None, 1))
-            return sends  # type: ignore[no-any-return]
-
-        gradients: dict[int, dict[int, list[torch.Tensor]]] = {index: {} for index in range(len(best))}
-        for stage in reversed(_chain(model, cut, visit)):
-            given = gradients[stage.index]
-            for target in stage.codes["train"].sends:
-                given.setdefault(target, [])
-            for source, found in timed(stage.index, lambda s=stage, g=given: s.backward(0, g)).items():  # type: ignore[misc]
-                gradients[source][stage.index] = found
-        best = [min(pair) for pair in zip(best, times, strict=True)]
-        model.zero_grad(set_to_none=True)
-    return best
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -1,9 +1,9 @@
 """The top-level forward of a model as a graph, through torch.export: for what torch.fx cannot trace.
 
 Only the graph is torch.export's. Its leaves are the user's own modules, called with their hooks, dropout and
-train/eval mode as ever (see raypar.splitting.opaque_modules); the operations between them are recorded as torch's own. Sizes
-stay variable wherever the forward lets them. Whatever it has assumed about them, a branch on a length, say, is checked
-on each batch before the graph runs, so that a batch of another form is an error and never a wrong number.
+train/eval mode as ever (see raypar.splitting.opaque_modules); the operations between them are recorded as torch's own.
+Sizes stay variable wherever the forward lets them. Whatever it has assumed about them, a branch on a length, say, is
+checked on each batch before the graph runs, so that a batch of another form is an error and never a wrong number.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from torch.fx.experimental import _config
 
 from raypar import randomness, tree
 from raypar.errors import ModelError, SplitError
-from raypar.splitting.export_checks import CHECK, Form, are_alike, is_same, named
-from raypar.splitting.opaque_modules import LEAF, Call, Leaves, Slot, flat, put_back
-from raypar.splitting.trace import Lost, attribute, bind_inputs, refuse_what_tracing_passes_over, user_line
+from raypar.splitting.export_checks import CHECK, InputGuards, graphs_agree_for_one_row, is_same, named
+from raypar.splitting.model import attribute, bind_inputs
+from raypar.splitting.opaque_modules import LEAF, Call, OpaqueCalls, Slot, flat, put_back
+from raypar.splitting.trace import Lost, refuse_what_tracing_passes_over, user_line
 from raypar.tree import Structure, Tree
 
 _ROOT = "model."
@@ -138,7 +139,7 @@ def _try_one_row(model: nn.Module, example: Tree, descend: Collection[str], foun
         one = _export(model, tree.unflatten([of_one_row(leaf) for leaf in leaves], structure), descend)
     except SplitError:
         return
-    if are_alike(model, found.graph, one.graph, one.calls, list(one.arguments.values())):
+    if graphs_agree_for_one_row(model, found.graph, one.graph, one.calls, list(one.arguments.values())):
         found.form.for_one_row = one.form.guards
 
 
@@ -150,7 +151,7 @@ def _export(model: nn.Module, example: Tree, descend: Collection[str]) -> _Conve
     arguments = bind_inputs(model, tree.unflatten(found, structure))
     returned: list[Structure] = []
     opened = {"": model, **{name: attribute(model, name) for name in descend}}
-    root, leaves = _Root(model, arguments, opened, returned.append), Leaves(model, descend)
+    root, leaves = _Root(model, arguments, opened, returned.append), OpaqueCalls(model, descend)
     kept = randomness.save_state()
     try:
         with put_back(model), leaves.recorded():
@@ -203,7 +204,7 @@ class _Converter:
         self.returned: dict[fx.Node, list[Any]] = {}
         self.inputs = {name: self.graph.placeholder(name) for name in arguments}
         # The guards have no public name. program.module() checks them too, but says neither which input nor what to do.
-        self.form = Form(program._guards_code, arguments)
+        self.form = InputGuards(program._guards_code, arguments)
         self.graph.call_function(named(self.form.check, CHECK), tuple(self.inputs.values()))
         self._lift(arguments)
         for node in program.graph.nodes:

@@ -36,11 +36,11 @@ def is_same(value: Any, other: Any) -> bool:
     return value is other or (type(value) is type(other) and bool(value == other))
 
 
-class Form:
+class InputGuards:
     """What the values of `arguments`, in their order, must be.
 
     guards:      what torch.export has assumed: Python expressions of L['tensors'][i], the i-th tensor.
-    for_one_row: where the graph is right for one row as well (raypar.splitting.export_checks), what must hold of that row;
+    for_one_row: where the graph is right for one row as well (see below), what must hold of that row;
                  the guards must then hold of two rows.
     """
 
@@ -136,7 +136,9 @@ def _in_words(guard: str, paths: list[str]) -> str:
 TRIALS = 2
 
 
-def are_alike(model: nn.Module, graph: fx.Graph, of_one_row: fx.Graph, calls: list[Call], inputs: list[Tree]) -> bool:
+def graphs_agree_for_one_row(
+    model: nn.Module, graph: fx.Graph, of_one_row: fx.Graph, calls: list[Call], inputs: list[Tree]
+) -> bool:
     """Whether two graphs do the same for one row. `calls` are those of the second one, `inputs` have its shapes."""
     for seed in range(TRIALS):
         try:

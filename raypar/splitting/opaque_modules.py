@@ -3,7 +3,7 @@
     forward ── embed(x) ── block(h, mask) ── …        the top-level code, recorded operation by operation
                  │             │
               leaf #0       leaf #1                    one call of `raypar::leaf` each, with its tensors and sizes;
-                                                       `Leaves.calls` says what else it was called with
+                                                       `OpaqueCalls.calls` says what else it was called with
 
 A leaf's own forward runs aside, unrecorded and without hooks, on tensors without values, since what it returns must
 have a shape. Whatever it has changed on itself is put back afterwards.
@@ -62,7 +62,7 @@ class Call:
     outputs: list[torch.Tensor] = field(repr=False, default_factory=list)
 
 
-class Leaves:
+class OpaqueCalls:
     """Records the calls of a model's leaves while it is exported."""
 
     def __init__(self, model: nn.Module, descend: Collection[str]) -> None:
@@ -196,7 +196,7 @@ def _refill(container: Any, was: Any) -> None:
         container.update(was)
 
 
-_recording: list[Leaves] = []
+_recording: list[OpaqueCalls] = []
 """The one that records now, last; the operator knows nothing but the number of a call."""
 
 _library = torch.library.Library("raypar", "FRAGMENT")

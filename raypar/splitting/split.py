@@ -23,7 +23,8 @@ from torch import fx, nn
 
 from raypar.errors import SplitError, near_names
 from raypar.splitting.graph import graph_of
-from raypar.splitting.trace import attribute, has_hooks, module_calls
+from raypar.splitting.model import Split, attribute, in_mode
+from raypar.splitting.trace import has_hooks, module_calls
 from raypar.tree import Tree
 
 Edge = tuple[int, int]
@@ -224,3 +225,13 @@ def holders(model: nn.Module, graphs: Sequence[Sequence[StageGraph]]) -> dict[st
         owner = stages[0] if stages else 0
         found[name] = [owner, *sorted(users.get(name, set()) - {owner})]
     return found
+
+
+def cut_model(model: nn.Module, cut: Split, stages: int) -> dict[str, list[StageGraph]]:
+    """The model's graph cut into stages, by mode: forward may read `self.training`."""
+    cuts = {}
+    for mode in ("train", "eval"):
+        with in_mode(model, mode == "train"):
+            graph = graph_of(model, cut.given, cut.opened, cut.example)
+        cuts[mode] = cut_graph(graph, check_split(graph, cut.split, stages))
+    return cuts

@@ -12,50 +12,15 @@ from __future__ import annotations
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from raypar import randomness
-from raypar.errors import ModelError, SplitError
-from raypar.tree import Tree
-
-
-def bind_inputs(model: nn.Module, inputs: Tree) -> dict[str, Any]:
-    """The arguments of `model.forward` by name: a tensor is its first argument, a tuple or list its
-    positional ones, a dict its keywords. Raises ModelError when they do not fit its signature."""
-    return binder(model)(inputs)
-
-
-def binder(model: nn.Module) -> Callable[[Tree], dict[str, Any]]:
-    """`bind_inputs` for one model, whose signature is then looked up only once."""
-    signature = inspect.signature(model.forward)
-
-    def bind(inputs: Tree) -> dict[str, Any]:
-        try:
-            if isinstance(inputs, dict):
-                return dict(signature.bind(**inputs).arguments)
-            if isinstance(inputs, tuple | list):
-                return dict(signature.bind(*inputs).arguments)
-            return dict(signature.bind(inputs).arguments)
-        except TypeError as error:
-            raise ModelError(
-                f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}. A tensor becomes its first "
-                "argument, a tuple or list its positional arguments, a dict its keyword arguments."
-            ) from None
-
-    return bind
-
-
-def call(model: nn.Module, inputs: Tree) -> Any:
-    """Call a whole model on inputs by the same rule as `bind_inputs`."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+from raypar.errors import SplitError
+from raypar.splitting.model import attribute
 
 
 class Lost(Exception):
@@ -260,10 +225,12 @@ def _drop_checks_of_fixed_arguments(graph: fx.Graph, fixed: dict[str, Any]) -> N
 def user_line(error: BaseException, model: nn.Module) -> str:
     """Where in the user's code an error came from: the innermost frame outside torch and raypar, else the forward."""
     python = os.path.dirname(os.__file__)
+    ours = os.path.dirname(os.path.dirname(__file__)) + os.sep
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not any(part in frame.filename for part in ("/torch/", "/sympy/", "/raypar/"))
+        if not any(part in frame.filename for part in ("/torch/", "/sympy/"))
+        if not frame.filename.startswith(ours)
         if not frame.filename.startswith("<") and os.path.dirname(frame.filename) != python
     ]
     if frames:
@@ -275,21 +242,3 @@ def user_line(error: BaseException, model: nn.Module) -> str:
 def module_calls(graph: fx.Graph) -> list[str]:
     """The names of the modules that a graph calls, in order of their first call."""
     return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"))
-
-
-def attribute(model: nn.Module, name: str) -> Any:
-    """`model.a.b.c` by its dotted name."""
-    found: Any = model
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def on_meta(build_model: Any) -> nn.Module | None:
-    """The model without any storage, for looking at its structure; None where it cannot be built so."""
-    try:
-        with torch.device("meta"):
-            model = build_model()
-    except Exception:  # a model may look at its values while it is built: then it must be built for real
-        return None
-    return model if isinstance(model, nn.Module) else None

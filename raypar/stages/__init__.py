@@ -1,1 +1,4 @@
-"""what one actor holds and does alone: passes, gradients, optimizer"""
+"""What one actor holds and does alone: passes, gradients, optimizer.
+
+Enter by: stage, model_part, learner, optimizer_state, precision, dtensors, measure.
+"""

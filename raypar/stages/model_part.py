@@ -1,53 +1,18 @@
-"""What a model is made of, as an actor sees it: what the user gave, and the part that the actor holds."""
+"""The part of the model that one actor holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from raypar.splitting.split import Edge
-from raypar.stages.stage import LossFunction, Stage
-from raypar.tree import Tree
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where a model is cut, the same on all actors.
-
-    split:  names of the modules at which a new stage begins, in the order of their calls.
-    opened: names of modules that tracing looks into.
-    given:  names of the arguments of forward that batches pass; None: those without a default.
-    example: the shapes and types of inputs, where the graph needs torch.export (see raypar.splitting.export); else None.
-    """
-
-    split: tuple[str, ...] = ()
-    opened: tuple[str, ...] = ()
-    given: tuple[str, ...] | None = None
-    example: Tree = None
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What `parallelize` was given, as every actor needs it."""
-
-    build_model: Callable[[], nn.Module]
-    loss_fn: LossFunction
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
-    max_grad_norm: float | None = None
-    weights: str | None = None
-    seed: int = 0
-    cut: Cut = field(default_factory=Cut)
-    trace: bool = False
-    outer_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+from raypar.stages.stage import Stage
 
 
 @dataclass
-class Part:
+class ModelPart:
     """What one actor holds.
 
     module: the user's model without the modules of other actors; names and types are the whole model's.

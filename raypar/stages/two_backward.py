@@ -67,7 +67,7 @@ class _Junction:
 
 
 @dataclass
-class WeightPart:
+class DeferredWeightGradients:
     """What is left to do: `run` adds up the gradients of the weights. `roots` are where gradients are known."""
 
     junctions: list[_Junction] = field(default_factory=list)
@@ -90,7 +90,7 @@ class WeightPart:
 
 def backward_to_inputs(
     tensors: Sequence[torch.Tensor], given: Gradients, leaves: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor | None], WeightPart]:
+) -> tuple[list[torch.Tensor | None], DeferredWeightGradients]:
     """The gradients of `leaves`, which have none yet, from those `given` for `tensors`, and what it takes to make
     those of all other leaves of the graph, the weights, later. The graph is kept until then."""
     roots = [get_gradient_edge(tensor) for tensor in tensors]
@@ -107,7 +107,7 @@ def backward_to_inputs(
 
     at_once = [junction.side for junction in junctions if junction.side.is_done_at_once]
     at_once += [rest] if rest.is_shared else []
-    later = WeightPart([junction for junction in reversed(junctions) if not junction.side.is_done_at_once])
+    later = DeferredWeightGradients([junction for junction in reversed(junctions) if not junction.side.is_done_at_once])
     now: list[GradientEdge] = []
     now_given: list[torch.Tensor] = []
     for edge, gradient in zip(roots, gradients, strict=True):

@@ -1,1 +1,4 @@
-"""how tensors travel between actors, and how waits are driven"""
+"""How tensors travel between actors, and how waits are driven.
+
+Enter by: interface, channel, memory_links, process_links.
+"""

@@ -13,41 +13,17 @@ known. The sender checks each message against the header that it once sent.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from raypar import tree
 from raypar.errors import ModelError, SplitError
 from raypar.planning.program import Message
+from raypar.transport.interface import Link, Waiting, Work
 from raypar.tree import Structure, Tree
-
-
-class Work(Protocol):
-    """Something under way. `wait` returns when what follows may use the result; `ready` says whether it
-    would return at once (only links in memory can tell)."""
-
-    def ready(self) -> bool: ...
-
-    def wait(self) -> None: ...
-
-
-Waiting = Generator[Work, None, Any]
-"""A generator that yields each Work it has to wait for, before it goes on."""
-
-
-class Link(Protocol):
-    """One direction between two actors. Operations are matched by order."""
-
-    def send(self, tensor: torch.Tensor) -> Work: ...
-
-    def receive(self, tensor: torch.Tensor) -> Work: ...
-
-    def send_header(self, header: torch.Tensor) -> Work: ...
-
-    def receive_header(self, header: torch.Tensor) -> Work: ...
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ to its end with blocking waits (`drive`); in local mode all engines take turns i
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from typing import Any, Protocol
 
-from raypar.replicas.gradients import Collective
-from raypar.transport.channel import Link, Waiting
+import torch
 
 
 class Transport(Protocol):
@@ -53,3 +53,65 @@ def drive(engine: Waiting) -> Any:
                 work = next(engine)
     except StopIteration as end:
         return end.value
+
+
+class Work(Protocol):
+    """Something under way. `wait` returns when what follows may use the result; `ready` says whether it
+    would return at once (only links in memory can tell)."""
+
+    def ready(self) -> bool: ...
+
+    def wait(self) -> None: ...
+
+
+Waiting = Generator[Work, None, Any]
+"""A generator that yields each Work it has to wait for, before it goes on."""
+
+
+class Link(Protocol):
+    """One direction between two actors. Operations are matched by order."""
+
+    def send(self, tensor: torch.Tensor) -> Work: ...
+
+    def receive(self, tensor: torch.Tensor) -> Work: ...
+
+    def send_header(self, header: torch.Tensor) -> Work: ...
+
+    def receive_header(self, header: torch.Tensor) -> Work: ...
+
+
+def take_turns(engines: Sequence[Waiting]) -> list[Any]:
+    """Drive all engines to their ends in this thread, each as far as it can go, round after round.
+
+    Returns what each returned. An engine's error ends all of them. That none can go on while some have not
+    ended would be a deadlock, which the schedule's check has excluded.
+    """
+    results: list[Any] = [None] * len(engines)
+    waits: dict[int, Work] = {index: Done() for index in range(len(engines))}
+    try:
+        while waits:
+            moved = False
+            for index in list(waits):
+                while waits[index].ready():
+                    waits[index].wait()
+                    moved = True
+                    try:
+                        waits[index] = next(engines[index])
+                    except StopIteration as end:
+                        results[index] = end.value
+                        del waits[index]
+                        break
+            assert moved, f"deadlock: the engines {sorted(waits)} wait for each other"
+    finally:
+        for engine in engines:
+            engine.close()
+    return results
+
+
+class Collective(Protocol):
+    """Members that add up a tensor, in place. All members call in the same order."""
+
+    @property
+    def size(self) -> int: ...
+
+    def sum(self, tensor: torch.Tensor) -> Work: ...

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from raypar.planning.plan import Plan
-from raypar.transport.channel import Waiting, Work
-from raypar.transport.interface import Done
+from raypar.transport.interface import Done, Work
 
 
 class _Arrival:
@@ -138,31 +136,3 @@ class MemoryTransport:
     def everyone(self) -> _Member | None:
         size = self.world.all.size
         return self.world.all.member(self.replica * self.world.plan.pipeline + self.actor) if size > 1 else None
-
-
-def take_turns(engines: Sequence[Waiting]) -> list[Any]:
-    """Drive all engines to their ends in this thread, each as far as it can go, round after round.
-
-    Returns what each returned. An engine's error ends all of them. That none can go on while some have not
-    ended would be a deadlock, which the schedule's check has excluded.
-    """
-    results: list[Any] = [None] * len(engines)
-    waits: dict[int, Work] = {index: Done() for index in range(len(engines))}
-    try:
-        while waits:
-            moved = False
-            for index in list(waits):
-                while waits[index].ready():
-                    waits[index].wait()
-                    moved = True
-                    try:
-                        waits[index] = next(engines[index])
-                    except StopIteration as end:
-                        results[index] = end.value
-                        del waits[index]
-                        break
-            assert moved, f"deadlock: the engines {sorted(waits)} wait for each other"
-    finally:
-        for engine in engines:
-            engine.close()
-    return results

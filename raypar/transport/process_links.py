@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from raypar.planning.plan import Plan, Timeouts
-from raypar.transport.interface import Done
+from raypar.transport.interface import Collective, Done
 
 
 class ProcessWork:
@@ -148,3 +148,24 @@ def leave_world(error: BaseException | None = None) -> None:
         dist.destroy_process_group()
     while gc.collect():  # what C++ holds (autograd's graph the hooks of fsdp, say) is found once that is gone
         pass
+
+
+class _WorkerTransport:
+    """The connections of the one actor of a replica without a pipeline: the group of the train workers."""
+
+    def __init__(self, plan: Plan, control: dist.ProcessGroup | None) -> None:
+        several = plan.data > 1
+        self._stage = ProcessCollective(dist.group.WORLD) if several and dist.group.WORLD is not None else None
+        self._everyone = ProcessCollective(control) if control is not None else None
+
+    def link_to(self, actor: int) -> Any:
+        raise AssertionError("one actor sends to nobody")
+
+    def link_from(self, actor: int) -> Any:
+        raise AssertionError("one actor receives from nobody")
+
+    def same_stage(self, stage: int) -> Collective | None:
+        return self._stage
+
+    def everyone(self) -> Collective | None:
+        return self._everyone

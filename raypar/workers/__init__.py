@@ -1,1 +1,4 @@
-"""what runs in the processes that Ray starts: train worker, stage actor"""
+"""What runs in the processes that Ray starts.
+
+Enter by: train_worker, stage_actor, ray_errors.
+"""

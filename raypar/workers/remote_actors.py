@@ -12,23 +12,23 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from raypar.checkpoint.saver import SaveOrder
-from raypar.cluster.failures import death, unwrapped
+from raypar.checkpoint.saver import SaveRequest
 from raypar.engine import microbatch
-from raypar.engine.clock import Timing
-from raypar.engine.step import Order, StepResult
+from raypar.engine.step import StepRequest, StepResult
 from raypar.errors import PeerLostError, RayparError, RunError, StageDiedError, TimeoutExceededError
-from raypar.loop.in_process import check_something_is_stepped, merge_models, with_lr
+from raypar.loop.actors import check_something_is_stepped, merge_models, with_lr
+from raypar.observe.bubble import Timing
 from raypar.observe.timeline import Event
 from raypar.planning.plan import Plan, Timeouts
-from raypar.stages.model_part import ModelSpec
+from raypar.splitting.model import ModelSpec
 from raypar.storage import Storage
 from raypar.tree import Tree
+from raypar.workers.ray_errors import death, unwrapped
 
 CPU = torch.device("cpu")
 
 
-class PipelineActors:
+class RemoteActors:
     """The stage actors of replica `replica`, built and ready for steps.
 
     A step is one call to each of them. Arrays go to the actors that use them, as NumPy views, which Ray
@@ -55,15 +55,15 @@ class PipelineActors:
         self._saves: list[Any] = []
         self._described = [answer["describe"] for answer in built]
 
-    def train(self, order: Order) -> Callable[[], StepResult]:
+    def train(self, order: StepRequest) -> Callable[[], StepResult]:
         calls = self._start("train_step", order)
         return lambda: with_lr(self._get(calls))
 
-    def evaluate(self, order: Order) -> tuple[float, float]:
+    def evaluate(self, order: StepRequest) -> tuple[float, float]:
         sums = self._get(self._start("eval_step", order))
         return sum(loss for loss, _ in sums), sum(weight for _, weight in sums)
 
-    def predict(self, order: Order) -> Tree:
+    def predict(self, order: StepRequest) -> Tree:
         return microbatch.to_tensors(self._get(self._start("predict", order))[self._last], CPU)
 
     def model(self) -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ class PipelineActors:
     def load_model(self, state: dict[str, torch.Tensor]) -> None:
         self._call("load_model", ray.put(microbatch.to_arrays(state)))
 
-    def save(self, order: SaveOrder) -> None:
+    def save(self, order: SaveRequest) -> None:
         # Not waited for: an actor takes its copy behind the steps it was given and before those that follow.
         orders = [order, *[order.for_others()] * (len(self.handles) - 1)]
         self._saves = [handle.save.remote(own) for handle, own in zip(self.handles, orders, strict=True)]
@@ -94,7 +94,7 @@ class PipelineActors:
     def describe(self) -> list[dict[str, Any]]:
         return self._described
 
-    def _start(self, method: str, order: Order) -> list[Any]:
+    def _start(self, method: str, order: StepRequest) -> list[Any]:
         """Send an order to all actors, each with the arrays that it uses."""
         inputs, targets = microbatch.to_arrays(order.inputs), microbatch.to_arrays(order.targets)
         calls = []

@@ -14,24 +14,25 @@ import ray
 import torch
 import torch.distributed as dist
 
-from raypar.checkpoint.saver import SaveOrder, SharedSaver
+from raypar.checkpoint.saver import SaveRequest, SharedSaver
 from raypar.checkpoint.shards import SavedTensors
 from raypar.engine import microbatch
 from raypar.engine.actor_state import load_model, model_of, state_to_save
-from raypar.engine.build import build_part, one_process_a_node, sums_in_processes
-from raypar.engine.clock import Clock, Timing
+from raypar.engine.build import build_part, make_engine
+from raypar.engine.clock import Clock
 from raypar.engine.engine import Engine, pairs
 from raypar.engine.faults import failed_wait, user_code
-from raypar.engine.step import Order, StepResult
+from raypar.engine.step import StepRequest, StepResult
 from raypar.errors import NonFiniteError, RayparError
-from raypar.loop import in_process
+from raypar.loop.actors import describe, steps_of
+from raypar.observe.bubble import Timing
 from raypar.observe.timeline import Event
 from raypar.planning.plan import Plan, Timeouts
-from raypar.splitting.choose import measure_units
-from raypar.stages.model_part import Cut, ModelSpec
+from raypar.replicas.strategies import sums_in_processes
+from raypar.splitting.model import ModelSpec, Split, one_process_a_node
+from raypar.stages.measure import measure_units
 from raypar.storage import Storage
-from raypar.transport.channel import Waiting
-from raypar.transport.interface import drive
+from raypar.transport.interface import Waiting, drive
 from raypar.transport.process_links import ProcessTransport, join_world, leave_world, open_store
 from raypar.tree import Tree
 from raypar.workers.malloc import keep_freed_memory
@@ -58,7 +59,7 @@ class StageActor:
     def describe(self) -> dict[str, Any]:
         """Where this actor runs and, once it is built, what it holds."""
         context = ray.get_runtime_context()
-        held = in_process.describe(self.engine) if self.engine is not None else {}
+        held = describe(self.engine) if self.engine is not None else {}
         return {
             **held,
             "replica": self.replica,
@@ -84,7 +85,7 @@ class StageActor:
             self.store = dist.TCPStore(host, port, world_size, is_master=False)
         join_world(self.store, rank, world_size, self.timeouts)
 
-    def measure(self, spec: ModelSpec, units: Cut, example_inputs: Tree) -> list[float]:
+    def measure(self, spec: ModelSpec, units: Split, example_inputs: Tree) -> list[float]:
         """The seconds of each unit of a cut on this actor's device."""
         with one_process_a_node():
             return measure_units(spec, units, microbatch.to_tensors(example_inputs, self.device), self.device)
@@ -99,30 +100,30 @@ class StageActor:
                 saved = SavedTensors(restored, storage.filesystem) if restored is not None else None
             transport = ProcessTransport(self.plan, self.replica, self.actor, pairs(self.plan, part), self.timeouts)
             sums = sums_in_processes(part, self.plan, transport, self.device)
-            self.engine = in_process.make_engine(
+            self.engine = make_engine(
                 spec, self.plan, self.replica, self.actor, part, transport, self.device, sums, saved
             )
         self.clock = self.engine.clock
         assert transport.saving is not None
         self.saver = SharedSaver(storage, transport.saving, self.timeouts.peer)
         uses_inputs = any(stage.uses_inputs for stage in part.stages.values())
-        steps = in_process.steps_of(self.engine)
+        steps = steps_of(self.engine)
         return {"names": part.names, "uses_inputs": uses_inputs, "steps": steps, "describe": self.describe()}
 
     # ------------------------------------------------------------ steps
 
-    def train_step(self, order: Order) -> StepResult:
+    def train_step(self, order: StepRequest) -> StepResult:
         result: StepResult = self._run(lambda engine: engine.train_step(order))
         return result
 
-    def eval_step(self, order: Order) -> tuple[float, float]:
+    def eval_step(self, order: StepRequest) -> tuple[float, float]:
         sums: tuple[float, float] = self._run(lambda engine: engine.eval_step(order))
         return sums
 
     def events(self) -> list[Event]:
         return self.clock.events(self.replica, self.actor) if self.clock is not None else []
 
-    def predict(self, order: Order) -> Tree:
+    def predict(self, order: StepRequest) -> Tree:
         return microbatch.to_arrays(self._run(lambda engine: engine.predict(order)))
 
     def _run(self, call: Callable[[Engine], Waiting]) -> Any:
@@ -150,7 +151,7 @@ class StageActor:
         arrays: dict[str, Any] = microbatch.to_arrays(model_of(self.engine))
         return arrays
 
-    def save(self, order: SaveOrder) -> None:
+    def save(self, order: SaveRequest) -> None:
         """Begin to write this actor's share of a checkpoint."""
         if self.failure is not None:
             raise self.failure

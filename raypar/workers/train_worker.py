@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,29 +17,30 @@ import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError
+from ray.train.v2._internal.execution import context
 
 from raypar import randomness
 from raypar.checkpoint.manifest import checkpoint_to_resume
 from raypar.checkpoint.saver import SharedSaver
 from raypar.checkpoint.shards import SavedTensors
-from raypar.cluster.failures import as_raypar_error, unwrapped
 from raypar.engine import microbatch
-from raypar.engine.build import build_part, one_process_a_node, sums_in_processes
-from raypar.errors import TimeoutExceededError
-from raypar.loop.actors import Actors
-from raypar.loop.in_process import InProcessActors, make_engine
+from raypar.engine.build import build_part, make_engine
+from raypar.errors import PeerLostError, TimeoutExceededError
+from raypar.loop.actors import ReplicaActors
+from raypar.loop.in_process import InProcessActors
 from raypar.loop.session import Session, enter
 from raypar.observe.timeline import write_timeline
 from raypar.planning.plan import Plan, Timeouts
-from raypar.replicas.gradients import Collective
 from raypar.replicas.scatter import scatter_over
-from raypar.splitting.choose import measure_units
-from raypar.stages.model_part import Cut, ModelSpec
+from raypar.replicas.strategies import sums_in_processes
+from raypar.splitting.model import ModelSpec, Split, one_process_a_node
+from raypar.stages.measure import measure_units
 from raypar.storage import Storage
 from raypar.transport.interface import drive
-from raypar.transport.process_links import ProcessCollective
+from raypar.transport.process_links import _WorkerTransport
 from raypar.workers.malloc import keep_freed_memory
-from raypar.workers.remote_actors import PipelineActors
+from raypar.workers.ray_errors import as_raypar_error, unwrapped
+from raypar.workers.remote_actors import RemoteActors
 
 
 @dataclass(frozen=True)
@@ -83,27 +86,6 @@ def run_worker(config: dict[str, Any]) -> None:
         raise as_raypar_error(error, rank) from None
 
 
-class _WorkerTransport:
-    """The connections of the one actor of a replica without a pipeline: the group of the train workers."""
-
-    def __init__(self, plan: Plan, control: dist.ProcessGroup | None) -> None:
-        several = plan.data > 1
-        self._stage = ProcessCollective(dist.group.WORLD) if several and dist.group.WORLD is not None else None
-        self._everyone = ProcessCollective(control) if control is not None else None
-
-    def link_to(self, actor: int) -> Any:
-        raise AssertionError("one actor sends to nobody")
-
-    def link_from(self, actor: int) -> Any:
-        raise AssertionError("one actor receives from nobody")
-
-    def same_stage(self, stage: int) -> Collective | None:
-        return self._stage
-
-    def everyone(self) -> Collective | None:
-        return self._everyone
-
-
 class WorkerSession(Session):
     """A replica in a Ray Train worker. Replicas talk over a Gloo group of their own, also on GPUs."""
 
@@ -128,7 +110,7 @@ class WorkerSession(Session):
         dist.all_reduce(total, group=self.control)
         return total.to(tensor.device)
 
-    def measure(self, spec: ModelSpec, units: Cut, example_inputs: Any) -> list[float]:
+    def measure(self, spec: ModelSpec, units: Split, example_inputs: Any) -> list[float]:
         if not self.job.actors:
             with one_process_a_node():
                 return measure_units(spec, units, example_inputs, _device())
@@ -147,10 +129,10 @@ class WorkerSession(Session):
             raise unwrapped(error) from None
         return seconds
 
-    def start_actors(self, spec: ModelSpec) -> Actors:
+    def start_actors(self, spec: ModelSpec) -> ReplicaActors:
         if self.job.actors:
             own = self.job.actors[self.rank]
-            return PipelineActors(own, self.plan, self.rank, self.timeouts, spec, self.storage, self.restored)
+            return RemoteActors(own, self.plan, self.rank, self.timeouts, spec, self.storage, self.restored)
         device = _device()
         if device.type == "cpu":
             keep_freed_memory()
@@ -195,3 +177,29 @@ def _device() -> torch.device:
         assert isinstance(found, torch.device)
         return found
     return torch.device("cpu")
+
+
+_GRACE_S = 2.0
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What each train worker runs: raypar's part and in it the user's loop."""
+    job: Job = config["job"]
+    job.board.push.remote({"kind": "started"})
+    if config["quiet"]:
+        silence_reports()
+    try:
+        run_worker(config)
+    except PeerLostError:
+        # Ray Train ends the attempt with the errors that it knows when it sees the first one. Whoever only lost a
+        # connection waits, so that the one who broke it is known by then.
+        time.sleep(_GRACE_S)
+        raise
+
+
+def silence_reports() -> None:
+    """In a train worker: no line for each ray.train.report, which Ray Train logs past the level that was set.
+
+    It does so through a logger that is named by a file instead of the module.
+    """
+    logging.getLogger(context.__file__).setLevel(logging.WARNING)

@@ -16,7 +16,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 
-from raypar.cluster.failures import Tally, as_raypar_error, death, retries_left, root_cause
+from raypar.cluster.failures import Tally, retries_left, root_cause
 from raypar.cluster.fleet import stage_died
 from raypar.errors import (
     ConfigError,
@@ -31,6 +31,7 @@ from raypar.errors import (
     WorkerDiedError,
 )
 from raypar.planning.plan import Plan
+from raypar.workers.ray_errors import as_raypar_error, death
 
 RECLAIMED = RayActorError("0a", "The node was reclaimed.", preempted=True)
 

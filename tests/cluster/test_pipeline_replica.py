@@ -17,10 +17,10 @@ from torch import nn
 import raypar
 from models import CNN
 from raypar import Plan, Timeouts, Trainer
-from raypar.engine.step import Order
+from raypar.engine.step import StepRequest
 from raypar.errors import ModelError, TimeoutExceededError, UserCodeError
 from raypar.storage import Storage
-from raypar.workers.remote_actors import PipelineActors
+from raypar.workers.remote_actors import RemoteActors
 from support import reference
 from support.engines import order_of
 
@@ -97,7 +97,7 @@ class Silent:
     def model(self) -> None:
         threading.Event().wait()
 
-    def eval_step(self, order: Order) -> tuple[float, float]:
+    def eval_step(self, order: StepRequest) -> tuple[float, float]:
         if order.targets is not None:  # the last stage, for which nobody waits
             threading.Event().wait()
         return 0.0, 0.0
@@ -110,7 +110,7 @@ def test_an_actor_that_stands_still_is_named_when_its_state_is_asked_for(tmp_pat
     storage = Storage.open(tmp_path, "run")
     spec: Any = None
     plan = Plan(pipeline=2, placement=[0, 1, 0])
-    actors = PipelineActors(handles, plan, 3, Timeouts(peer=1, stop=1), spec, storage, None)
+    actors = RemoteActors(handles, plan, 3, Timeouts(peer=1, stop=1), spec, storage, None)
     with pytest.raises(
         TimeoutExceededError, match=r"replica 3, stage 0, 2, 1: no answer to 'model'.*Timeouts\(peer=…\)"
     ):
@@ -127,7 +127,7 @@ def test_an_actor_that_stands_still_in_a_step_that_others_have_ended_is_named(
     handles = [remote.remote(), remote.remote()]
     spec: Any = None
     limits = Timeouts(peer=2, stop=1)
-    actors = PipelineActors(handles, Plan(pipeline=2), 1, limits, spec, Storage.open(tmp_path, "run"), None)
+    actors = RemoteActors(handles, Plan(pipeline=2), 1, limits, spec, Storage.open(tmp_path, "run"), None)
     with pytest.raises(
         TimeoutExceededError, match=r"replica 1, stage 1: no answer to a step that others have ended within the 2 s"
     ):
@@ -141,7 +141,7 @@ def test_an_optimizer_without_a_parameter_on_any_actor_is_refused(tmp_path: Path
     handles = [remote.remote(steps=False), remote.remote(steps=False)]
     spec: Any = None
     with pytest.raises(ModelError, match="without any parameter on every actor"):
-        PipelineActors(handles, Plan(pipeline=2), 0, Timeouts(), spec, Storage.open(tmp_path, "run"), None)
+        RemoteActors(handles, Plan(pipeline=2), 0, Timeouts(), spec, Storage.open(tmp_path, "run"), None)
     for handle in handles:
         ray.kill(handle)
 

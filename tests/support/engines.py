@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from raypar.engine import microbatch
-from raypar.engine.build import build_part
+from raypar.engine.build import build_part, make_engine
 from raypar.engine.engine import Engine
-from raypar.engine.step import Order, StepResult
-from raypar.loop.in_process import make_engine
+from raypar.engine.step import StepRequest, StepResult
 from raypar.planning.plan import Plan
-from raypar.stages.model_part import Cut, ModelSpec
-from raypar.transport.channel import Waiting
-from raypar.transport.memory_links import MemoryWorld, take_turns
+from raypar.splitting.model import ModelSpec, Split
+from raypar.transport.interface import Waiting, take_turns
+from raypar.transport.memory_links import MemoryWorld
 from raypar.tree import Tree
 from support.reference import Batch, Outcome, shares, worst_difference
 
@@ -108,10 +107,10 @@ def count_bytes(world: MemoryWorld) -> list[int]:
     return sizes
 
 
-def order_of(step: int, share: Share) -> Order:
+def order_of(step: int, share: Share) -> StepRequest:
     inputs, targets = share
     key = (microbatch.describe(inputs), microbatch.describe(targets))
-    return Order(step, microbatch.rows_of(inputs), key, inputs, targets)
+    return StepRequest(step, microbatch.rows_of(inputs), key, inputs, targets)
 
 
 def spec_of(
@@ -125,4 +124,4 @@ def spec_of(
 ) -> ModelSpec:
     """A model spec with plain SGD, unless an optimizer is given."""
     make = optimizer if optimizer is not None else lambda module: torch.optim.SGD(module.parameters(), lr=0.1)
-    return ModelSpec(build, loss_fn, make, cut=Cut(tuple(split), given=given), **more)
+    return ModelSpec(build, loss_fn, make, cut=Split(tuple(split), given=given), **more)

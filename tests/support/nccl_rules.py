@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from raypar.planning.plan import Plan
-from raypar.transport.channel import Waiting
-from raypar.transport.interface import Done
+from raypar.transport.interface import Done, Waiting
 from raypar.transport.memory_links import MemoryWorld
 
 

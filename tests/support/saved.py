@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from raypar.checkpoint.contents import pack, unpack
 from raypar.checkpoint.manifest import free_path, verify
-from raypar.checkpoint.saver import SaveOrder, State, save
+from raypar.checkpoint.saver import SaveRequest, State, save
 from raypar.checkpoint.shards import SavedTensors
-from raypar.engine.actor_state import pack, unpack
 from raypar.storage import Storage, resolve
 
 PACKED = ("training", "random")
@@ -51,6 +51,6 @@ def write(storage: Storage, step: int, **manifest: Any) -> str:
         "training": {"0": pack({"optimizer": {}, "scheduler": None, "loss_scale": None})},
     }
     fields = {"step": step, "plan": {}, "position": {}, "history": [], "names": ["fc.weight", "fc.bias"]}
-    order = SaveOrder(step, free_path(storage, step), fields | manifest)
+    order = SaveRequest(step, free_path(storage, step), fields | manifest)
     save(storage, order, state)
     return order.path

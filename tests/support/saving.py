@@ -6,12 +6,11 @@ import os
 import resource
 import signal
 
-from raypar.checkpoint.saver import SaveOrder, SharedSaver
+from raypar.checkpoint.saver import SaveRequest, SharedSaver
 from raypar.engine.actor_state import model_of, state_to_save
-from raypar.engine.build import build_part
+from raypar.engine.build import build_part, make_engine
 from raypar.engine.engine import pairs
 from raypar.errors import CheckpointError
-from raypar.loop.in_process import make_engine
 from raypar.storage import Storage
 from raypar.transport.interface import drive
 from raypar.transport.process_links import ProcessTransport
@@ -49,7 +48,7 @@ def save_behind_each_step(me: Me, training: Training, folder: str, fault: str | 
             if fault == "dies":
                 signal.signal(signal.SIGXFSZ, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         manifest = {"step": step, "plan": plan.as_dict(), "position": {}, "history": [], "names": list(part.names)}
-        order = SaveOrder(step, f"{storage.path}/checkpoint_{step:08d}", manifest)
+        order = SaveRequest(step, f"{storage.path}/checkpoint_{step:08d}", manifest)
         found.append(model_of(engine))
         saver.start(order, state_to_save(engine, order))
     saver.wait()

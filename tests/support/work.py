@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import CNN, mlp
-from raypar.engine.build import build_part, sums_in_processes
+from raypar.engine.build import build_part, make_engine
 from raypar.engine.engine import Engine, pairs
 from raypar.errors import RayparError
-from raypar.loop.in_process import make_engine
 from raypar.planning.plan import Plan
+from raypar.replicas.strategies import sums_in_processes
+from raypar.splitting.model import ModelSpec, Split
 from raypar.stages.dtensors import whole
-from raypar.stages.model_part import Cut, ModelSpec
 from raypar.transport.interface import drive
 from raypar.transport.process_links import ProcessTransport, leave_world
 from support import reference
@@ -166,7 +166,7 @@ class Training:
             F.cross_entropy,
             OPTIMIZERS[self.optimizer],
             max_grad_norm=self.max_grad_norm,
-            cut=Cut(self.split),
+            cut=Split(self.split),
         )
 
 

@@ -1,0 +1,244 @@
+"""Gradients summed over the replicas: DDP around a whole model, buckets for stages, in plain Gloo processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raypar.errors import PeerLostError, TimeoutExceededError
+from raypar.planning.plan import Plan, Timeouts
+from raypar.replicas import gradients
+from raypar.replicas.gradients import BucketSum
+from raypar.transport.interface import take_turns
+from raypar.transport.memory_links import MemorySum, MemoryWorld
+from support import reference
+from support.cases import OPTIMIZERS, small, small_split
+from support.engines import Engines, count_bytes, spec_of
+from support.processes import DIED, Processes, processes
+from support.work import MODELS, Failed, Fault, Trained, Training, train
+
+COMMIT_BYTES = 4 * 8
+"""The commit adds up four doubles: loss, weight, squared norm, rows."""
+
+each_way = pytest.mark.parametrize("ddp", [True, False], ids=["ddp", "buckets"])
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Processes]:
+    with processes() as running:
+        yield running
+
+
+def train_everywhere(pool: Processes, training: Training) -> list[Trained]:
+    found = pool.run(training.plan.data, train, training)
+    for each in found:
+        assert isinstance(each, Trained), each
+        assert each.losses == found[0].losses, "the replicas disagree on the loss"
+    return found
+
+
+def assert_plain(found: list[Trained], needed: reference.Outcome, tolerance: float = 1e-6) -> None:
+    for each in found:
+        assert each.losses == pytest.approx(needed.losses, abs=1e-6, rel=0)
+        assert reference.worst_difference(each.weights, needed.weights) <= tolerance
+
+
+# ---------------------------------------------------------------- parity, in processes
+
+
+@each_way
+@pytest.mark.parametrize("rows", [(8, 8), (7, 2), (4, 0), (5, 3, 4), (0, 3, 2)], ids=str)
+def test_replicas_in_processes_equal_one_loop_over_the_full_batch(
+    pool: Processes, rows: tuple[int, ...], ddp: bool
+) -> None:
+    training = Training(Plan(data=len(rows), microbatches=4), model="small", rows=(rows,) * 5, ddp=ddp)
+    needed = reference.train_on_full_batches(MODELS["small"], training.batches(), OPTIMIZERS["sgd"], F.cross_entropy)
+    assert_plain(train_everywhere(pool, training), needed)
+
+
+@each_way
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_adamw_over_two_replicas_equals_a_loop_over_the_same_microbatches(
+    pool: Processes, model: str, ddp: bool
+) -> None:
+    training = Training(Plan(data=2, microbatches=2), model=model, optimizer="adamw", rows=((8, 8),) * 5, ddp=ddp)
+    needed = reference.train_on_microbatches(
+        MODELS[model], training.batches(), OPTIMIZERS["adamw"], F.cross_entropy, replicas=2, microbatches=2
+    )
+    assert_plain(train_everywhere(pool, training), needed)
+
+
+@each_way
+def test_what_no_replica_uses_keeps_no_gradient_and_what_one_uses_counts_everywhere(pool: Processes, ddp: bool) -> None:
+    """AdamW lets a parameter decay whose gradient is zero, not one whose gradient is None. `never` is used nowhere,
+    also not by a replica that has no row; `rare` only in the first micro-batch of one replica."""
+    training = Training(
+        Plan(data=2, microbatches=2),
+        model="partly",
+        optimizer="adamw",
+        rows=((4, 4), (4, 0), (0, 4), (4, 4)),
+        marked=(1,),
+        ddp=ddp,
+    )
+    model = reference.seeded(MODELS["partly"])
+    optimizer = OPTIMIZERS["adamw"](model)
+    for inputs, targets in training.batches():
+        optimizer.zero_grad()
+        for part in (slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)):
+            if len(inputs[part]):
+                (F.cross_entropy(model(inputs[part]), targets[part], reduction="sum") / len(inputs)).backward()
+        optimizer.step()
+    never = reference.seeded(MODELS["partly"]).get_parameter("never.weight")
+    for each in train_everywhere(pool, training):
+        assert torch.equal(each.weights["never.weight"], never)
+        assert reference.worst_difference(each.weights, model.state_dict()) <= 1e-5  # Adam, sums in another order
+
+
+@each_way
+def test_frozen_parameters_take_no_part(pool: Processes, ddp: bool) -> None:
+    training = Training(Plan(data=2, microbatches=2), model="frozen", rows=((4, 4),) * 3, ddp=ddp)
+    found = train_everywhere(pool, training)
+    assert torch.equal(found[0].weights["1.weight"], reference.seeded(MODELS["frozen"]).state_dict()["1.weight"])
+    needed = reference.train_on_full_batches(MODELS["frozen"], training.batches(), OPTIMIZERS["sgd"], F.cross_entropy)
+    assert_plain(found, needed)
+
+
+@each_way
+def test_each_replica_keeps_batch_statistics_of_its_own(pool: Processes, ddp: bool) -> None:
+    training = Training(Plan(data=2, microbatches=2), model="with_batch_norm", rows=((6, 6),) * 3, ddp=ddp)
+    one, other = (each.weights for each in train_everywhere(pool, training))
+    assert not torch.allclose(one["1.running_mean"], other["1.running_mean"])
+    assert torch.equal(one["4.weight"], other["4.weight"])
+
+
+# ---------------------------------------------------------------- what a step costs
+
+
+@each_way
+@pytest.mark.parametrize("rows", [(3, 16), (0, 16)], ids=str)
+def test_gradients_are_reduced_once_a_step_whatever_the_number_of_microbatches(
+    pool: Processes, rows: tuple[int, int], ddp: bool
+) -> None:
+    weights = 4 * sum(p.numel() for p in MODELS["mlp"]().parameters())
+    per_step = []
+    for microbatches in (1, 8):
+        training = Training(Plan(data=2, microbatches=microbatches), model="mlp", rows=(rows,) * 3, ddp=ddp)
+        for each in train_everywhere(pool, training):
+            for sizes in each.reductions:
+                *of_gradients, commit = sizes
+                assert commit == COMMIT_BYTES
+                assert weights <= sum(of_gradients) <= weights + 64, "a few bytes beside the gradients themselves"
+                per_step.append(len(sizes))
+    assert len(set(per_step)) == 1
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_in_memory_too_each_stage_sends_its_gradients_once_a_step_whatever_the_microbatches(pipeline: int) -> None:
+    per_step = []
+    for microbatches in (1, 4, 8):
+        plan = Plan(data=2, pipeline=pipeline, microbatches=microbatches)
+        world = MemoryWorld(plan)
+        sizes = count_bytes(world)
+        Engines(plan, spec_of(small, small_split(plan)), world).train(reference.images(1, 16))
+        per_step.append(sizes)
+    parameters = list(small().parameters())
+    assert [len(sizes) for sizes in per_step] == [pipeline] * 3
+    # and of each parameter the number of replicas that have a gradient
+    assert {sum(sizes) for sizes in per_step} == {4 * (sum(p.numel() for p in parameters) + len(parameters))}
+
+
+# ---------------------------------------------------------------- when a replica is lost
+
+
+@each_way
+@pytest.mark.parametrize("what", ["forward", "backward", "commit"])
+def test_a_replica_that_dies_is_a_lost_peer_to_the_other_one_within_seconds(
+    pool: Processes, what: str, ddp: bool
+) -> None:
+    fault = Fault("kill", replica=1, step=2, what=what, microbatch=1)
+    training = Training(Plan(data=2, microbatches=2), rows=((4, 4),) * 3, ddp=ddp, fault=fault)
+    survivor, dead = pool.run(2, train, training)
+    assert dead is DIED
+    assert isinstance(survivor, Failed), survivor
+    assert isinstance(survivor.error, PeerLostError)
+    assert str(survivor.error).startswith("replica 0, stage 0")
+    assert (survivor.step, survivor.error.replica, survivor.error.stage) == (2, 0, 0)
+    assert survivor.seconds < 5
+
+
+@each_way
+def test_a_replica_that_is_stuck_ends_in_a_timeout_that_names_the_setting(pool: Processes, ddp: bool) -> None:
+    fault = Fault("stick", replica=1, step=2, what="forward", microbatch=1)
+    training = Training(Plan(data=2, microbatches=2), rows=((4, 4),) * 3, ddp=ddp, fault=fault)
+    calls = pool.begin(2, train, training, timeouts=Timeouts(start=30, peer=2))
+    found = calls.answer(0)
+    calls.tell(1, "go on")
+    calls.answer(1)
+    assert isinstance(found, Failed), found
+    assert isinstance(found.error, TimeoutExceededError)
+    assert "Timeouts(peer=…)" in str(found.error)
+    assert found.seconds < 2 + 5
+
+
+# ---------------------------------------------------------------- buckets, in memory
+
+
+def parameters(*sizes: int, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.zeros(size, dtype=dtype)) for size in sizes]
+
+
+def add(replicas: list[list[nn.Parameter]]) -> list[int]:
+    """Sum the gradients of several replicas; the elements of each reduction of the first one."""
+    whole = MemorySum(len(replicas))
+    sums = [BucketSum(each, whole.member(index)) for index, each in enumerate(replicas)]
+    sizes: list[int] = []
+    reduce = whole.add
+
+    def counted(index: int, tensor: torch.Tensor) -> object:
+        if index == 0:
+            sizes.append(tensor.numel())
+        return reduce(index, tensor)
+
+    whole.add = counted  # type: ignore[method-assign, assignment]
+    take_turns([each.start(1) for each in sums])
+    return sizes
+
+
+def test_buckets_hold_parameters_of_one_kind_up_to_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 100 * 4)
+    mixed = [*parameters(60, 30), *parameters(7, dtype=torch.float64), *parameters(20, 500, 10)]
+    buckets = [[p.numel() for p in bucket] for bucket in BucketSum(mixed, None).buckets]
+    assert buckets == [[60, 30], [7], [20], [500], [10]]
+
+
+def test_each_bucket_is_one_reduction_with_a_count_for_each_parameter() -> None:
+    one, other = parameters(3, 5), parameters(3, 5)
+    for index, replica in enumerate([one, other]):
+        for parameter in replica:
+            parameter.grad = torch.full_like(parameter, 1.0 + index)
+    assert add([one, other]) == [3 + 5 + 2]
+    for parameter in [*one, *other]:
+        assert parameter.grad is not None
+        assert parameter.grad.tolist() == [3.0] * parameter.numel()
+
+
+def test_a_gradient_that_one_replica_lacks_is_zero_there_and_one_that_all_lack_stays_none() -> None:
+    one, other = parameters(2, 2), parameters(2, 2)
+    one[0].grad = torch.tensor([1.0, 2.0])
+    add([one, other])
+    for replica in (one, other):
+        assert replica[0].grad is not None
+        assert replica[0].grad.tolist() == [1.0, 2.0]
+        assert replica[1].grad is None
+
+
+def test_a_single_replica_reduces_nothing() -> None:
+    (alone,) = parameters(2)
+    alone.grad = torch.ones(2)
+    assert list(BucketSum([alone], None).start(1)) == []
+    assert list(BucketSum([alone], MemorySum(1).member(0)).start(1)) == []
+    assert alone.grad.tolist() == [1.0, 1.0]

@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from models import CNN, mlp
+from raypar.errors import ModelError, SplitError
+from raypar.splitting import split as module
+from raypar.splitting.split import StageGraph, check_split, cut_graph, edges_of, holders, open_modules
+from raypar.splitting.stage_code import part_of_model
+from raypar.splitting.trace import trace
+from raypar.tree import Tree
+
+
+def cut(model: nn.Module, split: Sequence[str], given: Sequence[str] | None = None) -> list[StageGraph]:
+    opened = open_modules(model, split, len(split) + 1, given)
+    graph = trace(model, given, opened)
+    return cut_graph(graph, check_split(graph, split, len(split) + 1))
+
+
+def described(graph: fx.Graph) -> list[str]:
+    """What a stage computes, in order: names of modules, functions and methods."""
+    called = [node.target for node in graph.nodes if node.op.startswith("call_")]
+    return [str(target) if isinstance(target, str) else target.__name__ for target in called]
+
+
+def run_stages(model: nn.Module, parts: Sequence[StageGraph], inputs: Tree) -> Any:
+    """The output of a model that is run stage by stage, each with nothing but what was sent to it."""
+    arrived: list[dict[int, list[Any]]] = [{} for _ in parts]
+    for stage, part in enumerate(parts):
+        assert {source: len(values) for source, values in arrived[stage].items()} == {
+            source: len(names) for source, names in part.receives.items()
+        }
+        found = part_of_model(model, part).run(inputs, arrived[stage])
+        made = dict(zip(part.makes, found, strict=False))
+        for target, names in part.sends.items():
+            arrived[target][stage] = [made[name] for name in names]
+    return found[-1]
+
+
+# ---------------------------------------------------------------- the models that are cut here
+
+
+class Skips(nn.Module):
+    """The first module's value is used behind the second and behind the fourth one, the mask behind the third alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor) -> dict[str, Any]:
+        rows = x.shape[0]
+        first = F.relu(self.a(x))
+        second = self.b(first)
+        third = self.c(second) * mask
+        return {"logits": self.d(third) + first, "hidden": second, "rows": rows}
+
+
+class Tower(nn.Module):
+    """Blocks in a list, as transformers have them."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(TowerBlock() for _ in range(blocks))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class TowerBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(F.gelu(self.up(x)))
+        return y
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(self.embed(x)))
+        return logits
+
+
+class UsedByHand(nn.Module):
+    """Uses parameters and a buffer in forward itself, one of them in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.full((4,), 2.0))
+        self.register_buffer("shift", torch.ones(4))
+        self.unused = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.b(self.a(x)) * self.scale + self.shift, self.b.weight)
+
+
+# ---------------------------------------------------------------- what goes where
+
+
+def test_functional_code_goes_with_the_stage_it_follows_as_the_docstring_draws_it():
+    assert module.__doc__ is not None
+    rows = re.findall(r"^ {4}(.*│.*)$", module.__doc__, re.MULTILINE)
+    drawn = [cell.split() for cell in rows[0].split("│")]
+    parts = cut(CNN(), ["conv2", "fc2"])
+    assert [described(part.graph) for part in parts] == drawn
+
+
+@pytest.mark.parametrize(
+    ("model", "split"),
+    [
+        (CNN(), ["conv2"]),
+        (CNN(), ["conv2", "fc1", "fc2"]),
+        (mlp(), ["3"]),
+        (mlp(), ["1", "2", "3", "4", "5"]),
+        (nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(784, 8)), nn.Sequential(nn.ReLU())), ["1"]),
+    ],
+)
+def test_a_model_run_stage_by_stage_computes_what_it_computes_whole(model: nn.Module, split: list[str]):
+    images = torch.rand(2, 1, 28, 28)
+    assert torch.equal(run_stages(model, cut(model, split), images), model(images))
+
+
+def test_a_value_goes_straight_to_each_stage_that_uses_it_and_so_does_an_input():
+    model = Skips()
+    parts = cut(model, ["b", "c", "d"])
+    assert [part.inputs for part in parts] == [["x"], [], ["mask"], []]
+    assert edges_of(parts) == {(0, 1), (0, 3), (1, 2), (1, 3), (2, 3)}
+    assert [sorted(part.receives) for part in parts] == [[], [0], [1], [0, 1, 2]]
+    inputs = (torch.rand(3, 4), torch.rand(4))
+    found, plain = run_stages(model, parts, inputs), model(*inputs)
+    assert torch.equal(found["logits"], plain["logits"])
+    assert torch.equal(found["hidden"], plain["hidden"])
+    assert found["rows"] == 3
+
+
+def test_a_value_that_two_stages_use_is_made_once_and_sent_to_both():
+    first = cut(Skips(), ["b", "c", "d"])[0]
+    assert {target: len(names) for target, names in first.sends.items()} == {1: 1, 3: 2}
+    assert first.sends[1][0] in first.sends[3]
+    assert sorted(first.makes) == sorted(first.sends[3])
+
+
+def test_the_inputs_of_a_model_can_come_as_a_dict():
+    model = Skips()
+    inputs = {"mask": torch.rand(4), "x": torch.rand(3, 4)}
+    found = run_stages(model, cut(model, ["c"]), inputs)
+    assert torch.equal(found["logits"], model(**inputs)["logits"])
+
+
+def test_an_argument_with_a_default_is_used_when_it_was_traced_as_given():
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            y = self.a(x)
+            return self.b(y if bias is None else y + bias)  # type: ignore[no-any-return]
+
+    model, x, bias = Optional(), torch.rand(2, 4), torch.rand(4)
+    assert torch.equal(run_stages(model, cut(model, ["b"]), x), model(x))
+    with_bias = cut(model, ["b"], given=["x", "bias"])
+    assert torch.equal(run_stages(model, with_bias, (x, bias)), model(x, bias))
+    with pytest.raises(ModelError, match=r"forward uses its argument 'bias', which this batch lacks \(found \['x'\]\)"):
+        run_stages(model, with_bias, x)
+
+
+def test_a_stage_without_the_models_inputs_does_not_ask_for_them():
+    codes = [part_of_model(CNN(), part) for part in cut(CNN(), ["conv2"])]
+    assert [code.uses_inputs for code in codes] == [True, False]
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_names_may_come_in_any_order():
+    model = CNN()
+    graph = trace(model)
+    assert check_split(graph, ["fc2", "conv2"], 3) == ["conv2", "fc2"]
+
+
+def test_a_split_at_a_block_inside_a_list_opens_nothing_else():
+    model = Tower()
+    assert open_modules(model, ["blocks.1", "head"], 3, None) == {"blocks"}
+    parts = cut(model, ["blocks.1", "head"])
+    assert [described(part.graph) for part in parts] == [["embed", "blocks.0"], ["blocks.1", "blocks.2"], ["head"]]
+
+
+def test_a_split_inside_a_block_opens_that_block():
+    model, x = Tower(), torch.rand(2, 4)
+    parts = cut(model, ["blocks.1.down"])
+    assert described(parts[0].graph) == ["embed", "blocks.0", "blocks.1.up", "gelu"]
+    assert torch.equal(run_stages(model, parts, x), model(x))
+
+
+def test_a_split_at_the_parent_begins_at_its_first_module():
+    graph = trace(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2))))
+    assert check_split(graph, ["1"], 2) == ["1"]
+    assert [described(part.graph) for part in cut_graph(graph, ["1"])] == [["0"], ["1.0", "1.1"]]
+
+
+def test_without_names_modules_are_opened_until_there_is_one_for_each_stage():
+    model = Tower(blocks=2)
+    assert open_modules(model, None, 4, None) == set()
+    opened = open_modules(model, None, 6, None)
+    assert opened == {"blocks.0", "blocks.1"}
+    assert [str(n.target) for n in trace(model, None, opened).nodes if n.op == "call_module"] == [
+        "embed", "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("split", "stages", "message"),
+    [
+        (["conv3"], 2, "the model has no module 'conv3'; did you mean 'conv2' or 'conv1'?"),
+        (["zzz"], 2, "the model has no module 'zzz'; known: 'conv1', 'conv2', 'fc1', 'fc2'"),
+        ("conv2", 2, "split='conv2': needed a list of module names, as in split=['conv2']"),
+        (["conv2"], 3, "split=['conv2'] makes 2 stages, but the plan has 3: name 2 modules"),
+        ([], 2, "split=[] makes 1 stages, but the plan has 2: name 1 modules"),
+        (["conv1"], 2, "'conv1' is the first module, so that nothing is left for the stage before it"),
+        (["fc1", "fc1"], 3, "'fc1' begins at the same module as another name (fc1, fc1)"),
+        (["conv2", "fc1", "fc1"], 4, "'fc1' begins at the same module as another name (fc1, fc1)"),
+    ],
+)
+def test_a_split_that_does_not_fit_the_model_or_the_plan_is_refused(split: Any, stages: int, message: str):
+    model = CNN()
+    with pytest.raises(SplitError, match=re.escape(message)):
+        check_split(trace(model, None, open_modules(model, split, stages, None)), split, stages)
+
+
+def test_a_module_that_forward_does_not_call_cannot_begin_a_stage():
+    model = UsedByHand()
+    model.extra = nn.Linear(1, 1)
+    with pytest.raises(SplitError, match=r"the model's forward does not call 'extra'; it calls \['a', 'b'\]"):
+        check_split(trace(model), ["extra"], 2)
+
+
+def test_two_names_for_the_same_module_are_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(2, 2))))
+    with pytest.raises(SplitError, match=re.escape("begins at the same module as another name (1, 1.0)")):
+        check_split(trace(model), ["1", "1.0"], 3)
+
+
+def test_more_stages_than_modules_are_refused_with_both_numbers():
+    with pytest.raises(
+        SplitError, match=r"the plan has 5 stages, but CNN has only 4 modules .*\(conv1, conv2, fc1, fc2\)"
+    ):
+        open_modules(CNN(), None, 5, None)
+    with pytest.raises(SplitError, match=r"the plan has 7 stages, but Sequential has only 6 modules"):
+        open_modules(mlp(), None, 7, None)
+
+
+# ---------------------------------------------------------------- who owns what
+
+
+def test_every_parameter_and_buffer_belongs_to_the_stage_that_uses_it():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
+    held = holders(model, [cut(model, ["1", "3"])])
+    owner = {name: stages[0] for name, stages in held.items()}
+    assert all(len(stages) == 1 for stages in held.values())
+    assert list(owner) == [*dict(model.named_parameters()), *dict(model.named_buffers())]
+    assert {name: stage for name, stage in owner.items() if stage == 1} == dict.fromkeys(
+        ["1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"], 1
+    )
+    assert (owner["0.weight"], owner["3.bias"]) == (0, 2)
+
+
+def test_a_parameter_that_forward_uses_by_hand_belongs_to_the_stage_that_uses_it_and_an_unused_one_to_the_first():
+    model, x = UsedByHand(), torch.rand(2, 4)
+    parts = cut(model, ["b"])
+    assert holders(model, [parts]) == {
+        "scale": [1], "unused": [0], "a.weight": [0], "a.bias": [0], "b.weight": [1], "b.bias": [1], "shift": [1],
+    }  # fmt: skip
+    assert torch.equal(run_stages(model, parts, x), model(x))
+
+
+class Masked(nn.Module):
+    """Uses one buffer behind each of its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0, 0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x) * self.mask) * self.mask) + self.mask  # type: ignore[no-any-return]
+
+
+def test_a_buffer_that_several_stages_read_belongs_to_the_first_of_them_and_crosses_to_the_others():
+    model, x = Masked(), torch.rand(2, 4)
+    parts = cut(model, ["b", "c"])
+    assert holders(model, [parts])["mask"] == [0]
+    assert [part.sends for part in parts] == [{1: ["mask", "mul"], 2: ["mask"]}, {2: ["mul_1"]}, {}]
+    assert torch.equal(run_stages(model, parts, x), model(x))
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_buffer_that_crosses_must_not_be_changed_in_place_by_its_owner_nor_by_a_receiver(where: int):
+    class Counts(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x) * self.mask
+            if where == 0:
+                self.mask.mul_(0.9)
+            z = self.b(y) * self.mask
+            if where == 1:
+                self.mask.mul_(0.9)
+            return z
+
+    model = Counts()
+    parts = cut(model, ["b"])
+    with pytest.raises(SplitError, match=r"a stage changes 'mask' in place .* another stage uses"):
+        run_stages(model, parts, torch.rand(2, 4))
+
+
+def test_a_buffer_that_one_stage_alone_changes_in_place_is_changed():
+    class Averages(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            self.mask.mul_(0.9).add_(0.1 * y.detach().mean(0))
+            return self.b(y - self.mask)  # type: ignore[no-any-return]
+
+    model, plain, x = Averages(), Averages(), torch.rand(2, 4)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(run_stages(model, cut(model, ["b"]), x), plain(x))
+    assert torch.equal(model.mask, plain.mask)  # type: ignore[arg-type]
+
+
+def test_a_parameter_that_two_stages_share_is_owned_by_the_first_under_all_its_names():
+    model = Tied()
+    found = holders(model, [cut(model, ["head"])])
+    assert (found["embed.weight"], found["head.weight"]) == ([0], [0, 1])
+
+
+def test_parameters_tied_within_a_stage_are_no_hindrance():
+    model = Tied()
+    held = holders(nn.Sequential(model, nn.Linear(10, 2)), [cut(nn.Sequential(model, nn.Linear(10, 2)), ["1"])])
+    assert held["0.embed.weight"] == held["0.head.weight"] == [0]
+
+
+def test_the_weights_of_a_module_called_in_two_stages_are_held_by_both_and_owned_by_the_first():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(self.b(self.a(x)))  # type: ignore[no-any-return]
+
+    model = Twice()
+    found = holders(model, [cut(model, ["b"])])
+    assert found == {"a.weight": [0, 1], "a.bias": [0, 1], "b.weight": [1], "b.bias": [1]}
+
+
+def test_a_module_with_buffers_called_in_two_stages_is_refused():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.b = nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.b(self.norm(x)))  # type: ignore[no-any-return]
+
+    model = Twice()
+    with pytest.raises(SplitError, match=r"'norm\.running_mean' is used by stages \[0, 1\]: a buffer must belong"):
+        holders(model, [cut(model, ["b"])])
+
+
+def test_what_the_train_graph_and_the_eval_graph_use_in_different_stages_is_held_by_both():
+    class Differs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return self.b(self.a(x) * self.scale)  # type: ignore[no-any-return]
+            return self.b(self.a(x)) * self.scale  # type: ignore[no-any-return]
+
+    model = Differs()
+    in_training = cut(model, ["b"])
+    in_eval = cut(model.eval(), ["b"])
+    assert holders(model, [in_training])["scale"] == [0]
+    assert holders(model, [in_training, in_eval])["scale"] == [0, 1]
