@@ -38,11 +38,8 @@ class InProcessActors:
         check_something_is_stepped([steps_of(engine) for engine in engines])
 
     def _run(self, calls: Sequence[Waiting], drive: Drive = take_turns) -> list[Any]:
-        kept = randomness.save_state()
-        try:
+        with randomness.kept():
             return drive(calls)
-        finally:
-            randomness.restore_state(kept)
 
     def train(self, order: StepRequest) -> Callable[[], StepResult]:
         results: list[StepResult] = self._run([engine.train_step(order) for engine in self.engines], self.drive_step)

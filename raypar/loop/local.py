@@ -73,15 +73,14 @@ class LocalSession(Session):
 
     def start_actors(self, spec: ModelSpec) -> InProcessActors:
         saved = SavedTensors(self.restored, self.storage.filesystem) if self.restored else None
-        state = randomness.save_state()
         engines = []
-        for actor in range(self.plan.pipeline):
-            part = build_part(spec, self.plan, actor, CPU)
-            if self.plan.data_strategy == "scatter":
-                scatter_over(part, [CPU])
-            transport = self.run.world.transport(self.rank, actor)
-            engines.append(make_engine(spec, self.plan, self.rank, actor, part, transport, CPU, saved=saved))
-        randomness.restore_state(state)
+        with randomness.kept():
+            for actor in range(self.plan.pipeline):
+                part = build_part(spec, self.plan, actor, CPU)
+                if self.plan.data_strategy == "scatter":
+                    scatter_over(part, [CPU])
+                transport = self.run.world.transport(self.rank, actor)
+                engines.append(make_engine(spec, self.plan, self.rank, actor, part, transport, CPU, saved=saved))
         return InProcessActors(engines, _LocalSaver(self), self._step_of_all)
 
     def _step_of_all(self, calls: Sequence[Waiting]) -> list[Any]:
@@ -171,7 +170,6 @@ def run_local(
     newest = checkpoint_to_resume(storage)
     if newest is not None and say is not None:
         say(f"Going on from {newest}")
-    before = randomness.save_state()
     errors: dict[int, BaseException] = {}
     sessions: list[LocalSession] = []
 
@@ -195,13 +193,11 @@ def run_local(
         finally:
             run.turns.end(rank)
 
-    try:
+    with randomness.kept():
         if plan.data == 1:
             contextvars.copy_context().run(replica, 0)
         else:
             _run_threads(replica, plan.data, run.turns, timeouts.stop)
-    finally:
-        randomness.restore_state(before)
     if trace:
         with contextlib.suppress(CheckpointError) if errors else contextlib.nullcontext():  # the first error counts
             events = [event for session in sessions for event in session.recorded()]

@@ -90,15 +90,13 @@ def parallelize(
     placement = session.plan.actor_of_stage
     chosen: Split | RayparError | None = None
     if session.rank == 0:  # one replica decides: measured times differ, and all must cut alike
-        kept = randomness.save_state()  # measuring draws random numbers, which are not the loop's
         try:
-            chosen = choose_cut(
-                spec, placement, split, example_inputs, lambda units: session.measure(spec, units, example_inputs)
-            )
+            with randomness.kept():  # measuring draws random numbers, which are not the loop's
+                chosen = choose_cut(
+                    spec, placement, split, example_inputs, lambda units: session.measure(spec, units, example_inputs)
+                )
         except RayparError as error:
             chosen = error
-        finally:
-            randomness.restore_state(kept)
     chosen = session.gather(chosen)[0]
     if isinstance(chosen, RayparError):
         raise chosen

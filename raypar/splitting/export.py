@@ -119,11 +119,8 @@ def export_graph(model: nn.Module, example: Tree, descend: Collection[str] = ())
     found = _export(model, example, descend)
     first = found.form.tensors[0] if found.form.tensors else None
     if first is not None and first.dim() and first.shape[0] > 1 and not found.form.holds_for_one_row():
-        kept = randomness.save_state()
-        try:
+        with randomness.kept():
             _try_one_row(model, example, descend, found)
-        finally:
-            randomness.restore_state(kept)
     return found.graph
 
 
@@ -152,11 +149,10 @@ def _export(model: nn.Module, example: Tree, descend: Collection[str]) -> _Conve
     returned: list[Structure] = []
     opened = {"": model, **{name: attribute(model, name) for name in descend}}
     root, leaves = _Root(model, arguments, opened, returned.append), OpaqueCalls(model, descend)
-    kept = randomness.save_state()
     try:
-        with put_back(model), leaves.recorded():
+        with randomness.kept() as before, put_back(model), leaves.recorded():
             program = _exported(root, [v for v in tree.leaves(arguments) if isinstance(v, torch.Tensor)])
-            if random.getstate() != kept[3] or not _are_same(np.random.get_state(), kept[2]):
+            if random.getstate() != before[3] or not _are_same(np.random.get_state(), before[2]):
                 raise Lost("a random number of Python or NumPy is drawn, which would be the same in every step")
             return _Converter(model, program, leaves.calls, returned[-1], arguments, device)
     except Lost as lost:
@@ -164,8 +160,6 @@ def _export(model: nn.Module, example: Tree, descend: Collection[str]) -> _Conve
     except Exception as error:
         text = f"{error}".strip().split("\n\n")[0][:500]
         raise SplitError(f"at {user_line(error, model)}: {type(error).__name__}: {text}") from error
-    finally:
-        randomness.restore_state(kept)
 
 
 def _are_same(one: Any, other: Any) -> bool:

@@ -6,19 +6,18 @@ import contextlib
 import fcntl
 import inspect
 import os
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from raypar.errors import ModelError
+from raypar.randomness import seed_all
 from raypar.tree import Tree
 
 
@@ -112,9 +111,7 @@ class ModelSpec:
 
 def build_whole(spec: ModelSpec) -> nn.Module:
     """The whole model on the CPU, the same in every process: all generators are seeded first."""
-    torch.manual_seed(spec.seed)
-    np.random.seed(spec.seed % 2**32)
-    random.seed(spec.seed)
+    seed_all(spec.seed)
     model = spec.build_model()
     if not isinstance(model, nn.Module):
         raise ModelError(f"build_model() returned {type(model).__name__}, needed a torch.nn.Module")
