@@ -10,6 +10,7 @@ run goes on where the first one stopped.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
@@ -49,7 +50,7 @@ def train_loop(config: dict[str, Any]) -> None:
         split=config["split"],
         seed=config["seed"],
     )
-    actors = replica.describe()
+    actors = [dataclasses.asdict(actor) for actor in replica.describe()]
     for _ in raypar.epochs(config["epochs"]):
         start, samples, loss = time.perf_counter(), 0, 0.0
         outputs = [
@@ -90,7 +91,7 @@ def show(plan: raypar.Plan, rows: list[dict[str, Any]], console: Console) -> Non
     for replica in range(plan.data):
         branch = tree.add(f"replica {replica}")
         for actor in [each for each in last["actors"] if each["replica"] == replica]:
-            where = f"{actor['device']}, pid {actor['pid']}" + (f" on {actor['node_ip']}" if "node_ip" in actor else "")
+            where = f"{actor['device']}, pid {actor['pid']}" + (f" on {actor['node_ip']}" if actor["node_ip"] else "")
             node = branch.add(f"actor {actor['actor']}  [dim]{where}[/dim]")
             for stage, modules in actor["stages"].items():
                 node.add(f"stage {stage}: {', '.join(modules)}")

@@ -22,8 +22,8 @@ ROOMS = [
 """A room may use those before it. `trainer` and what follows is the roof."""
 
 DOORS = {
-    "planning": {"plan", "schedule", "schedules", "program", "simulate", "partition"},
-    "observe": {"timeline", "bubble", "progress"},
+    "planning": {"place", "plan", "schedule", "schedules", "program", "simulate", "partition"},
+    "observe": {"actor_info", "timeline", "bubble", "progress"},
     "data": {"sources", "row_order"},
     "checkpoint": {"manifest", "saver", "shards", "contents", "weights"},
     "transport": {"interface", "channel", "memory_links", "process_links"},

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raypar.cluster import capacity
 from raypar.cluster.placement import Needs, arrange, nodes_of_bundles, pins_of_workers, reserve
 from raypar.errors import RayparError, RunError, StageDiedError, TimeoutExceededError
+from raypar.observe.actor_info import ActorInfo
 from raypar.observe.timeline import Event
 from raypar.planning.plan import Plan, Timeouts
 from raypar.workers.ray_errors import death, unwrapped
@@ -47,7 +48,7 @@ class Fleet:
         self._group: PlacementGroup | None = None
         self._starting: list[Any] = []
         self.handles: list[list[ActorHandle[Any]]] = []
-        self.infos: list[list[dict[str, Any]]] = []
+        self.infos: list[list[ActorInfo]] = []
         self.node_of_replica: list[str] = []
         self.worker_pins: list[dict[str, str]] | None = None
 
@@ -145,7 +146,7 @@ class Fleet:
         if not self.handles:
             return None
         calls: list[Any] = [handle.describe.remote() for replica in self.handles for handle in replica]
-        nodes = [info["node_id"] for replica in self.infos for info in replica] or list(map(str, range(len(calls))))
+        nodes = [str(info.node_id) for replica in self.infos for info in replica] or list(map(str, range(len(calls))))
         here = ray.get_runtime_context().get_node_id()
         deadline = time.monotonic() + seconds
         waiting = calls
@@ -195,9 +196,7 @@ class Fleet:
             self._group = None
 
 
-def stage_died(
-    plan: Plan, infos: Sequence[Sequence[Mapping[str, Any]]], dead: Mapping[int, RayActorError]
-) -> StageDiedError:
+def stage_died(plan: Plan, infos: Sequence[Sequence[ActorInfo]], dead: Mapping[int, RayActorError]) -> StageDiedError:
     """The error for actors that are dead, by rank; `infos` is empty where they have not described themselves."""
     # A reclaimed machine explains the others' deaths, not the other way round.
     first = min(dead, key=lambda rank: (not dead[rank].preempted, rank))
@@ -216,11 +215,11 @@ def stage_died(
     )
 
 
-def _actor_name(plan: Plan, infos: Sequence[Sequence[Mapping[str, Any]]], rank: int) -> str:
+def _actor_name(plan: Plan, infos: Sequence[Sequence[ActorInfo]], rank: int) -> str:
     replica, actor = divmod(rank, plan.pipeline)
     stages = plan.stages_of(actor)
     held = f"stage {stages[0]}" if len(stages) == 1 else f"stages {', '.join(map(str, stages))}"
-    where = f", pid {infos[replica][actor]['pid']} on {infos[replica][actor]['node_ip']}" if infos else ""
+    where = f", pid {infos[replica][actor].pid} on {infos[replica][actor].node_ip}" if infos else ""
     return f"the actor of {held} of replica {replica} (actor {actor}{where})"
 
 

@@ -24,6 +24,7 @@ from raypar.engine import step as commit
 from raypar.engine.clock import Clock
 from raypar.engine.faults import failed_wait, user_code
 from raypar.engine.step import StepRequest, StepResult
+from raypar.planning.place import Place
 from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.program import Compute, Message, Post, Program, Release, Send, programs
 from raypar.planning.schedule import Action, Schedule
@@ -302,8 +303,7 @@ class Engine:
             doing = f"waiting for {what} from stage {message.sender}"
             if not receives:
                 doing = f"sending {what} to stage {message.receiver}"
-            place = f"replica {self.replica}, stage {stage}, micro-batch {message.microbatch}"
-            raise failed_wait(f"{place}: {doing}", error, self.replica, stage) from error
+            raise failed_wait(Place(self.replica, (stage,), message.microbatch), doing, error) from error
 
     # ------------------------------------------------------------ the commit and what can go wrong
 
@@ -322,7 +322,7 @@ class Engine:
             yield
         except RuntimeError as error:
             stage = next(iter(self.part.stages)) if stage is None else stage
-            raise failed_wait(f"replica {self.replica}, stage {stage}: {what}", error, self.replica, stage) from error
+            raise failed_wait(Place(self.replica, (stage,)), what, error) from error
 
     def _totals(self, run: _Pass, order: StepRequest) -> Waiting:
         """The commit's sum: what all actors know of the step."""
@@ -375,8 +375,8 @@ class Engine:
         self, what: str, stage: int | None = None, number: int | None = None
     ) -> AbstractContextManager[None]:
         """Give an exception of the user's model, loss or optimizer an address."""
-        where = f"stage {stage}, micro-batch {number}" if stage is not None else f"actor {self.actor}"
-        return user_code(f"replica {self.replica}, {where}: {what}", self.replica, stage)
+        stages = tuple(self.part.stages) if stage is None else (stage,)
+        return user_code(Place(self.replica, stages, number), what)
 
 
 def pairs(plan: Plan, part: ModelPart) -> set[tuple[int, int]]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from raypar.errors import PeerLostError, RayparError, RunError, TimeoutExceededError, UserCodeError
+from raypar.planning.place import Place
 
 
 def is_of_connection(error: BaseException) -> bool:
@@ -19,22 +20,23 @@ def is_of_connection(error: BaseException) -> bool:
     return named or isinstance(error, dist.DistError)
 
 
-def failed_wait(what: str, error: BaseException, replica: int, stage: int | None = None) -> RunError:
-    """What it means that an exchange with another process failed; `what` says which, and where."""
+def failed_wait(place: Place, what: str, error: BaseException) -> RunError:
+    """What it means that an exchange with another process, `what`, failed at a place."""
+    where, replica, stage = f"{place}: {what}", place.replica, place.stage
     reason = str(error).strip().partition("\n")[0]
     if not is_of_connection(error):
-        return RunError(f"{what} failed: {type(error).__name__}: {reason}", replica=replica, stage=stage)
+        return RunError(f"{where} failed: {type(error).__name__}: {reason}", replica=replica, stage=stage)
     if "timed out" in reason.lower() or "timeout" in reason.lower():
         return TimeoutExceededError(
-            f"{what} took longer than Timeouts(peer=…) allows; the other side is stuck or slow ({reason})",
+            f"{where} took longer than Timeouts(peer=…) allows; the other side is stuck or slow ({reason})",
             replica=replica,
             stage=stage,
         )
-    return PeerLostError(f"{what} failed, since the other side is gone ({reason})", replica=replica, stage=stage)
+    return PeerLostError(f"{where} failed, since the other side is gone ({reason})", replica=replica, stage=stage)
 
 
 @contextmanager
-def user_code(what: str, replica: int, stage: int | None = None) -> Iterator[None]:
+def user_code(place: Place, what: str) -> Iterator[None]:
     """Give an exception of the user's model, loss or optimizer an address; raypar's own errors have one."""
     try:
         yield
@@ -42,8 +44,8 @@ def user_code(what: str, replica: int, stage: int | None = None) -> Iterator[Non
         raise
     except Exception as error:
         if is_of_connection(error):  # DDP reduces within the backward pass
-            raise failed_wait(what, error, replica, stage) from error
+            raise failed_wait(place, what, error) from error
         trace = "".join(traceback.format_exception(error))
         raise UserCodeError(
-            f"{what} raised {type(error).__name__}: {error}\n{trace}", replica=replica, stage=stage
+            f"{place}: {what} raised {type(error).__name__}: {error}\n{trace}", replica=place.replica, stage=place.stage
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -12,6 +12,7 @@ from raypar.checkpoint.saver import SaveRequest
 from raypar.engine.engine import Engine
 from raypar.engine.step import StepRequest, StepResult
 from raypar.errors import ModelError
+from raypar.observe.actor_info import ActorInfo
 from raypar.observe.bubble import Timing
 from raypar.observe.timeline import Event
 from raypar.tree import Tree
@@ -49,7 +50,7 @@ class ReplicaActors(Protocol):
     def events(self) -> list[Event]:
         """What all actors did when, in the last steps; nothing where the run is not traced."""
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[ActorInfo]:
         """Where each actor is and what it holds."""
 
 
@@ -59,23 +60,22 @@ def merge_models(parts: Sequence[dict[str, torch.Tensor]], names: dict[str, torc
     return {name: merged[name] for name in names if name in merged}
 
 
-def describe(engine: Engine) -> dict[str, Any]:
-    """What an actor holds, for people: each stage with the names of its top modules."""
-    owner = engine.part.owner
+def describe(engine: Engine) -> ActorInfo:
+    """What the actor of an engine holds, and its process."""
+    part = engine.part
     stages = {}
-    for stage in engine.part.stages:
-        inside = [name.rpartition(".")[0] for name, holder in owner.items() if holder == stage]
-        stages[stage] = list(dict.fromkeys(inside))
-    return {
-        "replica": engine.replica,
-        "actor": engine.actor,
-        "stages": stages,
-        "device": str(engine.device),
-        "node_id": None,
-        "cores": os.cpu_count() or 1,
-        "pid": os.getpid(),
-        "parameters": sum(p.numel() for p in engine.part.module.parameters()),
-    }
+    for stage in part.stages:
+        modules = [name.rpartition(".")[0] for name, holder in part.owner.items() if holder == stage]
+        stages[stage] = list(dict.fromkeys(modules))
+    return ActorInfo(
+        engine.replica,
+        engine.actor,
+        str(engine.device),
+        os.getpid(),
+        os.cpu_count() or 1,
+        stages=stages,
+        parameters=sum(p.numel() for p in part.module.parameters()),
+    )
 
 
 def steps_of(engine: Engine) -> bool | None:

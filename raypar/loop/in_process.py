@@ -15,6 +15,7 @@ from raypar.engine.actor_state import load_model, model_of, state_to_save
 from raypar.engine.engine import Engine
 from raypar.engine.step import StepRequest, StepResult
 from raypar.loop.actors import check_something_is_stepped, describe, merge_models, steps_of, with_lr
+from raypar.observe.actor_info import ActorInfo
 from raypar.observe.bubble import Timing
 from raypar.observe.timeline import Event
 from raypar.transport.interface import Waiting, take_turns
@@ -78,5 +79,5 @@ class InProcessActors:
     def events(self) -> list[Event]:
         return [event for engine in self.engines for event in engine.clock.events(engine.replica, engine.actor)]
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[ActorInfo]:
         return [describe(engine) for engine in self.engines]

@@ -18,6 +18,7 @@ from raypar.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from raypar.loop.actors import ReplicaActors
 from raypar.loop.position import Position
 from raypar.loop.session import Session, current
+from raypar.observe.actor_info import ActorInfo
 from raypar.observe.bubble import Bubble, bubble_of
 
 IN_FLIGHT = 2
@@ -166,7 +167,7 @@ class Replica:
         timings = [timing for of_replica in self._session.gather(self._actors.timings()) for timing in of_replica]
         return bubble_of(self._session.plan, timings, self.describe())
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[ActorInfo]:
         """One entry an actor, of all replicas: replica, actor, its stages with the modules of each, device,
         node, process. All call it alike."""
         self.wait()

@@ -1,4 +1,4 @@
 """What a run shows: timeline, bubble, progress. Imports neither torch nor ray.
 
-Enter by: timeline, bubble, progress.
+Enter by: actor_info, timeline, bubble, progress.
 """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from raypar.observe.actor_info import ActorInfo
 from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.simulate import simulate
 
@@ -49,10 +49,10 @@ class Bubble:
     backward: tuple[float, ...]
 
 
-def bubble_of(plan: Plan, timings: Sequence[Timing], actors: Sequence[dict[str, Any]]) -> Bubble | None:
+def bubble_of(plan: Plan, timings: Sequence[Timing], actors: Sequence[ActorInfo]) -> Bubble | None:
     """The bubble of all replicas' actors, from their timings and descriptions; None before any step, and where
     actors take turns in one process, which leaves nothing to measure."""
-    if len({(actor["node_id"], actor["pid"]) for actor in actors}) < len(actors):
+    if len({(actor.node_id, actor.pid) for actor in actors}) < len(actors):
         return None
     stages = range(len(plan.actor_of_stage))
     passes = [sum(t.passes.get(s, 0) for t in timings) for s in stages]
@@ -69,11 +69,11 @@ def bubble_of(plan: Plan, timings: Sequence[Timing], actors: Sequence[dict[str, 
     return Bubble(measured, simulated, note, tuple(t * 1e3 for t in forward), tuple(t * 1e3 for t in backward))
 
 
-def _crowded(actors: Sequence[dict[str, Any]]) -> str | None:
+def _crowded(actors: Sequence[ActorInfo]) -> str | None:
     """Why the actors' times cannot be taken for times of their own; None where each has a core or a GPU."""
-    on_cpu = Counter(actor["node_id"] for actor in actors if actor["device"] == "cpu")
+    on_cpu = Counter(actor.node_id for actor in actors if actor.device == "cpu")
     for actor in actors:
-        count = on_cpu[actor["node_id"]]
-        if count > actor["cores"]:
-            return f"{count} actors share {actor['cores']} cores"
+        count = on_cpu[actor.node_id]
+        if count > actor.cores:
+            return f"{count} actors share {actor.cores} cores"
     return None

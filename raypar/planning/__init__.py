@@ -1,4 +1,4 @@
 """What is to be done: plans, schedules, programs, where to cut. Imports neither torch nor ray.
 
-Enter by: plan, schedule, schedules, program, simulate, partition.
+Enter by: place, plan, schedule, schedules, program, simulate, partition.
 """

@@ -9,6 +9,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTa
 
 from raypar.engine.faults import failed_wait, is_of_connection
 from raypar.errors import PeerLostError, RayparError, UserCodeError
+from raypar.planning.place import Place
 
 _DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)
 
@@ -25,7 +26,7 @@ def as_raypar_error(error: BaseException, replica: int) -> RayparError:
     if isinstance(found, _DEATHS):
         return PeerLostError(f"The train worker of replica {replica} lost a stage actor: {found}", replica=replica)
     if is_of_connection(found):
-        return failed_wait(f"replica {replica}: the train worker's wait for those of other replicas", found, replica)
+        return failed_wait(Place(replica), "the train worker's wait for those of other replicas", found)
     return user_code_error(found, replica)
 
 

@@ -17,6 +17,7 @@ from raypar.engine import microbatch
 from raypar.engine.step import StepRequest, StepResult
 from raypar.errors import PeerLostError, RayparError, RunError, StageDiedError, TimeoutExceededError
 from raypar.loop.actors import check_something_is_stepped, merge_models, with_lr
+from raypar.observe.actor_info import ActorInfo
 from raypar.observe.bubble import Timing
 from raypar.observe.timeline import Event
 from raypar.planning.plan import Plan, Timeouts
@@ -24,6 +25,7 @@ from raypar.splitting.model import ModelSpec
 from raypar.storage import Storage
 from raypar.tree import Tree
 from raypar.workers.ray_errors import death, unwrapped
+from raypar.workers.stage_actor import Built
 
 CPU = torch.device("cpu")
 
@@ -47,13 +49,13 @@ class RemoteActors:
     ) -> None:
         self.handles, self.plan, self.replica, self.timeouts = handles, plan, replica, timeouts
         spec_once = ray.put(spec)
-        built = self._call("build", spec_once, storage, restored, limit="start")
-        check_something_is_stepped(answer["steps"] for answer in built)
-        self._names: dict[str, torch.Size] = built[0]["names"]
-        self._uses_inputs = [answer["uses_inputs"] for answer in built]
+        built: list[Built] = self._call("build", spec_once, storage, restored, limit="start")
+        check_something_is_stepped(answer.steps for answer in built)
+        self._names = built[0].names
+        self._uses_inputs = [answer.uses_inputs for answer in built]
         self._last = plan.actor_of_stage[-1]
         self._saves: list[Any] = []
-        self._described = [answer["describe"] for answer in built]
+        self._infos = [answer.info for answer in built]
 
     def train(self, order: StepRequest) -> Callable[[], StepResult]:
         calls = self._start("train_step", order)
@@ -91,8 +93,8 @@ class RemoteActors:
     def events(self) -> list[Event]:
         return [event for of_actor in self._call("events") for event in of_actor]
 
-    def describe(self) -> list[dict[str, Any]]:
-        return self._described
+    def describe(self) -> list[ActorInfo]:
+        return self._infos
 
     def _start(self, method: str, order: StepRequest) -> list[Any]:
         """Send an order to all actors, each with the arrays that it uses."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -25,8 +26,10 @@ from raypar.engine.faults import failed_wait, user_code
 from raypar.engine.step import StepRequest, StepResult
 from raypar.errors import NonFiniteError, RayparError
 from raypar.loop.actors import describe, steps_of
+from raypar.observe.actor_info import ActorInfo
 from raypar.observe.bubble import Timing
 from raypar.observe.timeline import Event
+from raypar.planning.place import Place
 from raypar.planning.plan import Plan, Timeouts
 from raypar.replicas.strategies import sums_in_processes
 from raypar.splitting.model import ModelSpec, Split, one_process_a_node
@@ -38,11 +41,27 @@ from raypar.tree import Tree
 from raypar.workers.malloc import keep_freed_memory
 
 
+@dataclass(frozen=True)
+class Built:
+    """What a train worker needs to know of an actor that is built.
+
+    names:       of the whole model's state dict, with their shapes.
+    uses_inputs: whether one of its stages reads the batch's inputs.
+    steps:       whether its optimizer steps anything; None where the actor has nothing to train.
+    """
+
+    names: dict[str, torch.Size]
+    uses_inputs: bool
+    steps: bool | None
+    info: ActorInfo
+
+
 class StageActor:
     """One actor of one replica; raypar.cluster.fleet makes it a Ray actor."""
 
     def __init__(self, replica: int, actor: int, plan: Plan, timeouts: Timeouts) -> None:
         self.replica, self.actor, self.plan, self.timeouts = replica, actor, plan, timeouts
+        self.place = Place(replica, tuple(plan.stages_of(actor)))
         gpus = ray.get_gpu_ids()
         # Ray also hands out logical GPUs on machines without CUDA; an actor's own GPU is its cuda:0
         self.device = torch.device("cuda:0" if gpus and torch.cuda.is_available() else "cpu")
@@ -56,20 +75,14 @@ class StageActor:
         self.saver: SharedSaver | None = None
         self.failure: RayparError | None = None
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ActorInfo:
         """Where this actor runs and, once it is built, what it holds."""
-        context = ray.get_runtime_context()
-        held = describe(self.engine) if self.engine is not None else {}
-        return {
-            **held,
-            "replica": self.replica,
-            "actor": self.actor,
-            "device": str(self.device),
-            "gpu_ids": ray.get_gpu_ids(),
-            "node_id": context.get_node_id(),
-            "node_ip": _node_ip(),
-            "pid": os.getpid(),
-        }
+        if self.engine is not None:
+            info = describe(self.engine)
+        else:
+            info = ActorInfo(self.replica, self.actor, str(self.device), os.getpid(), os.cpu_count() or 1)
+        node_id = ray.get_runtime_context().get_node_id()
+        return replace(info, gpu_ids=tuple(ray.get_gpu_ids()), node_id=node_id, node_ip=_node_ip())
 
     # ------------------------------------------------------------ before the first step
 
@@ -90,11 +103,9 @@ class StageActor:
         with one_process_a_node():
             return measure_units(spec, units, microbatch.to_tensors(example_inputs, self.device), self.device)
 
-    def build(self, spec: ModelSpec, storage: Storage, restored: str | None) -> dict[str, Any]:
+    def build(self, spec: ModelSpec, storage: Storage, restored: str | None) -> Built:
         """Build this actor's part, fresh or from a checkpoint. Returns what the worker needs to know of it."""
-        held = self.plan.stages_of(self.actor)
-        what = f"replica {self.replica}, stage {', '.join(map(str, held))}: building the model and its optimizer"
-        with user_code(what, self.replica, held[0]):
+        with user_code(self.place, "building the model and its optimizer"):
             with one_process_a_node():
                 part = build_part(spec, self.plan, self.actor, self.device)
                 saved = SavedTensors(restored, storage.filesystem) if restored is not None else None
@@ -107,8 +118,7 @@ class StageActor:
         assert transport.saving is not None
         self.saver = SharedSaver(storage, transport.saving, self.timeouts.peer)
         uses_inputs = any(stage.uses_inputs for stage in part.stages.values())
-        steps = steps_of(self.engine)
-        return {"names": part.names, "uses_inputs": uses_inputs, "steps": steps, "describe": self.describe()}
+        return Built(part.names, uses_inputs, steps_of(self.engine), self.describe())
 
     # ------------------------------------------------------------ steps
 
@@ -135,8 +145,7 @@ class StageActor:
         try:
             return drive(call(self.engine))
         except Exception as found:
-            stage = next(iter(self.engine.part.stages))
-            error = found if isinstance(found, RayparError) else failed_wait("a step", found, self.replica, stage)
+            error = found if isinstance(found, RayparError) else failed_wait(self.place, "a step", found)
             self.failure = error
             if not isinstance(error, NonFiniteError):
                 self.engine = self.saver = None

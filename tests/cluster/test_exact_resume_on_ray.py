@@ -34,7 +34,7 @@ def train(config: dict[str, Any]) -> None:
         optimizer=lambda module: torch.optim.AdamW(module.parameters(), lr=0.01),
         split=["3"],
     )
-    pids = [os.getpid(), *(actor["pid"] for actor in replica.describe())]
+    pids = [os.getpid(), *(actor.pid for actor in replica.describe())]
     is_first = ray.train.get_context().get_world_rank() == 0
     for _ in raypar.epochs(3):
         for batch in raypar.batches("train", batch_size=64):

@@ -30,6 +30,7 @@ from raypar.errors import (
     UserCodeError,
     WorkerDiedError,
 )
+from raypar.observe.actor_info import ActorInfo
 from raypar.planning.plan import Plan
 from raypar.workers.ray_errors import as_raypar_error, death
 
@@ -120,7 +121,10 @@ class TestRootCause:
 
 
 class TestDeadStages:
-    INFOS: ClassVar = [[{"pid": 10 * replica + actor, "node_ip": "host"} for actor in range(2)] for replica in range(2)]
+    INFOS: ClassVar = [
+        [ActorInfo(replica, actor, "cpu", pid=10 * replica + actor, cores=1, node_ip="host") for actor in range(2)]
+        for replica in range(2)
+    ]
 
     def test_a_reclaimed_machine_explains_the_other_deaths(self) -> None:
         plan = Plan(data=2, pipeline=2, placement=[0, 1, 0])  # type: ignore[arg-type]

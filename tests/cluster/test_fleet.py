@@ -13,6 +13,7 @@ import ray
 from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import needs_of
 from raypar.errors import ModelError, RunError, StageDiedError, TimeoutExceededError
+from raypar.observe.actor_info import ActorInfo
 from raypar.planning.plan import Plan, Timeouts
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -27,9 +28,9 @@ class FakeStage:
         self.place = (replica, actor)
         self.joined: tuple[Any, ...] | None = None
 
-    def describe(self) -> dict[str, Any]:
-        context = ray.get_runtime_context()
-        return {"place": self.place, "node_id": context.get_node_id(), "node_ip": "host", "pid": os.getpid()}
+    def describe(self) -> ActorInfo:
+        node_id = ray.get_runtime_context().get_node_id()
+        return ActorInfo(*self.place, "cpu", os.getpid(), 1, node_id=node_id, node_ip="host")
 
     def open_store(self, world_size: int) -> tuple[str, int]:
         return "host", world_size
@@ -48,7 +49,10 @@ def start(kind: type = FakeStage, timeouts: Timeouts = TIMEOUTS, **plan: Any) ->
 def test_a_fleet_is_placed_connected_examined_and_stopped() -> None:
     fleet = start(data=2, pipeline=2, placement=[0, 1, 0])
     try:
-        assert [[info["place"] for info in replica] for replica in fleet.infos] == [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]
+        assert [[(info.replica, info.actor) for info in infos] for infos in fleet.infos] == [
+            [(0, 0), (0, 1)],
+            [(1, 0), (1, 1)],
+        ]
         joined = [ray.get(handle.join.remote()) for replica in fleet.handles for handle in replica]
         assert joined == [("host", 4, rank, 4) for rank in range(4)]
         node = ray.nodes()[0]["NodeID"]
@@ -56,7 +60,7 @@ def test_a_fleet_is_placed_connected_examined_and_stopped() -> None:
         assert fleet.worker_pins == [{"ray.io/node-id": node}] * 2
         assert fleet.autopsy() is None
 
-        os.kill(fleet.infos[1][0]["pid"], signal.SIGKILL)
+        os.kill(fleet.infos[1][0].pid, signal.SIGKILL)
         time.sleep(0.5)
         found = fleet.autopsy()
         assert isinstance(found, StageDiedError)

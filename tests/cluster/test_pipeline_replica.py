@@ -19,8 +19,10 @@ from models import CNN
 from raypar import Plan, Timeouts, Trainer
 from raypar.engine.step import StepRequest
 from raypar.errors import ModelError, TimeoutExceededError, UserCodeError
+from raypar.observe.actor_info import ActorInfo
 from raypar.storage import Storage
 from raypar.workers.remote_actors import RemoteActors
+from raypar.workers.stage_actor import Built
 from support import reference
 from support.engines import order_of
 
@@ -91,8 +93,8 @@ class Silent:
     def __init__(self, *, steps: bool = True) -> None:
         self.steps = steps
 
-    def build(self, *arguments: Any) -> dict[str, Any]:
-        return {"names": {}, "uses_inputs": True, "steps": self.steps, "describe": {}}
+    def build(self, *arguments: Any) -> Built:
+        return Built({}, True, self.steps, ActorInfo(0, 0, "cpu", pid=1, cores=1))
 
     def model(self) -> None:
         threading.Event().wait()

@@ -3,13 +3,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from raypar.engine import clock as timing
 from raypar.engine.clock import Clock
+from raypar.observe.actor_info import ActorInfo
 from raypar.observe.bubble import Timing, bubble_of
 from raypar.planning.plan import Plan
 
@@ -57,8 +57,8 @@ def test_a_pass_that_fails_is_not_counted(clock: Clock):
 # ---------------------------------------------------------------- the bubble
 
 
-def actor(pid: int, node: str = "a", device: str = "cpu", cores: int = 8) -> dict[str, Any]:
-    return {"pid": pid, "node_id": node, "device": device, "cores": cores}
+def actor(pid: int, node: str = "a", device: str = "cpu", cores: int = 8) -> ActorInfo:
+    return ActorInfo(0, 0, device, pid, cores, node_id=node)
 
 
 def times(stage: int, *, forward: float = 1.0, backward: float = 2.0, passes: int = 4, span: float = 15.0) -> Timing:

@@ -459,7 +459,7 @@ def test_an_exception_in_the_optimizer_names_replica_and_actor() -> None:
         ),
     )
     (batch,) = reference.images(1, 4)
-    with pytest.raises(UserCodeError, match=r"replica 0, actor 1: the optimizer's step raised ZeroDivisionError"):
+    with pytest.raises(UserCodeError, match=r"replica 0, stage 1: the optimizer's step raised ZeroDivisionError"):
         train_step(engines, 1, batch)
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from raypar.engine.faults import failed_wait, is_of_connection, user_code
 from raypar.errors import DataError, PeerLostError, RunError, TimeoutExceededError, UserCodeError
+from raypar.planning.place import Place
 
 CLOSED = RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 LATE = RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/buffer.cc:91] Timed out waiting 2000ms for recv")
@@ -23,7 +24,7 @@ LATE = RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/buffer.cc:91] Tim
 )
 def test_a_failed_exchange_says_where_and_why(error: Exception, kind: type[RunError], words: str) -> None:
     """Any RuntimeError was once a lost peer, one of memory too, which then hid behind the losses it had caused."""
-    found = failed_wait("replica 1, stage 2: the commit", error, replica=1, stage=2)
+    found = failed_wait(Place(1, (2,)), "the commit", error)
     assert type(found) is kind
     assert str(found).startswith("replica 1, stage 2: the commit")
     assert words in str(found)
@@ -37,7 +38,7 @@ def test_only_errors_of_torch_distributed_are_of_the_connection() -> None:
 
 
 def test_an_exception_of_user_code_keeps_its_cause_and_its_traceback() -> None:
-    with pytest.raises(UserCodeError) as caught, user_code("replica 0, stage 1: forward", 0, 1):
+    with pytest.raises(UserCodeError) as caught, user_code(Place(0, (1,)), "forward"):
         raise KeyError("weights")
     assert "replica 0, stage 1: forward raised KeyError: 'weights'" in str(caught.value)
     assert 'raise KeyError("weights")' in str(caught.value)
@@ -45,10 +46,10 @@ def test_an_exception_of_user_code_keeps_its_cause_and_its_traceback() -> None:
 
 
 def test_errors_of_raypar_pass_unchanged() -> None:
-    with pytest.raises(DataError, match="no rows"), user_code("forward", 0):
+    with pytest.raises(DataError, match="no rows"), user_code(Place(0), "forward"):
         raise DataError("no rows")
 
 
 def test_a_reduction_within_user_code_that_loses_its_peer_is_no_fault_of_the_user() -> None:
-    with pytest.raises(PeerLostError), user_code("replica 0, stage 0: backward", 0, 0):
+    with pytest.raises(PeerLostError), user_code(Place(0, (0,)), "backward"):
         raise CLOSED

@@ -40,7 +40,7 @@ def test_two_stages_on_one_gpu_train_as_plain_pytorch_does(tmp_path: Path) -> No
         for _ in range(5):
             images = torch.randn(64, 1, 28, 28, generator=generator)
             step = replica.train_step(images, torch.randint(0, 10, (64,), generator=generator))
-        assert replica.describe()[0]["device"].startswith("cuda")
+        assert replica.describe()[0].device.startswith("cuda")
         raypar.report({"loss": step.loss}, replica)
 
     plan = raypar.Plan(placement=[0, 0], microbatches=4)

@@ -23,6 +23,7 @@ from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
 from raypar.loop.replica import Replica, report
 from raypar.loop.session import current, epochs
+from raypar.observe.actor_info import ActorInfo
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
 from support.saved import same_values, saved_values
@@ -520,17 +521,17 @@ def test_an_error_of_the_users_loss_has_an_address_and_ends_the_run(new_runs: Ca
 
 
 def holders(new_runs: Callable[[Plan], Runs], plan: Plan, **options: Any) -> Iterator[dict[int, list[str]]]:
-    found: list[dict[str, Any]] = []
+    found: list[ActorInfo] = []
 
     def loop() -> None:
         replica = make_replica(CNN, plan, **options)
         found[:] = replica.describe()
 
     new_runs(plan)(loop)
-    assert [(entry["replica"], entry["actor"]) for entry in found] == [
+    assert [(info.replica, info.actor) for info in found] == [
         (replica, actor) for replica in range(plan.data) for actor in range(plan.pipeline)
     ]
-    return (entry["stages"] for entry in found)
+    return (dict(info.stages) for info in found)
 
 
 def test_each_actor_tells_which_modules_it_holds(new_runs: Callable[[Plan], Runs]):

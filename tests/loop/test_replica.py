@@ -15,6 +15,7 @@ from raypar.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from raypar.loop.position import Loop, Position
 from raypar.loop.replica import Replica, report
 from raypar.loop.session import Session, enter
+from raypar.observe.actor_info import ActorInfo
 from raypar.observe.bubble import Timing
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
@@ -79,8 +80,8 @@ class FakeActors:
     def timings(self) -> list[Timing]:
         return [Timing({0: 1.0}, {0: 1.0}, {0: 1}, 2.0)]
 
-    def describe(self) -> list[dict[str, Any]]:
-        return [{"replica": 0, "actor": 0, "node_id": None, "pid": 1, "device": "cpu", "cores": 1}]
+    def describe(self) -> list[ActorInfo]:
+        return [ActorInfo(0, 0, "cpu", pid=1, cores=1)]
 
 
 class FakeSession(Session):

@@ -447,7 +447,7 @@ def test_an_error_of_the_outer_optimizer_has_an_address() -> None:
             raise ValueError("as the test has asked for")
 
     engines = Engines(apart(2, 1), spec_of(small, outer_optimizer=lambda parameters: Wrong(parameters, lr=1.0)))
-    with pytest.raises(UserCodeError, match="replica 0, actor 0: the outer optimizer's step raised ValueError"):
+    with pytest.raises(UserCodeError, match="replica 0, stage 0: the outer optimizer's step raised ValueError"):
         engines.train_step(1, data_of([(2, 2)])[0])
 
 
