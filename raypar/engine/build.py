@@ -18,7 +18,7 @@ from raypar.replicas.local_sgd import Averaging
 from raypar.replicas.strategies import bucket_sums
 from raypar.splitting.model import ModelSpec, build_whole
 from raypar.splitting.split import cut_model, edges_of, holders
-from raypar.splitting.stage_code import part_of_model, whole_model
+from raypar.splitting.stage_code import StageCode
 from raypar.splitting.trace import module_calls
 from raypar.stages.learner import Learner
 from raypar.stages.model_part import ModelPart
@@ -48,8 +48,8 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     model.to(device)
     stages = {}
     for stage in plan.stages_of(actor):
-        codes = {mode: part_of_model(model, parts[stage], compiled=plan.compile) for mode, parts in cuts.items()}
-        codes = codes or {mode: whole_model(model) for mode in ("train", "eval")}
+        codes = {mode: StageCode.of_graph(model, parts[stage], compiled=plan.compile) for mode, parts in cuts.items()}
+        codes = codes or {mode: StageCode.of_model(model) for mode in ("train", "eval")}
         is_last = stage == len(placement) - 1
         autocast = autocast_of(plan.precision, device)
         stages[stage] = Stage(stage, codes, is_last, spec.loss_fn, model, autocast, is_whole=plan.compile)

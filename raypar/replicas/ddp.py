@@ -119,5 +119,5 @@ _add_only.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures
 def ddp_sum(part: ModelPart, group: ProcessCollective) -> dict[int, GradientSum]:
     """Gradients summed by DDP around the whole model, whose forward goes through it in training."""
     ddp = DDPSum(part.module, group.group)
-    part.stages[0].codes["train"] = StageCode(lambda inputs, _: (ddp.call(inputs),))
+    part.stages[0].codes["train"] = StageCode.of_forward(ddp.call)
     return {0: ddp}

@@ -53,7 +53,7 @@ class ShardedSum:
         own = {id(p) for stage in part.stages for p in part.trainable(stage)}
         self.names = [name for name, p in parameters.items() if id(p) in own and p in cut]
         self.rest = BucketSum([p for p in parameters.values() if id(p) in own and p not in cut], replicas)
-        codes = [code.code for stage in part.stages.values() for code in stage.codes.values()]
+        codes = [code.module for stage in part.stages.values() for code in stage.codes.values()]
         # The traced code of a stage holds the weights that forward uses by hand beside the model.
         held = _Held([part.module, *(code for code in codes if code is not None)])
         mesh = DeviceMesh.from_group(replicas.group, device.type)

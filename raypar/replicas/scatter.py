@@ -36,12 +36,12 @@ def scatter_over(part: ModelPart, devices: Sequence[torch.device]) -> None:
         return
     spread = nn.DataParallel(part.module, device_ids=list(devices))
 
-    def run(inputs: Tree, _: Any) -> tuple[Any, ...]:
+    def forward(inputs: Tree) -> Any:
         _seed_others(devices)
-        return (call(spread, inputs),)
+        return call(spread, inputs)
 
     (stage,) = part.stages.values()
-    stage.codes = dict.fromkeys(stage.codes, StageCode(run))
+    stage.codes = dict.fromkeys(stage.codes, StageCode.of_forward(forward))
 
 
 def _seed_others(devices: Sequence[torch.device]) -> None:

@@ -26,7 +26,7 @@ from raypar.splitting.model import (
     one_process_a_node,
 )
 from raypar.splitting.split import can_be_opened, check_split, cut_model, holders, open_modules
-from raypar.splitting.stage_code import Values, part_of_model
+from raypar.splitting.stage_code import StageCode, Values
 from raypar.splitting.trace import module_calls
 from raypar.transport.channel import check_can_cross
 from raypar.tree import Tree
@@ -174,7 +174,7 @@ def _check_borders(model: nn.Module, cut: Split, stages: int, example_inputs: Tr
     """Refuse a model of which some value cannot cross a border; on the meta device, without storage."""
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     inputs = tree.map_tensors(lambda t: torch.empty_like(t, device=device), example_inputs)
-    codes = [part_of_model(model, part) for part in cut_model(model, cut, stages)["eval"]]
+    codes = [StageCode.of_graph(model, part) for part in cut_model(model, cut, stages)["eval"]]
     received: list[dict[int, Values]] = [{} for _ in codes]
     try:
         with torch.no_grad():

@@ -1,10 +1,21 @@
-"""The code of one stage: a piece of the model's graph, and the values that it receives and sends."""
+"""The code of one stage: a piece of the model's graph, and the values that it receives and sends.
+
+    the model's inputs ────────┐
+                               ├─ arguments() ─▶ the traced code ─▶ made values, and in the last stage the output
+    received values, by stage ─┘                      │
+                                                check_unchanged(): what other stages use too must be as it was
+
+A stage runs the modules of the user's model themselves, not copies; only the code between them is traced. A value that
+two stages use must not be changed in place by one of them: in another process the other stage would not see the
+change, in local mode it would. So that is an error.
+
+Where the whole model is one stage, no graph is needed and any model will do.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,84 +32,134 @@ Values = list[Tree]
 """What crosses one border: one tree for each name in the stage graph's list."""
 
 
-@dataclass(frozen=True)
 class StageCode:
-    """What a stage runs in one mode, and what it exchanges with others (see StageGraph).
+    """What a stage runs in one mode ("train" or "eval"), and what it exchanges with other stages.
 
-    run: takes the model's inputs and the received values by source stage; returns the made values and,
-         in the last stage, the model's output behind them.
+    function:    takes the model's inputs and the received values by source stage; returns the made values, and in the
+                 last stage the model's output after them.
     uses_inputs: whether it needs the model's inputs at all.
-    code: the traced code, which holds the buffers that forward uses by hand beside the model.
+    receives, sends, makes: names of values, as in StageGraph.
+    module:      the traced code, which holds the buffers that forward uses by hand a second time, beside the model;
+                 None without a graph.
     """
 
-    run: Callable[[Tree, dict[int, Values]], tuple[Any, ...]]
-    uses_inputs: bool = True
-    receives: dict[int, list[str]] = field(default_factory=dict)
-    sends: dict[int, list[str]] = field(default_factory=dict)
-    makes: list[str] = field(default_factory=list)
-    code: nn.Module | None = None
+    def __init__(
+        self,
+        function: Callable[..., tuple[Any, ...]],
+        *,
+        uses_inputs: bool = True,
+        receives: Mapping[int, list[str]] | None = None,
+        sends: Mapping[int, list[str]] | None = None,
+        makes: Sequence[str] = (),
+    ) -> None:
+        self.function = function
+        self.uses_inputs = uses_inputs
+        self.receives = dict(receives or {})
+        self.sends = dict(sends or {})
+        self.makes = list(makes)
+        self.module: nn.Module | None = None
+
+    @staticmethod
+    def of_model(model: nn.Module) -> StageCode:
+        """The code of a stage that is the whole model."""
+        return StageCode.of_forward(lambda inputs: call(model, inputs))
+
+    @staticmethod
+    def of_forward(forward: Callable[[Tree], Any]) -> StageCode:
+        """The code of a stage that is the whole model, behind a function from inputs to output: DDP, DataParallel."""
+        return StageCode(lambda inputs, _: (forward(inputs),))
+
+    @staticmethod
+    def of_graph(model: nn.Module, graph: StageGraph, *, compiled: bool = False) -> StageCode:
+        """The code of one stage of a traced model, running on the modules of `model` itself."""
+        return _GraphCode(model, graph, compiled=compiled)
+
+    def run(self, inputs: Tree, received: dict[int, Values]) -> tuple[Any, ...]:
+        """One pass: the made values in the order of `makes`, and in the last stage the output after them."""
+        return self.function(inputs, received)
 
 
-def whole_model(model: nn.Module) -> StageCode:
-    """The code of a stage that is the whole model: no graph is needed, so any model will do."""
-    return StageCode(lambda inputs, _: (call(model, inputs),))
+class _GraphCode(StageCode):
+    """Code that runs a StageGraph."""
 
+    def __init__(self, model: nn.Module, graph: StageGraph, *, compiled: bool) -> None:
+        module = GraphModule(model, graph.graph)
+        if compiled:
+            module.compile()
+        super().__init__(
+            module,
+            uses_inputs=bool(graph.inputs),
+            receives=graph.receives,
+            sends=graph.sends,
+            makes=graph.makes,
+        )
+        self.module = module
+        self.model = model
+        self.inputs = graph.inputs
+        self.sources = sorted(graph.receives)
+        self._bind = binder(model)
+        defaults = {name: p.default for name, p in inspect.signature(model.forward).parameters.items()}
+        self._fixed = {name: default for name, default in defaults.items() if name not in graph.takes}
+        names = [*graph.inputs, *(name for source in self.sources for name in graph.receives[source])]
+        self._lent_arguments = [(index, name) for index, name in enumerate(names) if name in graph.lends]
+        by_hand = [str(node.target) for node in graph.graph.nodes if node.op == "get_attr"]
+        self._lent_attributes = [name for name in by_hand if name in graph.lends]
 
-def part_of_model(model: nn.Module, part: StageGraph, *, compiled: bool = False) -> StageCode:
-    """The code of one stage of a traced model, running on the modules of `model` itself."""
-    code = GraphModule(model, part.graph)
-    if compiled:
-        code.compile()
-    sources = sorted(part.receives)
-    bind = binder(model)
-    names = [*part.inputs, *(name for source in sources for name in part.receives[source])]
-    lent = [index for index, name in enumerate(names) if name in part.lends]
-    defaults = {name: p.default for name, p in inspect.signature(model.forward).parameters.items()}
-    fixed = {name: default for name, default in defaults.items() if name not in part.takes}
-    own = [str(node.target) for node in part.graph.nodes if node.op == "get_attr" and str(node.target) in part.lends]
+    def run(self, inputs: Tree, received: dict[int, Values]) -> tuple[Any, ...]:
+        arguments = self.arguments(inputs, received)
+        shared = self._shared(arguments)
+        before = [versions(value) for _, value in shared]
+        made = self.function(*arguments)
+        self.check_unchanged(shared, before)
+        return made
 
-    def run(inputs: Tree, received: dict[int, Values]) -> tuple[Any, ...]:
-        arguments = []
-        if part.inputs:
-            bound = bind(inputs)
-            for name in fixed.keys() & bound.keys():
-                if not _is_same(bound[name], fixed[name]):
-                    raise ModelError(
-                        f"this batch passes the argument {name!r} of the model's forward, which was traced with its "
-                        f"default {fixed[name]!r}, so that it would be ignored: give parallelize example_inputs of the "
-                        "form that you train with"
-                    )
-            for name in part.inputs:
-                if name not in bound:
-                    raise ModelError(
-                        f"the model's forward uses its argument {name!r}, which this batch lacks (found {list(bound)}"
-                        "): pass it in the inputs, or give parallelize example_inputs of the form that you train with"
-                    )
-                arguments.append(bound[name])
-        for source in sources:
+    def arguments(self, inputs: Tree, received: dict[int, Values]) -> list[Any]:
+        """The values of the graph's placeholders: the model's inputs that it uses, then all received values. Raises
+        ModelError for a batch that passes other arguments than the model was traced with."""
+        arguments = self._used_inputs(inputs) if self.inputs else []
+        for source in self.sources:
             arguments += received[source]
-        watched = [(names[index], arguments[index]) for index in lent]
-        watched += [(name, attribute(model, name)) for name in own]
-        before = [_versions(value) for _, value in watched]
-        made: tuple[Any, ...] = code(*arguments)
-        for (name, value), versions in zip(watched, before, strict=True):
-            if _versions(value) != versions:
+        return arguments
+
+    def _used_inputs(self, inputs: Tree) -> list[Any]:
+        bound = self._bind(inputs)
+        for name in self._fixed.keys() & bound.keys():
+            if not _is_default(bound[name], self._fixed[name]):
+                raise ModelError(
+                    f"this batch passes the argument {name!r} of the model's forward, which was traced with its "
+                    f"default {self._fixed[name]!r}, so that it would be ignored: give parallelize example_inputs of "
+                    "the form that you train with"
+                )
+        for name in self.inputs:
+            if name not in bound:
+                raise ModelError(
+                    f"the model's forward uses its argument {name!r}, which this batch lacks (found {list(bound)}"
+                    "): pass it in the inputs, or give parallelize example_inputs of the form that you train with"
+                )
+        return [bound[name] for name in self.inputs]
+
+    def _shared(self, arguments: list[Any]) -> list[tuple[str, Any]]:
+        """What other stages use too, by name: among the arguments, and among the model's parameters and buffers."""
+        shared = [(name, arguments[index]) for index, name in self._lent_arguments]
+        return shared + [(name, attribute(self.model, name)) for name in self._lent_attributes]
+
+    def check_unchanged(self, shared: list[tuple[str, Any]], before: list[list[int]]) -> None:
+        """Raise SplitError where a shared value has been changed in place since its versions were `before`."""
+        for (name, value), earlier in zip(shared, before, strict=True):
+            if versions(value) != earlier:
                 raise SplitError(
                     f"a stage changes {name!r} in place (nn.ReLU(inplace=True), say), which another stage uses "
                     "too and would not see changed: choose `split` so that both are in one stage, or do not work in "
                     "place there"
                 )
-        return made
-
-    return StageCode(run, bool(part.inputs), part.receives, part.sends, part.makes, code)
 
 
-def _is_same(value: Any, default: Any) -> bool:
+def _is_default(value: Any, default: Any) -> bool:
     """Whether an argument is what it is when it is not passed."""
     plain = isinstance(default, bool | int | float | str) and type(value) is type(default)
     return value is default or (plain and value == default)
 
 
-def _versions(value: Tree) -> list[int]:
-    """What changes when a tensor of a value is changed in place."""
+def versions(value: Tree) -> list[int]:
+    """torch's count of the changes in place of each tensor of a value."""
     return [leaf._version for leaf in tree.leaves(value) if isinstance(leaf, torch.Tensor)]

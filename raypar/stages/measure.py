@@ -12,7 +12,7 @@ from torch import nn
 from raypar import tree
 from raypar.splitting.model import ModelSpec, Split, build_whole
 from raypar.splitting.split import cut_model
-from raypar.splitting.stage_code import Values, part_of_model
+from raypar.splitting.stage_code import StageCode, Values
 from raypar.stages.stage import Stage
 from raypar.tree import Tree
 
@@ -24,7 +24,8 @@ def _chain(model: nn.Module, cut: Split, visit: Callable[[Stage, dict[int, Value
     """Call `visit` on each stage of a cut in order, with what the earlier ones have sent to it."""
     parts = cut_model(model, cut, len(cut.split) + 1)
     codes = [
-        {mode: part_of_model(model, cuts[index]) for mode, cuts in parts.items()} for index in range(len(cut.split) + 1)
+        {mode: StageCode.of_graph(model, cuts[index]) for mode, cuts in parts.items()}
+        for index in range(len(cut.split) + 1)
     ]
     stages = [Stage(index, codes[index], index == len(codes) - 1, _sum_of_output) for index in range(len(codes))]
     arrived: dict[int, dict[int, Values]] = {index: {} for index in range(len(codes))}

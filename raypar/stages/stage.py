@@ -22,7 +22,7 @@ from torch import nn
 from raypar import tree
 from raypar.errors import ModelError
 from raypar.splitting.model import LossFunction
-from raypar.splitting.stage_code import StageCode, Values, _versions
+from raypar.splitting.stage_code import StageCode, Values, versions
 from raypar.stages.two_backward import DeferredWeightGradients, backward_to_inputs
 from raypar.tree import Tree
 
@@ -111,9 +111,9 @@ class Stage:
             return sends, loss
         before = self._buffers()
         copies = {id(buffer): buffer.clone() for buffer in before.values()}  # one of each, also of a shared one
-        versions = [_versions(value) for value in (inputs, targets)]
+        batch_versions = versions((inputs, targets))
         _, sends, loss = self._run(inputs, received, targets, rows, copy=True)
-        if versions != [_versions(value) for value in (inputs, targets)]:
+        if batch_versions != versions((inputs, targets)):
             raise ModelError(
                 f"stage {self.index} changes the batch itself in place, which recomputing would do twice: needed a "
                 "forward that leaves its inputs as they are, or Plan(recompute='never')"
@@ -161,7 +161,7 @@ class Stage:
 
     def _set_buffers(self, values: dict[str, torch.Tensor]) -> None:
         """Let the modules hold other tensors as their buffers."""
-        holders = [self.module, self.codes["train"].code] if values else []
+        holders = [self.module, self.codes["train"].module] if values else []
         for holder in [each for each in holders if each is not None]:
             for name in values.keys() & dict(holder.named_buffers(remove_duplicate=False)).keys():
                 path, _, own = name.rpartition(".")

@@ -13,7 +13,7 @@ from models import CNN, mlp
 from raypar.errors import ModelError, SplitError
 from raypar.splitting import split as module
 from raypar.splitting.split import StageGraph, check_split, cut_graph, edges_of, holders, open_modules
-from raypar.splitting.stage_code import part_of_model
+from raypar.splitting.stage_code import StageCode
 from raypar.splitting.trace import trace
 from raypar.tree import Tree
 
@@ -37,7 +37,7 @@ def run_stages(model: nn.Module, parts: Sequence[StageGraph], inputs: Tree) -> A
         assert {source: len(values) for source, values in arrived[stage].items()} == {
             source: len(names) for source, names in part.receives.items()
         }
-        found = part_of_model(model, part).run(inputs, arrived[stage])
+        found = StageCode.of_graph(model, part).run(inputs, arrived[stage])
         made = dict(zip(part.makes, found, strict=False))
         for target, names in part.sends.items():
             arrived[target][stage] = [made[name] for name in names]
@@ -188,7 +188,7 @@ def test_an_argument_with_a_default_is_used_when_it_was_traced_as_given():
 
 
 def test_a_stage_without_the_models_inputs_does_not_ask_for_them():
-    codes = [part_of_model(CNN(), part) for part in cut(CNN(), ["conv2"])]
+    codes = [StageCode.of_graph(CNN(), part) for part in cut(CNN(), ["conv2"])]
     assert [code.uses_inputs for code in codes] == [True, False]
 
 

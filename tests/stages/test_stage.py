@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from raypar.errors import ModelError
 from raypar.splitting.model import Split
 from raypar.splitting.split import cut_model
-from raypar.splitting.stage_code import StageCode, Values, part_of_model, whole_model
+from raypar.splitting.stage_code import StageCode, Values
 from raypar.stages.stage import Stage
 
 
@@ -117,7 +117,9 @@ def test_evaluation_keeps_no_activations_and_makes_no_graph() -> None:
 
 def last_stage(loss_fn: Callable[[Tensor, Tensor], Any]) -> Stage:
     model = nn.Identity()
-    return Stage(0, {"train": whole_model(model), "eval": whole_model(model)}, is_last=True, loss_fn=loss_fn)
+    return Stage(
+        0, {"train": StageCode.of_model(model), "eval": StageCode.of_model(model)}, is_last=True, loss_fn=loss_fn
+    )
 
 
 def test_a_mean_counts_as_often_as_it_has_rows() -> None:
@@ -173,7 +175,7 @@ class Two(nn.Module):
 
 
 def parts_of(model: nn.Module) -> list[StageCode]:
-    return [part_of_model(model, part) for part in cut_model(model, Split(("two",), given=("a", "b")), 2)["train"]]
+    return [StageCode.of_graph(model, part) for part in cut_model(model, Split(("two",), given=("a", "b")), 2)["train"]]
 
 
 def test_an_input_goes_to_the_stages_that_use_it_alone() -> None:
@@ -206,7 +208,7 @@ def test_an_argument_that_was_traced_with_its_default_cannot_be_passed_later() -
     """It was ignored: the losses were those of a model without the mask."""
     model, a, mask = Scaled(), torch.randn(3, 2), torch.zeros(3, 2)
     parts = cut_model(model, Split(("two",)), 2)["train"]
-    first = part_of_model(model, parts[0])
+    first = StageCode.of_graph(model, parts[0])
     for inputs in ((a, mask), {"a": a, "mask": mask}):
         with pytest.raises(
             ModelError, match=r"passes the argument 'mask' .* default None, so that it would be ignored"
