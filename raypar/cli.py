@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from raypar.checkpoint.contents import KINDS
 from raypar.checkpoint.manifest import MANIFEST, newest_checkpoint, verify
 from raypar.checkpoint.shards import Path, SavedTensors
-from raypar.checkpoint.weights import located, read_state_dict
+from raypar.checkpoint.weights import read_state_dict
 from raypar.errors import CheckpointError, RayparError, UsageError
 from raypar.storage import Storage
 
@@ -57,12 +57,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _checkpoint(given: str) -> Storage:
     """The folder of the checkpoint that was meant."""
-    filesystem, path = located(given)
-    storage = Storage(path.rstrip("/"), filesystem)
+    storage = Storage.open(given, label=given, error=CheckpointError)
     newest = newest_checkpoint(storage)
     if newest is not None:
-        return Storage(newest, filesystem)
-    if filesystem.get_file_info(f"{storage.path}/{MANIFEST}").type == pafs.FileType.NotFound:
+        return Storage(newest, storage.filesystem)
+    if storage.filesystem.get_file_info(f"{storage.path}/{MANIFEST}").type == pafs.FileType.NotFound:
         raise CheckpointError(
             f"{storage.path} is no whole checkpoint, and holds none; needed: a checkpoint, or the folder of a run that "
             "has saved one"

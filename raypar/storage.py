@@ -1,4 +1,8 @@
-"""Where a run keeps what it writes: a folder on any pyarrow file system."""
+"""How a place is named, and where a run keeps what it writes: a path or URI, a folder on any pyarrow file system.
+
+Every path that a user gives (datasets, storage_path, weights, a checkpoint) goes through the two functions here:
+`absolute` where it is given, `Storage.open` where it is used, which may be on another machine.
+"""
 
 from __future__ import annotations
 
@@ -9,45 +13,56 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from raypar.errors import ConfigError
+from raypar.errors import ConfigError, RayparError
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The folder of one run, on any pyarrow file system."""
+    """A folder or file on a pyarrow file system; `path` is its path there."""
 
     path: str
     filesystem: pafs.FileSystem
 
     @classmethod
-    def open(cls, storage_path: str | os.PathLike[str], name: str, filesystem: Any = None) -> Storage:
-        """The folder `name` below `storage_path`, a local path or a URI (s3://…, gs://…, hdfs://…). Raises ConfigError
-        for a URI of no such store, or of one that cannot be reached."""
-        try:
-            fs, path = resolve(storage_path, filesystem)
-        except (OSError, pa.ArrowException) as error:
-            raise ConfigError(
-                f"storage_path={os.fspath(storage_path)!r} cannot be reached: {error}. Needed: a local path, or a URI "
-                "that pyarrow.fs.FileSystem.from_uri takes"
-            ) from error
-        return cls(f"{path.rstrip('/')}/{name}", fs)
+    def open(
+        cls,
+        place: Any,
+        name: str | None = None,
+        filesystem: pafs.FileSystem | None = None,
+        *,
+        label: str | None = None,
+        error: type[RayparError] = ConfigError,
+    ) -> Storage:
+        """The file system of a place, and the path there; nothing is read, and nothing need be there yet.
+
+        place:      a local path, a URI (s3://…, gs://…, hdfs://…), or what has a `path` and a `filesystem`: a Storage
+                    or a ray.train.Checkpoint.
+        name:       the folder or file below it that is meant; None: the place itself.
+        filesystem: the file system in which `place` is a path.
+        label:      how the error names the place; default: storage_path='…'.
+
+        Raises `error` for a URI of a store that pyarrow does not know, or of one that cannot be reached.
+        """
+        if hasattr(place, "filesystem") and hasattr(place, "path"):
+            filesystem, path = place.filesystem, place.path
+        elif filesystem is not None:
+            path = os.fspath(place)
+        elif "://" in os.fspath(place):
+            try:
+                filesystem, path = pafs.FileSystem.from_uri(os.fspath(place))
+            except (OSError, pa.ArrowException) as reason:
+                raise error(
+                    f"{label or f'storage_path={os.fspath(place)!r}'} cannot be reached: {reason}. Needed: a local "
+                    "path, or a URI that pyarrow.fs.FileSystem.from_uri takes"
+                ) from reason
+        else:
+            filesystem, path = pafs.LocalFileSystem(), absolute(place)
+        path = path.rstrip("/") or "/"
+        return cls(path if name is None else f"{path.rstrip('/')}/{name}", filesystem)
 
 
-def absolute(path: Any) -> Any:
-    """A relative local path from the root on, since train workers run in other folders; URIs, and what is no path,
-    as they are."""
-    if not isinstance(path, str | os.PathLike) or "://" in os.fspath(path):
-        return path
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def resolve(path: str | os.PathLike[str], filesystem: Any = None) -> tuple[pafs.FileSystem, str]:
-    """A path or URI as a file system and the path inside it. Raises what pyarrow does where it knows no such store, or
-    cannot reach it."""
-    text = os.fspath(path)
-    if filesystem is not None:
-        return filesystem, text
-    if "://" in text:
-        fs, inside = pafs.FileSystem.from_uri(text)
-        return fs, inside
-    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+def absolute(place: Any) -> Any:
+    """A local path in full, since train workers run in other folders; a URI, and what is no path, as it is."""
+    if not isinstance(place, str | os.PathLike) or "://" in os.fspath(place):
+        return place
+    return os.path.abspath(os.path.expanduser(place))

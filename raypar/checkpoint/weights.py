@@ -1,120 +1,181 @@
-"""A file of weights, read tensor by tensor, and how its names are compared with a model's."""
+"""The weights of a model from a file or a checkpoint, and how names and shapes are compared with a model's.
+
+Of a .safetensors file on any pyarrow file system, and of a checkpoint, only the tensors that are asked for are read:
+
+    .safetensors    │ length of the header │ header: name → type, shape, bytes from … to … │ tensor │ tensor │ …
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from raypar.checkpoint.manifest import verify
 from raypar.checkpoint.shards import SavedTensors
 from raypar.errors import CheckpointError
-from raypar.storage import resolve
+from raypar.storage import Storage
+
+logger = logging.getLogger("raypar")
+
+Shapes = Mapping[str, Sequence[int]]
+Tensors = dict[str, torch.Tensor]
+Read = Callable[[Sequence[str]], Tensors]
 
 
 def read_tensors(
-    path: str, wanted: Sequence[str], known: Sequence[str], same: Mapping[str, Sequence[str]] | None = None
-) -> dict[str, torch.Tensor]:
+    place: str, wanted: Sequence[str], model: Shapes, same: Mapping[str, Sequence[str]] | None = None
+) -> Tensors:
     """The tensors `wanted` of a .safetensors or .pt file, or of a checkpoint of raypar, without the others in memory;
-    of a checkpoint each byte is checked first.
+    of a checkpoint each byte is checked first. A .pt file that is not on this machine is read whole.
 
-    known: the names of the model.
+    place: a local path or a URI.
+    model: the shapes of all tensors of the model, by name.
     same:  of each name, all names of the same tensor (of a tied weight), of which a file need hold one. Where it holds
            several, the last one counts, as it does in plain PyTorch.
 
-    Raises CheckpointError when the file's names are not those of the model, or a checkpoint is damaged.
+    Raises CheckpointError where nothing is there or can be read, where names or shapes are not those of the model, and
+    where a checkpoint is damaged.
     """
-    if not os.path.exists(path):
-        raise CheckpointError(
-            f"weights={path!r}: no such file on this machine; needed a .safetensors or .pt file, or a checkpoint"
-        )
-    if os.path.isdir(path):
-        local = pafs.LocalFileSystem()
-        verify(path, local)
-        saved = SavedTensors(path, local)
-        sources = _names_in(path, known, same or {}, [name for _, name in saved.below("model")])
-        read = saved.load([("model", sources[name]) for name in wanted])
-        return {name: read["model", sources[name]] for name in wanted}
-    if path.endswith(".safetensors"):
-        from safetensors import SafetensorError, safe_open  # heavy to import, and only this path needs it
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                sources = _names_in(path, known, same or {}, file.keys())
-                return {name: file.get_tensor(sources[name]) for name in wanted}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"weights={path!r} cannot be read as a .safetensors file: {error}") from error
+    label = f"weights={place!r}"
+    storage = Storage.open(place, label=label, error=CheckpointError)
     try:
-        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        kind = storage.filesystem.get_file_info(storage.path).type
+    except OSError as error:
+        raise CheckpointError(f"{label} cannot be reached: {error}") from error
+    if kind == pafs.FileType.NotFound:
+        here = " on this machine" if isinstance(storage.filesystem, pafs.LocalFileSystem) else ""
+        raise CheckpointError(
+            f"{label}: no such file{here}; needed a .safetensors or .pt file, or a checkpoint, as a path or URI"
+        )
+    if kind == pafs.FileType.Directory:
+        opened = _checkpoint(storage)
+    elif storage.path.endswith(".safetensors"):
+        opened = _safetensors(storage, label)
+    else:
+        opened = _pickled(storage, label)
+    with opened as (shapes, read):
+        sources = check_fits(label, shapes, model, same=same)
+        tensors = read(list(dict.fromkeys(sources[name] for name in wanted)))
+    return {name: tensors[sources[name]] for name in wanted}
+
+
+# ---------------------------------------------------------------- each kind: the shapes of what it holds, and reading
+
+
+@contextmanager
+def _checkpoint(storage: Storage) -> Iterator[tuple[Shapes, Read]]:
+    verify(storage.path, storage.filesystem)
+    saved = SavedTensors(storage.path, storage.filesystem)
+
+    def read(names: Sequence[str]) -> Tensors:
+        return {name: tensor for (_, name), tensor in saved.load([("model", name) for name in names]).items()}
+
+    yield {name: saved.shapes["model", name] for _, name in saved.below("model")}, read
+
+
+@contextmanager
+def _safetensors(storage: Storage, label: str) -> Iterator[tuple[Shapes, Read]]:
+    try:
+        with storage.filesystem.open_input_file(storage.path) as file:
+            length = int.from_bytes(file.read_at(8, 0), "little")
+            if length > file.size():
+                raise ValueError(f"its header has {length} bytes, the file {file.size()}")
+            header = json.loads(file.read_at(length, 8))
+            header.pop("__metadata__", None)
+
+            def read(names: Sequence[str]) -> Tensors:
+                return {name: _tensor(file, 8 + length, name, header[name]) for name in names}
+
+            yield {name: entry["shape"] for name, entry in header.items()}, read
+    except (OSError, pa.ArrowException, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{label} cannot be read as a .safetensors file: {error}") from error
+
+
+def _tensor(file: pa.NativeFile, start: int, name: str, entry: dict[str, Any]) -> torch.Tensor:
+    """One tensor of a .safetensors file, by way of a file that holds it alone: its types are safetensors' to know."""
+    begin, end = entry["data_offsets"]
+    header = json.dumps({name: {**entry, "data_offsets": [0, end - begin]}}).encode()
+    alone = b"".join((len(header).to_bytes(8, "little"), header, file.read_at(end - begin, start + begin)))
+    return load(alone)[name]
+
+
+@contextmanager
+def _pickled(storage: Storage, label: str) -> Iterator[tuple[Shapes, Read]]:
+    try:
+        if isinstance(storage.filesystem, pafs.LocalFileSystem):
+            state = torch.load(storage.path, map_location="cpu", mmap=True, weights_only=True)
+        else:
+            logger.warning("%s is read whole by each process; a .safetensors file would be read in part", label)
+            with storage.filesystem.open_input_file(storage.path) as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"weights={path!r} cannot be read as a .safetensors or .pt file: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"weights={path!r} holds a {type(found).__name__}, needed a state dict")
-    sources = _names_in(path, known, same or {}, list(found))
-    return {name: found[sources[name]] for name in wanted}
+        raise CheckpointError(f"{label} cannot be read as a .safetensors or .pt file: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{label} holds a {type(state).__name__}, needed a state dict")
+    yield shapes_of(state), lambda names: {name: state[name] for name in names}
 
 
-def _names_in(
-    path: str, known: Sequence[str], same: Mapping[str, Sequence[str]], found: Sequence[str]
+# ---------------------------------------------------------------- does it fit
+
+
+def check_fits(
+    caller: str,
+    shapes: Shapes,
+    model: Shapes,
+    *,
+    same: Mapping[str, Sequence[str]] | None = None,
+    advice: str = "",
 ) -> dict[str, str]:
-    """Under which name a file holds each tensor of the model."""
-    there, names_of_model = set(found), set(known)
-    sources = {name: [other for other in same.get(name, [name]) if other in there] for name in known}
-    missing = [name for name, names in sources.items() if not names]
-    extra = [name for name in found if name not in names_of_model]
+    """Compare the names and shapes of tensors with a model's; returns under which name each tensor of the model is.
+
+    caller: where the tensors come from, the beginning of the message; `advice` is its end.
+    same:   of each name, all names of the same tensor: the last one that is there counts. None: the name alone.
+
+    Raises CheckpointError, with the first ten of each kind of difference.
+    """
+    there = {name: [other for other in (same or {}).get(name, [name]) if other in shapes] for name in model}
+    missing = [name for name, names in there.items() if not names]
+    extra = [name for name in shapes if name not in model]
     if missing or extra:
-        raise CheckpointError(f"{path} does not fit the model: {name_lists(missing, extra)}")
-    return {name: names[-1] for name, names in sources.items()}
-
-
-def check_shapes(what: str, found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]) -> None:
-    """Raise CheckpointError where a tensor of `found` has another shape than the model's of that name."""
-    wrong = [name for name, shape in shapes.items() if found[name] != shape]
+        lists = " and ".join(
+            f"{len(names)} {kind} ({', '.join(names[:10])})"
+            for names, kind in ((missing, "missing"), (extra, "extra"))
+            if names
+        )
+        raise CheckpointError(f"{caller} does not fit the model: {lists}{advice}")
+    sources = {name: names[-1] for name, names in there.items()}
+    wrong = [name for name, shape in model.items() if tuple(shapes[sources[name]]) != tuple(shape)]
     if wrong:
-        shown = ", ".join(f"{name} {tuple(found[name])} for {tuple(shapes[name])}" for name in wrong[:10])
-        raise CheckpointError(f"{what} has {len(wrong)} tensors of another shape than the model: {shown}")
+        shown = ", ".join(f"{name} {tuple(shapes[sources[name]])} for {tuple(model[name])}" for name in wrong[:10])
+        raise CheckpointError(f"{caller} has {len(wrong)} tensors of another shape than the model: {shown}{advice}")
+    return sources
 
 
-def shapes_of(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items()}
+def shapes_of(state: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """The shapes of the tensors of a state dict; () of what is no tensor."""
+    return {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
 
 
-def name_lists(missing: Sequence[str], extra: Sequence[str]) -> str:
-    """ "3 missing (a, b, c) and 1 extra (d)", the first ten of each."""
-    parts = [
-        f"{len(names)} {what} ({', '.join(names[:10])})"
-        for names, what in ((missing, "missing"), (extra, "extra"))
-        if names
-    ]
-    return " and ".join(parts)
-
-
-def read_state_dict(path: Any) -> dict[str, torch.Tensor]:
+def read_state_dict(path: Any) -> Tensors:
     """The weights of a checkpoint as a plain state dict on the CPU, without Ray.
 
     path: the folder of a checkpoint, local or a URI, or a `ray.train.Checkpoint`.
 
-    Where replicas train apart (local SGD) and the checkpoint was made between two averages, the first replica's.
+    If replicas train separately (local SGD) and the checkpoint was made between two averages: the first replica's.
 
     Raises CheckpointError where it is missing or damaged.
     """
-    filesystem, inside = located(path)
-    manifest = verify(inside, filesystem)
-    saved = SavedTensors(inside, filesystem)
-    found = saved.load(saved.below("model"))
-    return {name: found["model", name] for name in manifest["names"]}
-
-
-def located(path: Any) -> tuple[Any, str]:
-    """A checkpoint's file system and its path there; `path` as in `read_state_dict`. Raises CheckpointError where the
-    store cannot be reached."""
-    if hasattr(path, "filesystem") and hasattr(path, "path"):
-        return path.filesystem, path.path
-    try:
-        return resolve(os.fspath(path))
-    except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"{os.fspath(path)} cannot be reached: {error}") from error
+    storage = Storage.open(path, label=str(path), error=CheckpointError)
+    manifest = verify(storage.path, storage.filesystem)
+    saved = SavedTensors(storage.path, storage.filesystem)
+    tensors = saved.load(saved.below("model"))
+    return {name: tensors["model", name] for name in manifest["names"]}

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from raypar.data.columns import bytes_of, item_shape, to_array
 from raypar.errors import DataError, RunError, near_names
-from raypar.storage import resolve
+from raypar.storage import Storage
 
 _STEP_BYTES = 1 << 20
 """What is decoded at once: less than a processor's cache, so that it is still there when it is copied to its place."""
@@ -42,7 +42,8 @@ def files_of(who: str, path: str | os.PathLike[str]) -> list[tuple[pafs.FileSyst
     """The Parquet files of a data set: one file, or all *.parquet below a folder by name, but for hidden ones."""
     text = os.fspath(path)
     try:
-        fs, inside = resolve(text)
+        storage = Storage.open(path, label=f"{who}: {text}", error=DataError)
+        fs, inside = storage.filesystem, storage.path
         info = fs.get_file_info(inside)
         if info.type == pafs.FileType.Directory:
             entries = fs.get_file_info(pafs.FileSelector(inside, recursive=True))

@@ -25,7 +25,7 @@ from raypar import tree
 from raypar.checkpoint.contents import _without_empty, pack, unpack
 from raypar.checkpoint.saver import SaveRequest, State
 from raypar.checkpoint.shards import Path, SavedTensors
-from raypar.checkpoint.weights import check_shapes, name_lists, shapes_of
+from raypar.checkpoint.weights import check_fits, shapes_of
 from raypar.engine.engine import Engine
 from raypar.errors import CheckpointError
 from raypar.stages.dtensors import as_parts_of, is_shard, whole
@@ -88,7 +88,12 @@ def _persistent_buffers(engine: Engine) -> list[str]:
 def restore(engine: Engine, saved: SavedTensors) -> None:
     """Take over this actor's part of a checkpoint, of whatever plan: weights, this replica's buffers, optimizer,
     scheduler, loss scale. Raises CheckpointError where it is of another model or optimizer."""
-    _check_model(saved, engine.part.names)
+    check_fits(
+        saved.path,
+        {where[1]: saved.shapes[where] for where in saved.below("model")},
+        engine.part.names,
+        advice=". Needed: build_model() as it was, or a run of another name, which starts anew",
+    )
     replica = str(engine.replica)
     own: Path = ("replicas", replica) if engine.averaging is not None and saved.below("replicas", replica) else ()
     targets: dict[Path, torch.Tensor] = {}
@@ -115,18 +120,6 @@ def restore(engine: Engine, saved: SavedTensors) -> None:
         engine.averaging.load_state({"trained": trained, "anchor": anchor, "outer": outer})
 
 
-def _check_model(saved: SavedTensors, names: dict[str, torch.Size]) -> None:
-    found = {where[1]: shape for where, shape in saved.shapes.items() if where[0] == "model"}
-    missing = [name for name in names if name not in found]
-    extra = [name for name in found if name not in names]
-    if missing or extra:
-        raise CheckpointError(
-            f"{saved.path} is of another model: {name_lists(missing, extra)}. Needed: build_model() as it was, or a "
-            "run of another name, which begins anew"
-        )
-    check_shapes(saved.path, found, names)
-
-
 def _packed(saved: SavedTensors, below: Path) -> list[Any]:
     """What was packed by each actor."""
     packed = saved.load(saved.below(*below))
@@ -145,10 +138,7 @@ def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
     counts, on all actors, as in plain PyTorch. Raises CheckpointError for missing names or other shapes, before
     anything has changed."""
     mine = engine.part.module.state_dict()
-    missing = [name for name in mine if name not in state]
-    if missing:
-        raise CheckpointError(f"the state lacks {len(missing)} names of the model: {', '.join(missing[:10])}")
-    check_shapes("the state", shapes_of(state), shapes_of(mine))
+    check_fits("the state", shapes_of({name: state[name] for name in mine if name in state}), shapes_of(mine))
     same = engine.part.same
     engine.part.module.load_state_dict(
         {

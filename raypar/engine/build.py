@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from raypar.checkpoint.shards import SavedTensors
-from raypar.checkpoint.weights import check_shapes, read_tensors, shapes_of
+from raypar.checkpoint.weights import read_tensors
 from raypar.engine.actor_state import restore
 from raypar.engine.engine import Engine
 from raypar.errors import ModelError
@@ -42,9 +42,7 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     _drop_others(model, {name for name, stages in held.items() if actor not in {placement[s] for s in stages}}, called)
     if spec.weights is not None:
         mine = model.state_dict()
-        found = read_tensors(spec.weights, [name for name in names if name in mine], list(names), same)
-        check_shapes(spec.weights, shapes_of(found), {name: names[name] for name in mine})
-        model.load_state_dict(found)
+        model.load_state_dict(read_tensors(spec.weights, [name for name in names if name in mine], names, same))
     model.to(device)
     stages = {}
     for stage in plan.stages_of(actor):

@@ -17,6 +17,7 @@ from raypar.loop.replica import Replica
 from raypar.loop.session import current
 from raypar.splitting.choose import choose_cut
 from raypar.splitting.model import LossFunction, ModelSpec, Split
+from raypar.storage import absolute
 
 
 def parallelize(
@@ -48,8 +49,9 @@ def parallelize(
     split:          names of the modules at which a new stage begins; one less than the plan has stages.
                     Default: in balance, by measured time, or by the number of parameters without example_inputs;
                     modules larger than a fair share are cut inside where their forward can be traced.
-    weights:        what to start from: a .safetensors or .pt file with the whole model's state dict, or the folder of a
-                    checkpoint of another run.
+    weights:        what to start from, a path or URI: a .safetensors or .pt file with the whole model's state dict, or
+                    the folder of a checkpoint of another run. Each process reads its own tensors only, but a .pt file
+                    on another machine whole.
     seed:           of the weights and of the random numbers in training.
     outer_optimizer: with Plan(data_strategy="local_sgd"), called with the parameters that a process trains; its step
                     takes the weights of the last average by (they - the new average) as their gradient. DiLoCo:
@@ -81,7 +83,7 @@ def parallelize(
         optimizer,
         lr_scheduler,
         max_grad_norm,
-        os.path.abspath(weights) if weights is not None else None,
+        absolute(os.fspath(weights)) if weights is not None else None,
         seed,
         outer_optimizer=outer_optimizer,
     )

@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from raypar.checkpoint.weights import check_shapes, name_lists, shapes_of
+from raypar.checkpoint.weights import check_fits, shapes_of
 from raypar.engine import microbatch
 from raypar.engine.step import StepRequest, StepResult
 from raypar.errors import CheckpointError, DataError, NonFiniteError, UsageError
@@ -153,11 +153,7 @@ class Replica:
         Raises CheckpointError when names are missing or unknown, or a shape differs.
         """
         self.wait()
-        missing = [name for name in self._names if name not in state]
-        extra = [name for name in state if name not in self._names]
-        if missing or extra:
-            raise CheckpointError(f"load_state_dict: the names do not fit the model: {name_lists(missing, extra)}")
-        check_shapes("load_state_dict: the state", shapes_of(state), self._names)
+        check_fits("load_state_dict: the state", shapes_of(state), self._names)
         self._actors.load_model(state)
 
     def bubble(self) -> Bubble | None:

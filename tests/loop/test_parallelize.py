@@ -333,7 +333,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(new_runs:
         before = replica.state_dict()
         missing = {name: torch.zeros_like(value) for name, value in before.items() if name != "5.bias"}
         with pytest.raises(
-            CheckpointError, match=r"load_state_dict: the names do not fit the model: 1 missing \(5\.bias\)"
+            CheckpointError, match=r"load_state_dict: the state does not fit the model: 1 missing \(5\.bias\)"
         ):
             replica.load_state_dict(missing)
         with pytest.raises(CheckpointError, match=r"1 extra \(head\)"):
@@ -349,19 +349,20 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(new_runs:
 
 
 @each_plan
-@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize("name", ["weights.pt", "file://weights.safetensors"])
 def test_a_run_starts_from_a_file_of_weights_and_goes_on_from_its_checkpoint(
     new_runs: Callable[[Plan], Runs], plan: Plan, name: str
 ):
     runs = new_runs(plan)
     torch.manual_seed(7)
     given = stateful().state_dict()
-    path = runs.folder / name
+    path = runs.folder / name.removeprefix("file://")
     save_file(given, str(path)) if name.endswith("safetensors") else torch.save(given, path)
+    weights = f"file://{path}" if name.startswith("file://") else path
     ends: list[dict[str, Tensor]] = []
 
     def loop() -> None:
-        replica = make_replica(stateful, plan, weights=path)
+        replica = make_replica(stateful, plan, weights=weights)
         start = replica.state_dict()
         if ends:
             assert bits({0: start}) == bits({0: ends[0]})
@@ -458,6 +459,11 @@ def test_a_second_model_in_one_loop_is_refused(new_runs: Callable[[Plan], Runs])
         ({"split": ["2", "4"]}, SplitError, r"makes 3 stages, but the plan has 2"),
         ({"optimizer": lambda m: torch.optim.LBFGS(m.parameters())}, ModelError, r"optimizer: found LBFGS"),
         ({"weights": "/nonexistent.pt"}, CheckpointError, r"weights='/nonexistent\.pt': no such file"),
+        (
+            {"weights": "s3://bucket/w.safetensors?endpoint_override=127.0.0.1:1&scheme=what"},
+            CheckpointError,
+            r"weights='s3://bucket/w\.safetensors\?endpoint_override=127\.0\.0\.1:1&scheme=what' cannot be reached",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_on_all_replicas_alike(

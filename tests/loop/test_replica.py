@@ -289,7 +289,7 @@ def test_a_state_dict_is_taken_over_whole(replica: Replica, actors: FakeActors):
 def test_a_state_dict_with_other_names_is_refused_and_nothing_is_loaded(replica: Replica, actors: FakeActors):
     state = {"a": torch.ones(1)} | {f"c{n}": torch.ones(1) for n in range(12)}
     with pytest.raises(
-        CheckpointError, match=r"load_state_dict: the names .* 1 missing \(b\) and 12 extra \(c0"
+        CheckpointError, match=r"load_state_dict: the state .* 1 missing \(b\) and 12 extra \(c0"
     ) as caught:
         replica.load_state_dict(state)
     assert "c9" in str(caught.value)

@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_names(tmp_path: Path,
         return nn.Sequential(nn.Linear(FEATURES, 8), *(nn.Linear(8, 8) for _ in range(8)))
 
     message = resume_with(tmp_path, rows, other)
-    assert "checkpoint_00000002 is of another model: 12 missing (1.weight, 1.bias, 3.weight" in message
+    assert "checkpoint_00000002 does not fit the model: 12 missing (1.weight, 1.bias, 3.weight" in message
     assert "8.weight" not in message, "the first ten are enough"
     assert "build_model() as it was" in message
 

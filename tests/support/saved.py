@@ -10,21 +10,21 @@ from raypar.checkpoint.contents import pack, unpack
 from raypar.checkpoint.manifest import free_path, verify
 from raypar.checkpoint.saver import SaveRequest, State, save
 from raypar.checkpoint.shards import SavedTensors
-from raypar.storage import Storage, resolve
+from raypar.storage import Storage
 
 PACKED = ("training", "random")
 
 
 def manifest_of(path: Any) -> dict[str, Any]:
     """The manifest of a checkpoint of which every byte is as it was written."""
-    filesystem, inside = resolve(path)
-    return verify(inside, filesystem)
+    storage = Storage.open(path)
+    return verify(storage.path, storage.filesystem)
 
 
 def saved_values(path: Any) -> dict[tuple[str, ...], Any]:
     """All that a checkpoint holds, by where it stands; what is packed as it was before."""
-    filesystem, inside = resolve(path)
-    saved = SavedTensors(inside, filesystem)
+    storage = Storage.open(path)
+    saved = SavedTensors(storage.path, storage.filesystem)
     return {
         where: unpack(tensor) if where[0] in PACKED else tensor for where, tensor in saved.load(saved.below()).items()
     }
