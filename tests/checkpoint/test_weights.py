@@ -3,7 +3,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import fsspec
 import pyarrow.fs as pafs
 import pytest
 import torch
@@ -14,6 +13,7 @@ from raypar.checkpoint.weights import check_fits, read_tensors, shapes_of
 from raypar.errors import CheckpointError
 from raypar.storage import Storage, absolute
 from support.saved import write
+from support.store import memory_store
 
 STATE = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.zeros(2), "head.weight": torch.full((1, 2), 3.0)}
 
@@ -51,16 +51,7 @@ def test_safetensors_keep_types_and_shapes(tmp_path: Path, dtype: torch.dtype):
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> pafs.FileSystem:
-    """A store of objects, under mem://; it stands for S3 and its like, which the tests cannot reach."""
-    store = pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory")))
-
-    class FileSystem(pafs.FileSystem):
-        @staticmethod
-        def from_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-            return store, uri.removeprefix("mem://")
-
-    monkeypatch.setattr(pafs, "FileSystem", FileSystem)
-    return store
+    return memory_store(monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])

@@ -3,16 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from raypar.data import parquet
 from raypar.data.parquet import RowGroups
 from raypar.errors import DataError, RunError
+from support.store import memory_store
 
 
 def write(path: Path, size: int = 1000, statistics: bool = True, **columns: Any) -> Path:
@@ -50,15 +48,14 @@ def test_what_is_hidden_in_a_folder_is_no_data_and_a_folder_may_be_named_like_a_
     assert rows_of(RowGroups("here", tmp_path / "d" / "_temporary")) == [2]
 
 
-def test_any_file_system_of_pyarrow_will_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_any_pyarrow_file_system_will_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A URI names it: s3://, gs://, hdfs://. Here one in memory stands for them."""
-    memory = pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory")))
-    memory.create_dir("/bucket/d")
+    memory = memory_store(monkeypatch)
+    memory.create_dir("bucket/d")
     for name, x in (("a", [1, 2]), ("b", [3])):
-        pq.write_table(pa.table({"x": x}), f"/bucket/d/{name}.parquet", filesystem=memory)
-    monkeypatch.setattr(parquet, "resolve", lambda path: (memory, path.removeprefix("memory:/")))
-    assert rows_of(RowGroups("here", "memory://bucket/d")) == [1, 2, 3]
-    assert rows_of(RowGroups("here", "memory://bucket/d/b.parquet")) == [3]
+        pq.write_table(pa.table({"x": x}), f"bucket/d/{name}.parquet", filesystem=memory)
+    assert rows_of(RowGroups("here", "mem://bucket/d")) == [1, 2, 3]
+    assert rows_of(RowGroups("here", "mem://bucket/d/b.parquet")) == [3]
 
 
 def test_a_large_row_group_is_read_in_steps(tmp_path: Path):

@@ -386,7 +386,7 @@ def test_weights_of_another_model_are_refused(new_runs: Callable[[Plan], Runs]):
     runs = new_runs(Plan(data=2, pipeline=2))
     torch.save(CNN().state_dict(), runs.folder / "weights.pt")
     with pytest.raises(
-        CheckpointError, match=r"weights\.pt does not fit the model: \d+ missing \(0\.weight, .*\) and 8 extra"
+        CheckpointError, match=r"weights\.pt' does not fit the model: \d+ missing \(0\.weight, .*\) and 8 extra"
     ):
         runs(lambda: make_replica(stateful, runs.plan, weights=runs.folder / "weights.pt") and None)
 
