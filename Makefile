@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .ONESHELL:  # a recipe is one script: what it activates lasts to its end
 .DELETE_ON_ERROR:
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs clean
 
 PYTHON ?=
 PIP_FLAGS ?=
@@ -27,6 +27,7 @@ help:
 	@echo "make demo    train a CNN on handwritten digits, data- and pipeline-parallel, on a local Ray cluster"
 	@echo "make test    run the tests"
 	@echo "make check   ruff, strict mypy, the floors of the imports"
+	@echo "make docs    build the site of docs/ into build/site"
 	@echo "make clean   remove .venv, data/ and every cache"
 
 demo: $(INSTALLED)
@@ -45,6 +46,10 @@ check: $(INSTALLED)
 	ruff format --check
 	mypy raypar jobs
 	python -m pytest -q tests/test_floors.py
+
+docs: $(INSTALLED)
+	@source $(VENV)/bin/activate
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 # The stamp is written last, so that a set-up that was broken off is done again.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -66,7 +71,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	source $(VENV)/bin/activate
 	export PIP_DISABLE_PIP_VERSION_CHECK=1
 	python -m pip install -qq $(PIP_FLAGS) --constraint constraints.txt setuptools
-	python -m pip install -qq $(PIP_FLAGS) --constraint constraints.txt --no-build-isolation --editable '.[jobs,dev]'
+	python -m pip install -qq $(PIP_FLAGS) --constraint constraints.txt --no-build-isolation --editable '.[jobs,dev,docs]'
 	touch $@
 	echo "$(VENV) is ready: $$(python -c 'import ray, torch; print(f"torch {torch.__version__}, ray {ray.__version__}")')."
 
