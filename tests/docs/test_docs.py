@@ -12,8 +12,9 @@ import inspect
 import io
 import re
 import shlex
+import textwrap
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -321,10 +322,40 @@ def test_every_name_of_raypar_exists(page: Page):
         assert callable(getattr(raypar.Replica, name)), name
 
 
+def names_in(path: Path) -> set[str]:
+    """What a file defines: functions and classes, methods as Class.method, and the names that it assigns."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+@every_page
+def test_every_name_beside_a_path_is_in_that_file(page: Page):
+    """As in `raypar/engine/engine.py`: `Engine`, `pairs`."""
+    for path, names in re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", page.prose):
+        missing = set(re.findall(r"`([\w.]+)`", names)) - names_in(ROOT / path)
+        assert not missing, f"{page.name}: {path} has no {missing}"
+
+
 @every_page
 def test_every_error_it_names_exists(page: Page):
     names = {name for code in page.code_in_text for name in re.findall(r"^(?:raypar\.)?(?:errors\.)?(\w+Error)$", code)}
     assert [name for name in names if not hasattr(errors, name) and not hasattr(builtins, name)] == []
+
+
+def test_the_tree_of_errors_is_the_one_in_the_code():
+    def branches(texts: Iterable[str]) -> list[tuple[str, str]]:
+        (tree,) = (textwrap.dedent(text) for text in texts if "├──" in text)
+        return re.findall(r"^([│ ]*[├└]──) (\w+Error)", tree, re.MULTILINE)
+
+    page = branches(block.text for block in PAGES["docs/failures.md"].blocks)
+    assert page == branches((errors.__doc__ or "").split("\n\n"))
 
 
 def test_the_api_page_shows_every_public_name():
