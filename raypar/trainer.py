@@ -23,6 +23,7 @@ from raypar.cluster.shipping import for_workers, of_ray_data
 from raypar.data.sources import check_datasets
 from raypar.errors import ConfigError, DataError, near_names
 from raypar.loop.local import run_local
+from raypar.loop.session import RunSpec
 from raypar.observe.progress import ProgressDisplay
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage, absolute
@@ -155,15 +156,17 @@ class Trainer:
         checkpoints = config.checkpoint_config
         with ProgressDisplay() as display:
             history = run_local(
-                _bound(self.train_loop, self.train_loop_config),
-                self.plan,
-                self.datasets,
-                self.timeouts,
-                storage,
+                RunSpec(
+                    _bound(self.train_loop, self.train_loop_config),
+                    self.plan,
+                    self.datasets,
+                    self.timeouts,
+                    storage,
+                    self.trace,
+                ),
                 checkpoints.num_to_keep if checkpoints is not None else None,
                 display.update,
                 display.say,
-                trace=self.trace,
             )
         newest = newest_checkpoint(storage)
         return Result(

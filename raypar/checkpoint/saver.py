@@ -40,9 +40,10 @@ class SaveRequest:
     manifest: dict[str, Any] = field(default_factory=dict)
     random: dict[str, Any] | None = None
 
-    def for_others(self) -> SaveRequest:
-        """The same for an actor that is not the first."""
-        return dataclasses.replace(self, manifest={}, random=None)
+    def for_actors(self, count: int) -> list[SaveRequest]:
+        """The request as each of a replica's actors gets it: the first one as it is."""
+        others = dataclasses.replace(self, manifest={}, random=None)
+        return [self, *[others] * (count - 1)]
 
 
 class Saver(Protocol):

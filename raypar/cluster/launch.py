@@ -39,6 +39,7 @@ from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import Needs, check_feasible, is_feasible_now, needs_of, reserve
 from raypar.cluster.shipping import check_room, send_script_modules
 from raypar.errors import CheckpointError, ConfigError, RayparError, UserCodeError
+from raypar.loop.session import RunSpec
 from raypar.observe.progress import ProgressDisplay
 from raypar.observe.timeline import write_timeline
 from raypar.planning.plan import Plan, Timeouts
@@ -174,14 +175,9 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
             # The autoscaler has to start machines: waiting for them here tells at once if it never will.
             remove_placement_group(reserve(needs, run.timeouts))
         job = Job(
-            train_loop=run.train_loop,
-            plan=run.plan,
-            datasets=run.datasets,
-            timeouts=run.timeouts,
-            storage=run.storage,
+            RunSpec(run.train_loop, run.plan, run.datasets, run.timeouts, run.storage, run.trace),
             actors=fleet.handles if fleet else [],
             board=watch.board,
-            trace=run.trace,
         )
         trainer = attempt.AttemptTrainer(
             train_worker,

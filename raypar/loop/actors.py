@@ -21,23 +21,23 @@ from raypar.tree import Tree
 class ReplicaActors(Protocol):
     """What holds the stages of one replica: this process, all engines of local mode, or stage actors."""
 
-    def train(self, order: StepRequest) -> Callable[[], StepResult]:
+    def train_step(self, request: StepRequest) -> Callable[[], StepResult]:
         """Start a step; the function returned waits for its result."""
 
-    def evaluate(self, order: StepRequest) -> tuple[float, float]:
+    def eval_step(self, request: StepRequest) -> tuple[float, float]:
         """The loss's (sum, weight) over this replica's rows."""
 
-    def predict(self, order: StepRequest) -> Tree: ...
+    def predict(self, request: StepRequest) -> Tree: ...
 
-    def model(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model's state dict on the CPU, under the names of build_model(), with this replica's buffers."""
 
-    def load_model(self, state: dict[str, torch.Tensor]) -> None: ...
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
 
-    def save(self, order: SaveRequest) -> None:
+    def save(self, request: SaveRequest) -> None:
         """Begin to write a checkpoint of the steps so far, together with all other replicas."""
 
-    def saved(self, limit_s: float | None = None) -> None:
+    def wait_until_saved(self, limit_s: float | None = None) -> None:
         """Wait until it is written, for `limit_s` at most (None: as `timeouts` say). Raises CheckpointError, on all
         replicas, where it could not be."""
 

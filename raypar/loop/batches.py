@@ -7,6 +7,7 @@ replica takes its contiguous share of the batch's rows, as equal as can be; the 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -72,11 +73,11 @@ def batches(
     not take, and where a resumed epoch would go on with another batch_size, shuffle, seed or window or with other rows.
     """
     session = current("batches")
-    if name not in session.datasets:
+    if name not in session.run.datasets:
         raise DataError(
-            f"batches({name!r}): no such data set; {near_names(name, session.datasets)}; see Trainer(datasets=…)"
+            f"batches({name!r}): no such data set; {near_names(name, session.run.datasets)}; see Trainer(datasets=…)"
         )
-    given, who = session.datasets[name], f"batches({name!r}"
+    given, who = session.run.datasets[name], f"batches({name!r}"
     for argument, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("window", window, 1)):
         if not (argument == "window" and value is None):
             _check_whole(who, argument, value, least)
@@ -89,8 +90,10 @@ def batches(
         raise UsageError(
             f"{who}, shuffle=True): found a {type(given).__name__}, whose order is its own; needed shuffle=False"
         )
-    wanted = RowOrder((), batch_size, window or 0, int(seed) if shuffle else None, session.position.epoch, drop_last)
-    source = open_source(name, given, columns, wanted, (session.rank, session.size), session.tables)
+    wanted = RowOrder(
+        (), batch_size, window or 0, int(seed) if shuffle else None, session.data.position.epoch, drop_last
+    )
+    source = open_source(name, given, columns, wanted, (session.replica, session.size), session.tables)
     batching = {"batch_size": batch_size, "shuffle": bool(shuffle), "seed": int(seed), **source.layout}
     return _batches(session, Loop(name, source.count, batching), source)
 
@@ -102,15 +105,15 @@ def _check_whole(who: str, argument: str, value: Any, least: int) -> None:
 
 def _batches(session: Session, loop: Loop, source: Source) -> Generator[Any]:
     """What `batches` returns: the batches of a source, known to the session as a loop."""
-    if source.only_whole_epochs and (done := session.restart(loop.name)):
+    if source.only_whole_epochs and (done := session.data.forget_progress(loop.name)):
         logger.warning(
             "batches(%r): this data set resumes by epoch only, so epoch %d begins again, of which %d batches were "
             "trained on before.",
             loop.name,
-            session.position.epoch,
+            session.data.position.epoch,
             done,
         )
-    start = index = session.begin_loop(loop)
+    start = index = session.data.begin_loop(loop)
     try:
         with closing(source.read(start)) as read:
             for batch, is_last in (
@@ -118,7 +121,8 @@ def _batches(session: Session, loop: Loop, source: Source) -> Generator[Any]:
             ):
                 if is_last:
                     loop.count = index + 1
-                session.next_batch(loop, index)
+                session.restore_random()
+                session.data.next_batch(loop, index)
                 index += 1
                 yield batch
         if index == 0:
@@ -127,9 +131,15 @@ def _batches(session: Session, loop: Loop, source: Source) -> Generator[Any]:
                 "return a fresh iterable at each call"
             )
         loop.count = index
-        session.full_pass(loop)
+        if session.data.finish_loop(loop) and session.replica == 0:
+            warnings.warn(
+                f"found a second pass over raypar.batches({loop.name!r}) outside raypar.epochs: every pass has the "
+                "same order of rows, and a resumed run begins with the first pass again; needed: for epoch in "
+                "raypar.epochs(…), or shuffle=False",
+                stacklevel=2,  # the line of the user's loop
+            )
     finally:
-        session.end_loop(loop)
+        session.data.end_loop(loop)
 
 
 def _with_the_last_known(items: Iterator[Any]) -> Iterator[tuple[Any, bool]]:

@@ -42,32 +42,32 @@ class InProcessActors:
         with randomness.kept():
             return drive(calls)
 
-    def train(self, order: StepRequest) -> Callable[[], StepResult]:
-        results: list[StepResult] = self._run([engine.train_step(order) for engine in self.engines], self.drive_step)
+    def train_step(self, request: StepRequest) -> Callable[[], StepResult]:
+        results: list[StepResult] = self._run([engine.train_step(request) for engine in self.engines], self.drive_step)
         return lambda: with_lr(results)
 
-    def evaluate(self, order: StepRequest) -> tuple[float, float]:
-        sums = self._run([engine.eval_step(order) for engine in self.engines])
+    def eval_step(self, request: StepRequest) -> tuple[float, float]:
+        sums = self._run([engine.eval_step(request) for engine in self.engines])
         return sum(loss for loss, _ in sums), sum(weight for _, weight in sums)
 
-    def predict(self, order: StepRequest) -> Tree:
-        outputs = self._run([engine.predict(order) for engine in self.engines])
+    def predict(self, request: StepRequest) -> Tree:
+        outputs = self._run([engine.predict(request) for engine in self.engines])
         holder = self.engines[0].placement[-1]
         return microbatch.to_tensors(outputs[holder], torch.device("cpu"))
 
-    def model(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         return merge_models([model_of(engine) for engine in self.engines], self.names())
 
-    def load_model(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         for engine in self.engines:
             load_model(engine, state)
 
-    def save(self, order: SaveRequest) -> None:
-        orders = [order, *[order.for_others()] * (len(self.engines) - 1)]
-        states = [state_to_save(engine, own) for engine, own in zip(self.engines, orders, strict=True)]
-        self.saver.start(order, merge_states(states))
+    def save(self, request: SaveRequest) -> None:
+        requests = request.for_actors(len(self.engines))
+        states = [state_to_save(engine, part) for engine, part in zip(self.engines, requests, strict=True)]
+        self.saver.start(request, merge_states(states))
 
-    def saved(self, limit_s: float | None = None) -> None:
+    def wait_until_saved(self, limit_s: float | None = None) -> None:
         self.saver.wait(limit_s)
 
     def names(self) -> dict[str, torch.Size]:

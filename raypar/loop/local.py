@@ -27,14 +27,12 @@ from raypar.checkpoint.shards import SavedTensors
 from raypar.engine.build import build_part, make_engine
 from raypar.errors import CheckpointError
 from raypar.loop.in_process import InProcessActors
-from raypar.loop.session import Session, enter
-from raypar.loop.turns import Turns, _Stopped
+from raypar.loop.session import RunSpec, Session, enter
+from raypar.loop.turns import Stopped, Turns
 from raypar.observe.timeline import write_timeline
-from raypar.planning.plan import Plan, Timeouts
 from raypar.replicas.scatter import scatter_over
 from raypar.splitting.model import ModelSpec, Split
 from raypar.stages.measure import measure_units
-from raypar.storage import Storage
 from raypar.transport.interface import Waiting, take_turns
 from raypar.transport.memory_links import MemoryWorld
 
@@ -47,14 +45,13 @@ class LocalSession(Session):
 
     writes_at_once = True
 
-    def __init__(self, run: _Run, rank: int, datasets: dict[str, Any]) -> None:
-        super().__init__(run.plan, rank, datasets, run.storage, run.timeouts)
-        self.trace = run.trace
-        self.run = run
+    def __init__(self, shared: _Shared, replica: int) -> None:
+        super().__init__(shared.run, replica)
+        self.shared = shared
 
     def gather(self, value: Any) -> list[Any]:
-        found: list[Any] = self.run.turns.meet(
-            self.rank, "report, describe or bubble", value, lambda values: [list(values)] * len(values)
+        found: list[Any] = self.shared.turns.meet(
+            self.replica, "report, describe or bubble", value, lambda values: [list(values)] * len(values)
         )
         return found
 
@@ -65,7 +62,7 @@ class LocalSession(Session):
                 total += other
             return [total.clone() for _ in tensors]
 
-        found: torch.Tensor = self.run.turns.meet(self.rank, "eval_step or sum", tensor, add)
+        found: torch.Tensor = self.shared.turns.meet(self.replica, "eval_step or sum", tensor, add)
         return found
 
     def measure(self, spec: ModelSpec, units: Split, example_inputs: Any) -> list[float]:
@@ -79,8 +76,8 @@ class LocalSession(Session):
                 part = build_part(spec, self.plan, actor, CPU)
                 if self.plan.data_strategy == "scatter":
                     scatter_over(part, [CPU])
-                transport = self.run.world.transport(self.rank, actor)
-                engines.append(make_engine(spec, self.plan, self.rank, actor, part, transport, CPU, saved=saved))
+                transport = self.shared.world.transport(self.replica, actor)
+                engines.append(make_engine(spec, self.plan, self.replica, actor, part, transport, CPU, saved=saved))
         return InProcessActors(engines, _LocalSaver(self), self._step_of_all)
 
     def _step_of_all(self, calls: Sequence[Waiting]) -> list[Any]:
@@ -89,18 +86,18 @@ class LocalSession(Session):
             each = self.plan.pipeline
             return [results[replica * each : (replica + 1) * each] for replica in range(len(of_replicas))]
 
-        found: list[Any] = self.run.turns.meet(self.rank, "train_step", calls, run_all)
+        found: list[Any] = self.shared.turns.meet(self.replica, "train_step", calls, run_all)
         return found
 
     def publish(self, metrics: dict[str, Any], path: str | None) -> None:
-        if self.rank == 0:
-            self.run.history = list(self.history)
+        if self.replica == 0:
+            self.shared.history = list(self.history)
             if path is not None:
-                keep_newest(self.storage, self.run.keep, path)
+                keep_newest(self.storage, self.shared.keep, path)
 
     def show_progress(self, progress: dict[str, Any]) -> None:
-        if self.run.on_progress is not None:
-            self.run.on_progress(progress)
+        if self.shared.on_progress is not None:
+            self.shared.on_progress(progress)
 
 
 class _LocalSaver:
@@ -113,7 +110,7 @@ class _LocalSaver:
 
     def start(self, order: SaveRequest, state: State) -> None:
         states = self.session.gather(state)
-        if self.session.rank == 0:
+        if self.session.replica == 0:
             try:
                 save(self.session.storage, order, merge_states(states))
             except CheckpointError as error:
@@ -125,86 +122,73 @@ class _LocalSaver:
             raise failure
 
 
-class _Run:
+class _Shared:
     """What the replicas of a local run share."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        storage: Storage,
-        timeouts: Timeouts,
-        keep: int | None,
-        on_progress: Callable[[dict[str, Any]], None] | None,
-        trace: bool,
-    ) -> None:
-        self.plan, self.storage, self.timeouts = plan, storage, timeouts
-        self.keep, self.on_progress, self.trace = keep, on_progress, trace
-        self.turns = Turns(plan.data)
-        self.world = MemoryWorld(plan)
+    def __init__(self, run: RunSpec, keep: int | None, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
+        self.run, self.keep, self.on_progress = run, keep, on_progress
+        self.turns = Turns(run.plan.data)
+        self.world = MemoryWorld(run.plan)
         self.history: list[dict[str, Any]] = []
 
 
 def run_local(
-    train_loop: Callable[[], Any],
-    plan: Plan,
-    datasets: dict[str, Any],
-    timeouts: Timeouts,
-    storage: Storage,
+    run: RunSpec,
     keep: int | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     say: Callable[[str], None] | None = None,
-    *,
-    trace: bool = False,
 ) -> list[dict[str, Any]]:
-    """Run a train loop for every replica in this process, from the run's newest checkpoint where there is one.
+    """Run a train loop for every replica in this process, from the run's newest checkpoint if there is one.
 
     keep: how many checkpoints stay (None: all).
-    say:   is told from which checkpoint the run goes on.
-    trace: write the timeline of the last steps, once all loops have returned, or as far as they came.
+    say:  is told from which checkpoint the run resumes.
+
+    A traced run writes the timeline of its last steps when all loops have returned, or as far as they came.
 
     Returns the history of metrics of the first replica. Raises what the first loop that failed raised.
     """
-    run = _Run(plan, storage, timeouts, keep, on_progress, trace)
+    plan = run.plan
+    shared = _Shared(run, keep, on_progress)
     if plan.data_strategy == "fsdp" and plan.data > 1:
         logger.warning("Plan(data_strategy='fsdp') runs as 'ddp' in local mode, where all replicas share one process")
-    newest = checkpoint_to_resume(storage)
+    newest = checkpoint_to_resume(run.storage)
     if newest is not None and say is not None:
         say(f"Going on from {newest}")
     errors: dict[int, BaseException] = {}
     sessions: list[LocalSession] = []
 
-    def replica(rank: int) -> None:
+    def replica(number: int) -> None:
         try:
             if plan.data > 1:
-                run.turns.wait_for_turn(rank)
-            randomness.seed_loop(rank)
-            session = LocalSession(run, rank, datasets)
+                shared.turns.wait_for_turn(number)
+            randomness.seed_loop(number)
+            session = LocalSession(shared, number)
             sessions.append(session)
             session.restore(newest)
-            run.history = session.history if rank == 0 else run.history
+            shared.history = session.history if number == 0 else shared.history
             enter(session)
-            train_loop()
-            session.finish()
-        except _Stopped:
+            run.train_loop()
+            session.close()
+        except Stopped:
             return
         except BaseException as error:
-            errors[rank] = error
-            run.turns.stop()
+            errors[number] = error
+            shared.turns.stop()
         finally:
-            run.turns.end(rank)
+            shared.turns.end(number)
 
     with randomness.kept():
         if plan.data == 1:
             contextvars.copy_context().run(replica, 0)
         else:
-            _run_threads(replica, plan.data, run.turns, timeouts.stop)
-    if trace:
+            _run_threads(replica, plan.data, shared.turns, run.timeouts.stop)
+    if run.trace:
         with contextlib.suppress(CheckpointError) if errors else contextlib.nullcontext():  # the first error counts
             events = [event for session in sessions for event in session.recorded()]
-            write_timeline(storage, plan, events, in_turns=plan.data * plan.pipeline > 1)
+            write_timeline(run.storage, plan, events, in_turns=plan.data * plan.pipeline > 1)
     if errors:
         raise errors[min(errors)]
-    return run.history
+    return shared.history
 
 
 def _run_threads(target: Callable[[int], None], count: int, turns: Turns, patience: float) -> None:

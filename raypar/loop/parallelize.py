@@ -12,9 +12,9 @@ from torch import nn
 
 from raypar import randomness, tree
 from raypar.engine import microbatch
-from raypar.errors import ModelError, RayparError, UsageError
+from raypar.errors import ModelError, UsageError
 from raypar.loop.replica import Replica
-from raypar.loop.session import current
+from raypar.loop.session import Session, current
 from raypar.splitting.choose import choose_cut
 from raypar.splitting.model import LossFunction, ModelSpec, Split
 from raypar.storage import absolute
@@ -63,7 +63,7 @@ def parallelize(
     known then only with `example_inputs` and a forward that runs on the meta device; else the first step tells.
     """
     session = current("parallelize")
-    if session.wait_for_steps is not None:
+    if session.has_replica:
         raise UsageError("parallelize was called twice in one train loop, needed: one model a run")
     for name, value in (("build_model", build_model), ("loss_fn", loss_fn), ("optimizer", optimizer)):
         if not callable(value):
@@ -89,23 +89,21 @@ def parallelize(
     )
     if example_inputs is not None:
         example_inputs = _plain_tensors(example_inputs)
-    placement = session.plan.actor_of_stage
-    chosen: Split | RayparError | None = None
-    if session.rank == 0:  # one replica decides: measured times differ, and all must cut alike
-        try:
-            with randomness.kept():  # measuring draws random numbers, which are not the loop's
-                chosen = choose_cut(
-                    spec, placement, split, example_inputs, lambda units: session.measure(spec, units, example_inputs)
-                )
-        except RayparError as error:
-            chosen = error
-    chosen = session.gather(chosen)[0]
-    if isinstance(chosen, RayparError):
-        raise chosen
-    assert chosen is not None
-    actors = session.start_actors(dataclasses.replace(spec, cut=chosen, trace=session.trace))
-    session.events = actors.events
+    # One replica decides: measured times differ, and all must split the model alike.
+    split_of_model = session.decide(lambda: _choose(session, spec, split, example_inputs))
+    actors = session.start_actors(dataclasses.replace(spec, cut=split_of_model, trace=session.run.trace))
     return Replica(session, actors)
+
+
+def _choose(session: Session, spec: ModelSpec, split: Sequence[str] | None, example_inputs: Any) -> Split:
+    with randomness.kept():  # measuring draws random numbers, which are not the loop's
+        return choose_cut(
+            spec,
+            session.plan.actor_of_stage,
+            split,
+            example_inputs,
+            lambda units: session.measure(spec, units, example_inputs),
+        )
 
 
 def _plain_tensors(inputs: Any) -> Any:

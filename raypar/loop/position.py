@@ -1,17 +1,27 @@
-"""Where a run is in its data: the epoch, the batches used, the open loops; and how fast it gets on."""
+"""Where a replica is in its data: the epoch, the batches used, the batches still to do.
+
+Knows of no run, no files and no other replica, so that all of it can be tried by calling it.
+
+    for epoch in epochs(2):                     position.epoch
+        for batch in batches("train", …):       begin_loop ─▶ next_batch, next_batch, … ─▶ finish_loop ─▶ end_loop
+            replica.train_step(…)               is_last_batch? ─▶ trained_on_batch ─▶ a Position, saved with the step
+"""
 
 from __future__ import annotations
 
-import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from raypar.errors import UsageError
 
 
 @dataclass
 class Position:
-    """Where a run is in its data.
+    """Where a run is in its data; saved with a checkpoint.
 
-    epoch:    the epoch that goes on, or the next one, from 0.
+    epoch:    the current epoch, or the next one, from 0.
     trained:  of each data set, the batches of this epoch that optimizer steps have used.
     batching: of each of these, the arguments of `batches` that decide which rows those were.
     """
@@ -28,9 +38,9 @@ class Position:
 class Loop:
     """A loop over the batches of a data set that has begun and not ended.
 
-    count:    the batches of a whole epoch; None where only its end will tell. Known with the last batch at the latest.
+    count:    the batches of a whole epoch; None if only its end will tell. Known with the last batch at the latest.
     batching: as in Position.
-    newest:   the index of the batch that the loop has got last.
+    newest:   the index of the batch that the loop got last.
     trained:  how many of the epoch's batches were used when the last step was taken within this loop; 0 before any.
     """
 
@@ -41,23 +51,102 @@ class Loop:
     trained: int = 0
 
 
+class DataPosition:
+    """A position that moves with the loops over batches and the steps inside them.
+
+    position:        after the newest step; of a resumed run, what its checkpoint says.
+    epochs:          how many epochs `raypar.epochs` runs to; None outside of it.
+    batches_to_skip: of each data set, the batches that a resumed run skips until a step trains on that set again.
+    innermost:       the innermost loop around the newest step; None if there was none.
+    """
+
+    def __init__(self, position: Position | None = None) -> None:
+        self.position = position or Position()
+        self.epochs: int | None = None
+        self.batches_to_skip = dict(self.position.trained)
+        self.innermost: Loop | None = None
+        self._open: list[Loop] = []  # the one that got its newest batch last stands last
+        self._passes: Counter[str] = Counter()  # over each data set, outside `epochs`
+
+    # ------------------------------------------------------------ epochs
+
+    def epochs_to_do(self, count: int) -> Iterator[int]:
+        """The epochs up to `count` that are still to do; the position moves on after each."""
+        self.epochs = count
+        while self.position.epoch < count:
+            yield self.position.epoch
+            self.position = Position(self.position.epoch + 1)
+            self.batches_to_skip = {}
+        self.epochs = None
+
+    # ------------------------------------------------------------ loops over batches
+
+    def begin_loop(self, loop: Loop) -> int:
+        """A loop over batches begins; returns the index of its first batch. Raises UsageError if it would continue an
+        epoch whose earlier batches held other rows."""
+        start = self.batches_to_skip.get(loop.name, 0)
+        before = self.position.batching.get(loop.name, loop.batching)
+        if start and before != loop.batching:
+            raise UsageError(
+                f"batches({loop.name!r}): the run resumes after batch {start} of an epoch with {_arguments(before)}; "
+                f"found {_arguments(loop.batching)}, which would repeat rows or leave some out; needed the same until "
+                "that epoch is over"
+            )
+        self._open.append(loop)
+        return start
+
+    def forget_progress(self, name: str) -> int:
+        """Skip nothing of a data set that cannot be resumed within an epoch; returns how many batches are repeated."""
+        return self.batches_to_skip.pop(name, 0)
+
+    def next_batch(self, loop: Loop, index: int) -> None:
+        """The loop hands out the batch of this index."""
+        loop.newest = index
+        self._open.remove(loop)
+        self._open.append(loop)
+
+    def finish_loop(self, loop: Loop) -> bool:
+        """A loop has come to the end of its data set. True if it is the second such pass outside `epochs`, whose rows
+        come in the order of the first."""
+        if loop.count is not None and self.batches_to_skip.get(loop.name, 0) >= loop.count:
+            del self.batches_to_skip[loop.name]  # there was nothing left to train on
+        if loop.trained and loop.batching["shuffle"] and self.epochs is None:
+            self._passes[loop.name] += 1
+            return self._passes[loop.name] == 2
+        return False
+
+    def end_loop(self, loop: Loop) -> None:
+        """A loop is over, finished or left early."""
+        self._open.remove(loop)
+
+    # ------------------------------------------------------------ steps
+
+    def is_last_batch(self) -> bool | None:
+        """Whether a step taken now uses the last batch of its innermost loop; None outside any loop."""
+        if not self._open:
+            return None
+        loop = self._open[-1]
+        return loop.newest + 1 == loop.count
+
+    def trained_on_batch(self) -> Position:
+        """Count what a step uses, the newest batch of each open loop; returns the position after that step."""
+        for loop in {loop.name: loop for loop in self._open}.values():
+            loop.trained = loop.newest + 1
+            self.position.trained[loop.name] = loop.trained
+            self.position.batching[loop.name] = loop.batching
+            self.batches_to_skip.pop(loop.name, None)
+        self.innermost = self._open[-1] if self._open else None
+        return self.position.copy()
+
+    def to_save(self) -> Position:
+        """The position that a checkpoint made now stands for. Inside `raypar.epochs`, when every loop over batches that
+        were trained on has ended or has come to its last batch, the epoch is over, and a resumed run starts the next
+        one: it never enters an epoch that has no batch left."""
+        unfinished = any(loop.trained and loop.trained != loop.count for loop in self._open)
+        if self.epochs is not None and self.position.trained and not unfinished:
+            return Position(self.position.epoch + 1)
+        return self.position.copy()
+
+
 def _arguments(batching: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in batching.items())
-
-
-class Rate:
-    """Samples per second since the last time that progress was shown, at most four times a second."""
-
-    def __init__(self) -> None:
-        self.since = time.monotonic()
-        self.samples = 0
-        self.per_second: float | None = None
-
-    def count(self, samples: int) -> bool:
-        self.samples += samples
-        elapsed = time.monotonic() - self.since
-        if elapsed < 0.25:
-            return False
-        self.per_second = self.samples / elapsed
-        self.since, self.samples = time.monotonic(), 0
-        return True

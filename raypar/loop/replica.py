@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
@@ -31,12 +31,12 @@ class StepOutput:
     loss:      the mean over the global batch, the same on every replica.
     grad_norm: of the whole model's gradient, before clipping; with Plan(data_strategy="local_sgd") of this replica's.
     samples:   rows of the global batch.
-    lr:        the learning rate of the first parameter group in this step; None where nothing is trained.
-    skipped:   True where the step changed nothing, since the global batch had no row, or its rows no weight (the
+    lr:        the learning rate of the first parameter group in this step; None if nothing is trained.
+    skipped:   True if the step changed nothing, since the global batch had no row, or its rows no weight (the
                sum of the weights that loss_fn returned was 0), or the gradients overflowed under precision="fp16".
     """
 
-    def __init__(self, step: int, wait: Callable[[], StepResult]) -> None:
+    def __init__(self, step: int, wait: Callable[[StepOutput], StepResult]) -> None:
         self.step = step
         self._wait = wait
         self._result: StepResult | BaseException | None = None
@@ -45,7 +45,7 @@ class StepOutput:
         """Wait for the step; raises the error that ended it, each time it is asked."""
         if self._result is None:
             try:
-                self._result = self._wait()
+                self._result = self._wait(self)
             except Exception as error:
                 self._result = error
         if isinstance(self._result, BaseException):
@@ -74,6 +74,15 @@ class StepOutput:
 
 
 @dataclass(frozen=True)
+class _InFlight:
+    """A step under way: `wait` waits for its actors, `position` is where it brings the run."""
+
+    output: StepOutput
+    wait: Callable[[], StepResult]
+    position: Position
+
+
+@dataclass(frozen=True)
 class EvalOutput:
     """The outcome of `eval_step`: the mean loss and the number of rows of the global batch."""
 
@@ -87,47 +96,47 @@ class Replica:
     def __init__(self, session: Session, actors: ReplicaActors) -> None:
         self._session = session
         self._actors = actors
-        self._in_flight: deque[tuple[StepOutput, Position]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._step = session.step
-        self._position = session.position.copy()
+        self._position = session.data.position.copy()  # after the newest committed step
         self._names = actors.names()
-        session.wait_for_steps = self.wait
+        session.attach(actors, self.wait)
 
     def train_step(self, inputs: Any, targets: Any) -> StepOutput:
         """One optimizer step on this replica's share of a global batch; returns without waiting for it.
 
         inputs:  a tensor, or a tuple, list or dict of them, rows first: the arguments of the model's forward.
-        targets: likewise, given to loss_fn. Both may have no row where others have some.
+        targets: likewise, given to loss_fn. A replica may pass zero rows as long as another one has some.
 
         At most two steps are under way; an error of one is raised at the next call.
         """
         self._wait_until_in_flight(IN_FLIGHT - 1)
-        order = self._order(self._step + 1, inputs, targets)
-        position = self._session.trained_on_batch()
-        order = replace(order, is_last=self._session.is_last_batch())
-        output = StepOutput(order.step, lambda: self._settle(output, wait))
+        request = self._request(self._step + 1, inputs, targets, is_last=self._is_last_batch())
+        self._session.restore_random()
+        position = self._session.data.trained_on_batch()
         try:
-            wait = self._actors.train(order)
+            wait = self._actors.train_step(request)
         except NonFiniteError as error:  # actors in this process have ended the step by now
             self.wait()
             raise self._saved(error, position) from None
         self._step += 1
-        self._in_flight.append((output, position))
+        output = StepOutput(request.step, self._settle)
+        self._in_flight.append(_InFlight(output, wait, position))
         return output
 
     def eval_step(self, inputs: Any, targets: Any) -> EvalOutput:
         """The loss of a batch in eval mode, without gradients. All replicas call it alike."""
         self.wait()
-        order = self._order(self._step, inputs, targets)
-        loss, weight = self._actors.evaluate(order)
-        total = self._session.sum(torch.tensor([loss, weight, order.rows], dtype=torch.float64)).tolist()
+        request = self._request(self._step, inputs, targets)
+        loss, weight = self._actors.eval_step(request)
+        total = self._session.sum(torch.tensor([loss, weight, request.rows], dtype=torch.float64)).tolist()
         return EvalOutput(total[0] / total[1] if total[1] else float("nan"), int(total[2]))
 
     def predict(self, inputs: Any) -> Any:
         """The model's output for this replica's rows in eval mode, on the CPU. Under Plan(data_strategy="fsdp") all
         replicas call it alike, as they do state_dict."""
         self.wait()
-        return self._actors.predict(self._order(self._step, inputs, None))
+        return self._actors.predict(self._request(self._step, inputs, None))
 
     @overload
     def sum(self, value: float) -> float: ...
@@ -145,7 +154,7 @@ class Replica:
         """The weights and buffers of the whole model on the CPU, under the names of build_model(): this replica's own,
         where replicas train apart."""
         self.wait()
-        return self._actors.model()
+        return self._actors.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over weights and buffers of the whole model; every replica must be given the same.
@@ -154,7 +163,7 @@ class Replica:
         """
         self.wait()
         check_fits("load_state_dict: the state", shapes_of(state), self._names)
-        self._actors.load_model(state)
+        self._actors.load_state_dict(state)
 
     def bubble(self) -> Bubble | None:
         """The share of time in which the actors of all replicas did not compute, over the training steps since
@@ -175,31 +184,43 @@ class Replica:
 
     def _wait_until_in_flight(self, most: int) -> None:
         while len(self._in_flight) > most:
-            self._in_flight[0][0].result()
+            self._in_flight[0].output.result()
 
-    def _settle(self, output: StepOutput, wait: Callable[[], StepResult]) -> StepResult:
+    def _settle(self, output: StepOutput) -> StepResult:
         """Wait for a step and all before it, in their order."""
-        while self._in_flight[0][0] is not output:
-            self._in_flight[0][0].result()
+        while self._in_flight[0].output is not output:
+            self._in_flight[0].output.result()
+        oldest = self._in_flight[0]
         try:
-            result = wait()
+            result = oldest.wait()
         except NonFiniteError as error:
-            raise self._saved(error, self._in_flight[0][1]) from None
-        _, self._position = self._in_flight.popleft()
-        self._session.step = output.step
-        self._session.committed(result.samples, result.loss, result.step, self._position)
+            raise self._saved(error, oldest.position) from None
+        self._in_flight.popleft()
+        self._position = oldest.position
+        self._session.committed(result, self._position)
         return result
 
     def _saved(self, error: NonFiniteError, failed: Position) -> NonFiniteError:
         """The same error, once the last committed step is saved, or with the reason why it could not be. A step that
-        failed as the first of its epoch is tried again in that one, not behind the last batch of the one before."""
+        failed as the first of its epoch is tried again in that one, not after the last batch of the one before."""
         position = self._position if self._position.epoch == failed.epoch else Position(failed.epoch)
         try:
-            return error.with_checkpoint(self._session.save_now(self._actors, error.step - 1, position))
+            return error.with_checkpoint(self._session.saving.save_and_wait(self._actors, error.step - 1, position))
         except CheckpointError as failure:
             return NonFiniteError(f"{error.message} Also, {failure}", step=error.step, stage=error.stage)
 
-    def _order(self, step: int, inputs: Any, targets: Any) -> StepRequest:
+    def _is_last_batch(self) -> bool:
+        """Whether the step to come uses the last batch of a loop. Raises UsageError if replicas wait for that one to
+        average their weights, and there is no loop."""
+        is_last = self._session.data.is_last_batch()
+        if is_last is None and self._session.plan.sync_every == "epoch":
+            raise UsageError(
+                "train_step: found Plan(sync_every='epoch') and a step outside a loop over raypar.batches, where no "
+                "batch is known to be the last one; needed: for batch in raypar.batches(…), or a number of steps"
+            )
+        return bool(is_last)
+
+    def _request(self, step: int, inputs: Any, targets: Any, *, is_last: bool = False) -> StepRequest:
         rows = microbatch.rows_of(inputs)
         if targets is not None and microbatch.rows_of(targets) != rows:
             raise DataError(
@@ -211,7 +232,7 @@ class Replica:
                 "the devices; needed: the values repeated for each row, or another data_strategy"
             )
         key = (microbatch.describe(inputs), microbatch.describe(targets))
-        return StepRequest(step, rows, key, inputs, targets)
+        return StepRequest(step, rows, key, inputs, targets, is_last)
 
 
 def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:
@@ -233,16 +254,15 @@ def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:
     session = current("report")
     if not isinstance(metrics, dict):
         raise UsageError(f"raypar.report({metrics!r}): needed a dict of metrics by name")
-    if session.wait_for_steps is not None:
-        session.wait_for_steps()
+    session.wait_for_steps()
     row = {name: _plain(name, value) for name, value in metrics.items()}
-    row = {"step": session.step, "epoch": session.position.epoch, **row}
+    row = {"step": session.step, "epoch": session.data.position.epoch, **row}
     session.history.append(row)
-    failure = session.settle()
+    failure = session.saving.finish()
     if replica is not None:
-        session.save(replica._actors, session.step, session.position_to_save(), row)
+        session.saving.begin(replica._actors, session.step, session.data.to_save(), row)
         if session.writes_at_once:
-            failure = session.settle() or failure
+            failure = session.saving.finish() or failure
     else:
         session.publish(row, None)
     if failure is not None:

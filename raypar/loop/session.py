@@ -6,87 +6,111 @@ A session is made by local mode or by a train worker before the user's loop star
 
 from __future__ import annotations
 
-import contextlib
-import warnings
+import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 from raypar import randomness
 from raypar.checkpoint.contents import saved_random
-from raypar.checkpoint.manifest import free_path, read_manifest
-from raypar.checkpoint.saver import SaveRequest
+from raypar.checkpoint.manifest import read_manifest
 from raypar.checkpoint.shards import SavedTensors
-from raypar.errors import CheckpointError, UsageError
+from raypar.engine.step import StepResult
+from raypar.errors import RayparError, UsageError
 from raypar.loop.actors import ReplicaActors
-from raypar.loop.position import Loop, Position, Rate, _arguments
-from raypar.loop.saving import Saving
+from raypar.loop.position import DataPosition, Position
+from raypar.loop.saving import CheckpointSaving
 from raypar.observe.timeline import Event
 from raypar.planning.plan import Plan, Timeouts
 from raypar.splitting.model import ModelSpec, Split
 from raypar.storage import Storage
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What a run is, in every mode and for all of its replicas.
+
+    train_loop: the user's, its config bound: takes no argument.
+    datasets:   by name, as `raypar.batches` reads them.
+    storage:    the run's folder. trace: whether actors record what they do when.
+    """
+
+    train_loop: Callable[[], Any]
+    plan: Plan
+    datasets: dict[str, Any]
+    timeouts: Timeouts
+    storage: Storage
+    trace: bool = False
+
 
 class Session(ABC):
     """One replica's view of the run.
 
-    rank, size: this replica and the number of them.
-    position:   moves with the loop; `committed` is the position behind the last committed step.
-    restored:   the checkpoint that the run goes on from, None for a fresh run.
+    replica, size: this replica and the number of them.
+    step:          number of the newest committed step; 0 before any.
+    data:          where the loop is in the data; moves with it.
+    history:       the metrics reported so far, those before a resume too.
+    restored:      the checkpoint that the run resumes from, None for a fresh run.
     """
 
-    def __init__(self, plan: Plan, rank: int, datasets: dict[str, Any], storage: Storage, timeouts: Timeouts) -> None:
-        self.plan, self.rank, self.size = plan, rank, plan.data
-        self.trace = False  # whether the actors record what they do when
-        self.events: Callable[[], list[Event]] | None = None  # of this replica's actors, once there are any
-        self.datasets, self.storage, self.timeouts = datasets, storage, timeouts
-        self.position = Position()
+    def __init__(self, run: RunSpec, replica: int) -> None:
+        self.run, self.replica, self.size = run, replica, run.plan.data
+        self.plan, self.storage, self.timeouts = run.plan, run.storage, run.timeouts
+        self.data = DataPosition()
+        self.saving = CheckpointSaving(self)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.restored: str | None = None
-        self.saving: Saving | None = None
-        self.wait_for_steps: Callable[[], None] | None = None  # of the replica, once there is one
-        self.epochs: int | None = None
-        self.open_loops: list[Loop] = []  # the one that got its newest batch last stands last
-        self.passed: dict[str, int] = {}  # batches of each data set that are passed over until it is trained on again
         self.tables: dict[Any, Any] = {}  # what `batches` has read, so that it reads it once
-        self.full_passes: Counter[str] = Counter()  # over each data set, outside `epochs`
-        self._trained: Loop | None = None  # the innermost loop around the newest step
+        self._actors: ReplicaActors | None = None
+        self._wait: Callable[[], None] = lambda: None
         self._random_is_due = False
         self._rate = Rate()
 
     def restore(self, path: str | None) -> None:
-        """Go on from a checkpoint: the position and the history now, the weights in `parallelize`."""
+        """Resume from a checkpoint: the position and the history now, the weights in `parallelize`."""
         if path is None:
             return
         manifest = read_manifest(path, self.storage.filesystem)
         self.restored, self._random_is_due = path, True
         self.step = manifest["step"]
-        self.position = Position(**manifest["position"])
-        self.passed = dict(self.position.trained)
+        self.data = DataPosition(Position(**manifest["position"]))
         self.history = manifest["history"]
 
-    def finish(self) -> None:
-        """The train loop has returned: wait for its last steps."""
-        if self.wait_for_steps is not None:
-            self.wait_for_steps()
-        failure = self.settle()
+    @property
+    def has_replica(self) -> bool:
+        """Whether `parallelize` was called."""
+        return self._actors is not None
+
+    def attach(self, actors: ReplicaActors, wait: Callable[[], None]) -> None:
+        """The loop has a replica, made of these actors; `wait` waits for its steps under way."""
+        self._actors, self._wait = actors, wait
+
+    def wait_for_steps(self) -> None:
+        """Wait for the steps under way, if any; raises the error of the first that failed."""
+        self._wait()
+
+    def close(self) -> None:
+        """The train loop has returned: wait for its last steps and its last checkpoint."""
+        self.wait_for_steps()
+        failure = self.saving.finish()
         if failure is not None:
             raise failure
 
     def recorded(self) -> list[Event]:
-        """What this replica's actors did in the last steps; nothing where the run is not traced."""
-        return self.events() if self.trace and self.events is not None else []
+        """What this replica's actors did in the last steps; nothing unless the run is traced."""
+        return self._actors.events() if self.run.trace and self._actors is not None else []
 
     # ------------------------------------------------------------ what local mode and train workers do differently
 
     writes_at_once = False
-    """Whether a checkpoint is written when `save` returns."""
+    """Whether a checkpoint is written when `saving.begin` returns."""
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
@@ -98,7 +122,7 @@ class Session(ABC):
 
     @abstractmethod
     def measure(self, spec: ModelSpec, units: Split, example_inputs: Any) -> list[float]:
-        """The seconds of each unit of a cut, measured on a device of the kind that will hold it."""
+        """The seconds of each unit of a split, measured on a device of the kind that will hold it."""
 
     @abstractmethod
     def start_actors(self, spec: ModelSpec) -> ReplicaActors:
@@ -106,7 +130,7 @@ class Session(ABC):
 
     @abstractmethod
     def publish(self, metrics: dict[str, Any], path: str | None) -> None:
-        """Hand metrics, and the checkpoint where there is one, to whoever started the run."""
+        """Hand metrics, and the checkpoint if there is one, to whoever started the run."""
 
     @abstractmethod
     def show_progress(self, progress: dict[str, Any]) -> None:
@@ -114,164 +138,64 @@ class Session(ABC):
 
     # ------------------------------------------------------------ what both share
 
-    def begin_loop(self, loop: Loop) -> int:
-        """A loop over batches begins; returns the index of its first batch. Raises UsageError where it would go on
-        in the midst of an epoch whose batches held other rows."""
-        start = self.passed.get(loop.name, 0)
-        before = self.position.batching.get(loop.name, loop.batching)
-        if start and before != loop.batching:
-            raise UsageError(
-                f"batches({loop.name!r}): the run goes on behind batch {start} of an epoch with {_arguments(before)}; "
-                f"found {_arguments(loop.batching)}, which would repeat rows or leave some out; needed the same until "
-                "that epoch is over"
-            )
-        self.open_loops.append(loop)
-        return start
+    def decide(self, choose: Callable[[], T]) -> T:
+        """What replica 0 chooses, on all replicas; or the RayparError that it raises. All replicas call it alike."""
+        outcome: Any = None
+        if self.replica == 0:
+            try:
+                outcome = choose()
+            except RayparError as error:
+                outcome = error
+        outcome = self.gather(outcome)[0]
+        if isinstance(outcome, RayparError):
+            raise outcome
+        chosen: T = outcome
+        return chosen
 
-    def restart(self, name: str) -> int:
-        """Pass over nothing of a data set that cannot be resumed within an epoch; returns how many batches it were."""
-        return self.passed.pop(name, 0)
-
-    def next_batch(self, loop: Loop, index: int) -> None:
-        self.restore_random()
-        loop.newest = index
-        self.open_loops.remove(loop)
-        self.open_loops.append(loop)
-
-    def end_loop(self, loop: Loop) -> None:
-        self.open_loops.remove(loop)
-
-    def full_pass(self, loop: Loop) -> None:
-        """A loop has come to its end. Warns, once a data set, of a second epoch that raypar knows nothing of."""
-        if loop.count is not None and self.passed.get(loop.name, 0) >= loop.count:
-            del self.passed[loop.name]  # there was nothing left to train on
-        if loop.trained and loop.batching["shuffle"] and self.epochs is None:
-            self.full_passes[loop.name] += 1
-            if self.full_passes[loop.name] == 2 and self.rank == 0:
-                warnings.warn(
-                    f"found a second pass over raypar.batches({loop.name!r}) outside raypar.epochs: every pass has the "
-                    "same order of rows, and a resumed run begins with the first pass again; needed: for epoch in "
-                    "raypar.epochs(…), or shuffle=False",
-                    stacklevel=3,  # the line of the user's loop
-                )
-
-    def trained_on_batch(self) -> Position:
-        """Count what a step uses, the newest batch of each open loop; returns the position behind that step."""
-        self.restore_random()
-        for loop in {loop.name: loop for loop in self.open_loops}.values():
-            loop.trained = loop.newest + 1
-            self.position.trained[loop.name] = loop.trained
-            self.position.batching[loop.name] = loop.batching
-            self.passed.pop(loop.name, None)
-        self._trained = self.open_loops[-1] if self.open_loops else None
-        return self.position.copy()
-
-    def is_last_batch(self) -> bool:
-        """Whether the newest step uses the last batch of a loop. Raises UsageError where replicas wait for that one to
-        average their weights, and there is no loop."""
-        loop = self._trained
-        if loop is None and self.plan.sync_every == "epoch":
-            raise UsageError(
-                "train_step: found Plan(sync_every='epoch') and a step outside a loop over raypar.batches, where no "
-                "batch is known to be the last one; needed: for batch in raypar.batches(…), or a number of steps"
-            )
-        return loop is not None and loop.trained == loop.count
-
-    def committed(self, samples: int, loss: float, step: int, position: Position) -> None:
-        """Show progress after a committed step, which has brought the run to `position`; a few times a second."""
-        if self._rate.count(samples) and self.rank == 0:
-            loop = self._trained
+    def committed(self, result: StepResult, position: Position) -> None:
+        """Note a committed step, which has brought the run to `position`, and show progress a few times a second."""
+        self.step = result.step
+        if self._rate.count(result.samples) and self.replica == 0:
+            loop = self.data.innermost
             self.show_progress(
                 {
                     "epoch": position.epoch,
-                    "epochs": self.epochs,
-                    "step": step,
+                    "epochs": self.data.epochs,
+                    "step": result.step,
                     "done": position.trained.get(loop.name) if loop is not None else None,
                     "total": loop.count if loop is not None else None,
-                    "loss": loss,
+                    "loss": result.loss,
                     "samples_per_s": self._rate.per_second,
                 }
             )
 
-    def save(self, actors: ReplicaActors, step: int, position: Position, row: dict[str, Any] | None = None) -> None:
-        """Begin to write a checkpoint; all replicas call it alike, and `settle` before the next one.
-
-        row: the metrics that are published with it.
-        """
-        assert self.saving is None, "a checkpoint before the one before it was settled"
-        found: str | CheckpointError | None = None
-        if self.rank == 0:
-            try:
-                found = free_path(self.storage, step)
-            except CheckpointError as error:
-                found = error
-        found = self.gather(found)[0]
-        assert found is not None
-        if isinstance(found, str):
-            manifest = {
-                "step": step,
-                "plan": self.plan.as_dict(),
-                "position": asdict(position),
-                "history": self.history,
-                "names": list(actors.names()),
-            }
-            actors.save(SaveRequest(step, found, manifest, randomness.plain_state()))
-        self.saving = Saving(actors, found, row)
-
-    def settle(self) -> CheckpointError | None:
-        """Wait for the checkpoint that is being written, and publish it; all replicas call it alike. Returns the error,
-        the same on all replicas, where it could not be written."""
-        saving, self.saving = self.saving, None
-        if saving is None:
-            return None
-        failure = saving.path if isinstance(saving.path, CheckpointError) else None
-        try:
-            if failure is None:
-                saving.actors.saved()
-        except CheckpointError as error:
-            failure = error
-        failure = next((each for each in self.gather(failure) if each is not None), None)
-        if saving.row is not None:
-            self.publish(saving.row, saving.path if failure is None and isinstance(saving.path, str) else None)
-        return failure
-
-    def give_up(self) -> None:
-        """The train loop has failed: let a checkpoint that is being written come to its end, if it can, so that a
-        restart finds it."""
-        if self.saving is not None and isinstance(self.saving.path, str):
-            with contextlib.suppress(Exception):
-                self.saving.actors.saved(self.timeouts.stop)
-
-    def save_now(self, actors: ReplicaActors, step: int, position: Position) -> str:
-        """Write a checkpoint and wait for it; returns its path. Raises CheckpointError."""
-        self.settle()
-        self.save(actors, step, position)
-        assert self.saving is not None
-        path = self.saving.path
-        failure = self.settle()
-        if failure is not None:
-            raise failure
-        assert isinstance(path, str)
-        return path
-
     def restore_random(self) -> None:
-        """Go on with the random numbers of this replica's loop, where a checkpoint has them; once, where the loop comes
+        """Continue with the random numbers of this replica's loop, if a checkpoint has them; once, when the loop comes
         to what it had not done when that was made. What it draws before is its preparation, as in a fresh run."""
         due, self._random_is_due = self._random_is_due, False
         if due and self.restored is not None:
-            found = saved_random(SavedTensors(self.restored, self.storage.filesystem), self.rank)
-            if found is not None:
-                randomness.restore_plain_state(found)
+            state = saved_random(SavedTensors(self.restored, self.storage.filesystem), self.replica)
+            if state is not None:
+                randomness.restore_plain_state(state)
 
-    def position_to_save(self) -> Position:
-        """The position that a checkpoint made now stands for. Inside `raypar.epochs`, when every loop over
-        batches that were trained on has ended or has come to its last batch, the epoch is over and a resumed
-        run starts the next one: it never enters an epoch that has no batch left."""
-        position = self.position
-        going_on = any(loop.trained and loop.trained != loop.count for loop in self.open_loops)
-        if self.epochs is not None and position.trained and not going_on:
-            return Position(position.epoch + 1)
-        return position.copy()
+
+class Rate:
+    """Samples per second since the last time that progress was shown, at most four times a second."""
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+        self.samples = 0
+        self.per_second: float | None = None
+
+    def count(self, samples: int) -> bool:
+        """Count samples; True if it is time to show progress, and `per_second` is up to date."""
+        self.samples += samples
+        elapsed = time.monotonic() - self.since
+        if elapsed < 0.25:
+            return False
+        self.per_second = self.samples / elapsed
+        self.since, self.samples = time.monotonic(), 0
+        return True
 
 
 _current: ContextVar[Session | None] = ContextVar("raypar_session", default=None)
@@ -294,9 +218,9 @@ def current(call: str) -> Session:
 
 
 def epochs(count: int) -> Iterator[int]:
-    """The epochs still to do, numbered from 0: all of `range(count)` in a fresh run, those behind the last
-    checkpoint after a resume. A checkpoint made within an epoch resumes that epoch at its next batch; `report` says
-    when an epoch counts as over."""
+    """The epochs still to do, numbered from 0: all of `range(count)` in a fresh run, after a resume those that its
+    checkpoint had not finished. A checkpoint made within an epoch resumes that epoch at its next batch; `report` says
+    when an epoch counts as over. Raises UsageError if `count` is no whole number of at least 0."""
     session = current("epochs")
     if not isinstance(count, int) or count < 0:
         raise UsageError(f"raypar.epochs({count!r}): needed a whole number of epochs, 0 or more")
@@ -304,11 +228,7 @@ def epochs(count: int) -> Iterator[int]:
 
 
 def _epochs(session: Session, count: int) -> Iterator[int]:
-    session.epochs = count
-    while session.position.epoch < count:
-        if not session.passed:  # else it goes on within the epoch
+    for epoch in session.data.epochs_to_do(count):
+        if not session.data.batches_to_skip:  # else the loop resumes within the epoch
             session.restore_random()
-        yield session.position.epoch
-        session.position = Position(session.position.epoch + 1)
-        session.passed = {}
-    session.epochs = None
+        yield epoch

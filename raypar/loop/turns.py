@@ -12,7 +12,7 @@ from raypar.errors import UsageError
 _ALIKE = "all replicas must call train_step, eval_step, sum and report in the same order, as often as each other"
 
 
-class _Stopped(BaseException):
+class Stopped(BaseException):
     """Ends the loop of a replica because another one has failed."""
 
 
@@ -90,7 +90,7 @@ class Turns:
 
     def _check(self) -> None:
         if self.stopped:
-            raise _Stopped
+            raise Stopped
 
 
 def _ended(waiting: int, ended: int) -> UsageError:

@@ -57,38 +57,38 @@ class RemoteActors:
         self._saves: list[Any] = []
         self._infos = [answer.info for answer in built]
 
-    def train(self, order: StepRequest) -> Callable[[], StepResult]:
-        calls = self._start("train_step", order)
+    def train_step(self, request: StepRequest) -> Callable[[], StepResult]:
+        calls = self._start("train_step", request)
         return lambda: with_lr(self._get(calls))
 
-    def evaluate(self, order: StepRequest) -> tuple[float, float]:
-        sums = self._get(self._start("eval_step", order))
+    def eval_step(self, request: StepRequest) -> tuple[float, float]:
+        sums = self._get(self._start("eval_step", request))
         return sum(loss for loss, _ in sums), sum(weight for _, weight in sums)
 
-    def predict(self, order: StepRequest) -> Tree:
-        return microbatch.to_tensors(self._get(self._start("predict", order))[self._last], CPU)
+    def predict(self, request: StepRequest) -> Tree:
+        return microbatch.to_tensors(self._get(self._start("predict", request))[self._last], CPU)
 
-    def model(self) -> dict[str, torch.Tensor]:
-        return merge_models([microbatch.to_tensors(part, CPU) for part in self._call("model")], self._names)
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return merge_models([microbatch.to_tensors(part, CPU) for part in self._call("state_dict")], self._names)
 
-    def load_model(self, state: dict[str, torch.Tensor]) -> None:
-        self._call("load_model", ray.put(microbatch.to_arrays(state)))
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self._call("load_state_dict", ray.put(microbatch.to_arrays(state)))
 
-    def save(self, order: SaveRequest) -> None:
-        # Not waited for: an actor takes its copy behind the steps it was given and before those that follow.
-        orders = [order, *[order.for_others()] * (len(self.handles) - 1)]
-        self._saves = [handle.save.remote(own) for handle, own in zip(self.handles, orders, strict=True)]
+    def save(self, request: SaveRequest) -> None:
+        # Not waited for: an actor takes its copy after the steps it was given and before those that follow.
+        requests = request.for_actors(len(self.handles))
+        self._saves = [handle.save.remote(part) for handle, part in zip(self.handles, requests, strict=True)]
 
-    def saved(self, limit_s: float | None = None) -> None:
+    def wait_until_saved(self, limit_s: float | None = None) -> None:
         saves, self._saves = self._saves, []
         self._get(saves)
-        self._call("saved", limit_s)
+        self._call("wait_until_saved", limit_s)
 
     def names(self) -> dict[str, torch.Size]:
         return self._names
 
     def timings(self) -> list[Timing]:
-        return self._call("timing")
+        return self._call("timings")
 
     def events(self) -> list[Event]:
         return [event for of_actor in self._call("events") for event in of_actor]
@@ -96,17 +96,17 @@ class RemoteActors:
     def describe(self) -> list[ActorInfo]:
         return self._infos
 
-    def _start(self, method: str, order: StepRequest) -> list[Any]:
-        """Send an order to all actors, each with the arrays that it uses."""
-        inputs, targets = microbatch.to_arrays(order.inputs), microbatch.to_arrays(order.targets)
+    def _start(self, method: str, request: StepRequest) -> list[Any]:
+        """Send a request to all actors, each with the arrays that it uses."""
+        inputs, targets = microbatch.to_arrays(request.inputs), microbatch.to_arrays(request.targets)
         calls = []
         for actor, handle in enumerate(self.handles):
-            own = replace(
-                order,
+            part = replace(
+                request,
                 inputs=inputs if self._uses_inputs[actor] else None,
                 targets=targets if actor == self._last else None,
             )
-            calls.append(getattr(handle, method).remote(own))
+            calls.append(getattr(handle, method).remote(part))
         return calls
 
     def _call(self, method: str, *arguments: Any, limit: str = "peer") -> list[Any]:

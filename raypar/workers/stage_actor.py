@@ -122,19 +122,19 @@ class StageActor:
 
     # ------------------------------------------------------------ steps
 
-    def train_step(self, order: StepRequest) -> StepResult:
-        result: StepResult = self._run(lambda engine: engine.train_step(order))
+    def train_step(self, request: StepRequest) -> StepResult:
+        result: StepResult = self._run(lambda engine: engine.train_step(request))
         return result
 
-    def eval_step(self, order: StepRequest) -> tuple[float, float]:
-        sums: tuple[float, float] = self._run(lambda engine: engine.eval_step(order))
+    def eval_step(self, request: StepRequest) -> tuple[float, float]:
+        sums: tuple[float, float] = self._run(lambda engine: engine.eval_step(request))
         return sums
 
     def events(self) -> list[Event]:
         return self.clock.events(self.replica, self.actor) if self.clock is not None else []
 
-    def predict(self, order: StepRequest) -> Tree:
-        return microbatch.to_arrays(self._run(lambda engine: engine.predict(order)))
+    def predict(self, request: StepRequest) -> Tree:
+        return microbatch.to_arrays(self._run(lambda engine: engine.predict(request)))
 
     def _run(self, call: Callable[[Engine], Waiting]) -> Any:
         """Run a call of the engine. After an error no further step is taken; unless all actors have given
@@ -154,31 +154,31 @@ class StageActor:
 
     # ------------------------------------------------------------ state
 
-    def model(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """This actor's part of the model's state; as NumPy arrays, which Ray carries without copying them twice."""
-        assert self.engine is not None, "model() before build()"
+        assert self.engine is not None, "state_dict() before build()"
         arrays: dict[str, Any] = microbatch.to_arrays(model_of(self.engine))
         return arrays
 
-    def save(self, order: SaveRequest) -> None:
+    def save(self, request: SaveRequest) -> None:
         """Begin to write this actor's share of a checkpoint."""
         if self.failure is not None:
             raise self.failure
         assert self.engine is not None, "save() before build()"
         assert self.saver is not None
-        self.saver.start(order, state_to_save(self.engine, order))
+        self.saver.start(request, state_to_save(self.engine, request))
 
-    def saved(self, limit_s: float | None) -> None:
+    def wait_until_saved(self, limit_s: float | None) -> None:
         """Wait until the checkpoint is written."""
         if self.saver is not None:
             self.saver.wait(limit_s)
 
-    def load_model(self, state: dict[str, Any]) -> None:
-        assert self.engine is not None, "load_model() before build()"
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert self.engine is not None, "load_state_dict() before build()"
         load_model(self.engine, microbatch.to_tensors(state, torch.device("cpu")))
 
-    def timing(self) -> Timing:
-        assert self.engine is not None, "timing() before build()"
+    def timings(self) -> Timing:
+        assert self.engine is not None, "timings() before build()"
         return self.engine.clock.read()
 
 

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +27,14 @@ from raypar.engine.build import build_part, make_engine
 from raypar.errors import PeerLostError, TimeoutExceededError
 from raypar.loop.actors import ReplicaActors
 from raypar.loop.in_process import InProcessActors
-from raypar.loop.session import Session, enter
+from raypar.loop.session import RunSpec, Session, enter
 from raypar.observe.timeline import write_timeline
-from raypar.planning.plan import Plan, Timeouts
+from raypar.planning.place import Place
+from raypar.planning.plan import Timeouts
 from raypar.replicas.scatter import scatter_over
 from raypar.replicas.strategies import sums_in_processes
 from raypar.splitting.model import ModelSpec, Split, one_process_a_node
 from raypar.stages.measure import measure_units
-from raypar.storage import Storage
 from raypar.transport.interface import drive
 from raypar.transport.process_links import _WorkerTransport
 from raypar.workers.malloc import keep_freed_memory
@@ -47,54 +46,51 @@ from raypar.workers.remote_actors import RemoteActors
 class Job:
     """What a train worker is told.
 
-    train_loop: takes no argument. actors[r] are the stage actors of replica r; empty without a pipeline.
-    board:      takes progress and the history of metrics to the driver.
+    actors: actors[r] are the stage actors of replica r; empty without a pipeline.
+    board:  takes progress and the history of metrics to the driver.
     """
 
-    train_loop: Callable[[], Any]
-    plan: Plan
-    datasets: dict[str, Any]
-    timeouts: Timeouts
-    storage: Storage
+    run: RunSpec
     actors: list[list[ActorHandle[Any]]]
     board: ActorHandle[Any]
-    trace: bool = False
 
 
 def run_worker(config: dict[str, Any]) -> None:
     """The train loop of a Ray Train worker; `config["job"]` is a Job. Raises RayparErrors only."""
     job: Job = config["job"]
-    rank = ray.train.get_context().get_world_rank()
+    run, replica = job.run, ray.train.get_context().get_world_rank()
     session: WorkerSession | None = None
     try:
-        session = WorkerSession(job, rank)
-        session.restore(session.gather(checkpoint_to_resume(job.storage) if rank == 0 else None)[0])
+        session = WorkerSession(job, replica)
+        session.restore(session.decide(lambda: checkpoint_to_resume(run.storage)))
         enter(session)
-        randomness.seed_loop(rank)
-        job.train_loop()
-        session.finish()
-        if job.trace:
-            events = [event for each in session.gather(session.recorded()) for event in each]
-            if rank == 0:
-                write_timeline(job.storage, job.plan, events, in_turns=False)
+        randomness.seed_loop(replica)
+        run.train_loop()
+        session.close()
+        if run.trace:
+            events = [event for of_replica in session.gather(session.recorded()) for event in of_replica]
+            if replica == 0:
+                write_timeline(run.storage, run.plan, events, in_turns=False)
     except Exception as error:
         if session is not None:
-            session.give_up()
-        if session is not None and job.trace and not job.actors and rank == 0:  # stage actors are asked by the driver
+            session.saving.abandon()
+        if (
+            session is not None and run.trace and not job.actors and replica == 0
+        ):  # stage actors are asked by the driver
             with contextlib.suppress(Exception):
-                write_timeline(job.storage, job.plan, session.recorded(), in_turns=False)
-        raise as_raypar_error(error, rank) from None
+                write_timeline(run.storage, run.plan, session.recorded(), in_turns=False)
+        raise as_raypar_error(error, replica) from None
 
 
 class WorkerSession(Session):
     """A replica in a Ray Train worker. Replicas talk over a Gloo group of their own, also on GPUs."""
 
-    def __init__(self, job: Job, rank: int) -> None:
-        super().__init__(job.plan, rank, job.datasets, job.storage, job.timeouts)
-        self.job, self.trace = job, job.trace
+    def __init__(self, job: Job, replica: int) -> None:
+        super().__init__(job.run, replica)
+        self.job = job
         self.control: dist.ProcessGroup | None = None
         if self.size > 1:
-            self.control = _group(job.timeouts)
+            self.control = _group(self.timeouts)
 
     def gather(self, value: Any) -> list[Any]:
         if self.control is None:
@@ -115,14 +111,14 @@ class WorkerSession(Session):
             with one_process_a_node():
                 return measure_units(spec, units, example_inputs, _device())
         try:
-            first = self.job.actors[self.rank][0]
+            first = self.job.actors[self.replica][0]
             call: Any = first.measure.remote(spec, units, microbatch.to_arrays(example_inputs))
             seconds: list[float] = ray.get(call, timeout=self.timeouts.start)
         except GetTimeoutError:
             raise TimeoutExceededError(
-                f"replica {self.rank}, stage 0: measuring the modules took more than the {self.timeouts.start:g} s of "
+                f"{Place(self.replica, (0,))}: measuring the modules took more than the {self.timeouts.start:g} s of "
                 "Timeouts(start=…); the process is stuck or slow, or parallelize(split=…) spares it the measuring",
-                replica=self.rank,
+                replica=self.replica,
                 stage=0,
             ) from None
         except Exception as error:
@@ -131,8 +127,8 @@ class WorkerSession(Session):
 
     def start_actors(self, spec: ModelSpec) -> ReplicaActors:
         if self.job.actors:
-            own = self.job.actors[self.rank]
-            return RemoteActors(own, self.plan, self.rank, self.timeouts, spec, self.storage, self.restored)
+            own = self.job.actors[self.replica]
+            return RemoteActors(own, self.plan, self.replica, self.timeouts, spec, self.storage, self.restored)
         device = _device()
         if device.type == "cpu":
             keep_freed_memory()
@@ -143,17 +139,17 @@ class WorkerSession(Session):
         sums = sums_in_processes(part, self.plan, transport, device)
         if self.plan.data_strategy == "scatter":
             scatter_over(part, ray.train.torch.get_devices() if device.type == "cuda" else [device])
-        engine = make_engine(spec, self.plan, self.rank, 0, part, transport, device, sums, saved)
+        engine = make_engine(spec, self.plan, self.replica, 0, part, transport, device, sums, saved)
         saver = SharedSaver(self.storage, _group(self.timeouts), self.timeouts.peer)
         return InProcessActors([engine], saver, lambda calls: [drive(call) for call in calls])
 
     def publish(self, metrics: dict[str, Any], path: str | None) -> None:
-        if self.rank == 0:
+        if self.replica == 0:
             with contextlib.suppress(Exception):  # it is in the checkpoint, too
                 pushed: Any = self.job.board.push.remote({"kind": "history", "rows": self.history})
                 ray.get(pushed, timeout=self.timeouts.stop)  # a loop may end here, and its process with it
         checkpoint = None
-        if path is not None and self.rank == 0:
+        if path is not None and self.replica == 0:
             checkpoint = ray.train.Checkpoint(path, self.storage.filesystem)
         mode = ray.train.CheckpointUploadMode.NO_UPLOAD  # raypar has written it already
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode)

@@ -24,7 +24,7 @@ from raypar.loop.batches import batches
 from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
 from raypar.loop.replica import report
-from raypar.loop.session import current, epochs
+from raypar.loop.session import RunSpec, current, epochs
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
 
@@ -53,7 +53,7 @@ def sharded() -> Any:
 
     def read(rows: int, drop_last: bool) -> Iterator[dict[str, torch.Tensor]]:
         session = current("the test")
-        own = torch.arange(float(ROWS))[session.rank :: session.size]
+        own = torch.arange(float(ROWS))[session.replica :: session.size]
         return iter({"x": part} for part in own.split(rows) if len(part) == rows or not drop_last)
 
     return RayDataShard(read)
@@ -97,10 +97,10 @@ def train(
 
     storage = Storage.open(folder, "run")
     if crash_after is None:
-        run_local(loop, Plan(data=replicas), {"train": dataset}, Timeouts(), storage, on_progress=on_progress)
+        run_local(RunSpec(loop, Plan(data=replicas), {"train": dataset}, Timeouts(), storage), on_progress=on_progress)
     else:
         with pytest.raises(Crash):
-            run_local(loop, Plan(data=replicas), {"train": dataset}, Timeouts(), storage)
+            run_local(RunSpec(loop, Plan(data=replicas), {"train": dataset}, Timeouts(), storage))
     return found
 
 
@@ -187,7 +187,7 @@ def test_a_global_batch_holds_as_many_rows_of_each_shard(tmp_path: Path):
 
 
 def test_progress_shows_no_total_before_the_end_of_a_stream_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("raypar.loop.position.Rate.count", lambda rate, samples: True)
+    monkeypatch.setattr("raypar.loop.session.Rate.count", lambda rate, samples: True)
     shown: list[dict[str, Any]] = []
     train(tmp_path, streamed(), passes=1, on_progress=shown.append, shuffle=False, batch_size=2)
     assert (shown[0]["done"], shown[0]["total"]) == (1, None)

@@ -20,7 +20,7 @@ from raypar.data.sources import check_datasets
 from raypar.errors import DataError, UsageError
 from raypar.loop.batches import batches
 from raypar.loop.local import run_local
-from raypar.loop.session import current, epochs
+from raypar.loop.session import RunSpec, current, epochs
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
 
@@ -46,10 +46,10 @@ def shares(
 
     def loop() -> None:
         for _ in epochs(passes):
-            found[current("the test").rank].append(list(read("train", **options)))
+            found[current("the test").replica].append(list(read("train", **options)))
 
     nowhere = Storage.open("/dev/null", "run")  # nothing can be written there
-    run_local(loop, Plan(data=replicas), {"train": path}, Timeouts(), nowhere)
+    run_local(RunSpec(loop, Plan(data=replicas), {"train": path}, Timeouts(), nowhere))
     return found
 
 
@@ -74,7 +74,7 @@ def test_a_small_data_set_is_read_once_for_each_choice_of_columns(tmp_path: Path
             assert [set(batch) for batch in batches("train", batch_size=2)] == [{"a", "b"}]
             assert [set(batch) for batch in batches("train", batch_size=1, columns=["a"])] == [{"a"}, {"a"}]
 
-    run_local(loop, Plan(), {"train": path}, Timeouts(), Storage.open("/dev/null", "run"))
+    run_local(RunSpec(loop, Plan(), {"train": path}, Timeouts(), Storage.open("/dev/null", "run")))
     assert read == [["a", "b"], ["a"]]
 
 

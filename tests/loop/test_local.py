@@ -18,7 +18,7 @@ from raypar.errors import ModelError, NonFiniteError, UsageError
 from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
 from raypar.loop.replica import Replica, report
-from raypar.loop.session import current
+from raypar.loop.session import RunSpec, current
 from raypar.loop.turns import Turns
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
@@ -31,11 +31,11 @@ class Wrong(Exception):
 
 
 def run(loop: Callable[[], Any], replicas: int = 2, storage: Storage = NOWHERE, **options: Any) -> list[dict[str, Any]]:
-    return run_local(loop, Plan(data=replicas), {}, Timeouts(), storage, **options)
+    return run_local(RunSpec(loop, Plan(data=replicas), {}, Timeouts(), storage), **options)
 
 
 def rank() -> int:
-    return current("the test").rank
+    return current("the test").replica
 
 
 def gather(value: Any) -> list[Any]:
@@ -80,9 +80,9 @@ def test_an_optimizer_that_selects_nothing_on_any_actor_is_refused_where_there_i
     plan = Plan(pipeline=3, microbatches=2)
     if refused:
         with pytest.raises(ModelError, match="optimizer: found one without any parameter on every actor"):
-            run_local(loop, plan, {}, Timeouts(), NOWHERE)
+            run_local(RunSpec(loop, plan, {}, Timeouts(), NOWHERE))
     else:
-        run_local(loop, plan, {}, Timeouts(), NOWHERE)
+        run_local(RunSpec(loop, plan, {}, Timeouts(), NOWHERE))
 
 
 # ---------------------------------------------------------------- one replica at a time
@@ -205,7 +205,7 @@ def test_building_and_training_a_model_leaves_the_loops_random_numbers_alone(pla
         return go
 
     for train in (False, True):
-        run_local(loop(train), plan, {}, Timeouts(), NOWHERE)
+        run_local(RunSpec(loop(train), plan, {}, Timeouts(), NOWHERE))
     for number in range(plan.data):
         assert found[number, True] == found[number, False]
 

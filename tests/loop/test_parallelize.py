@@ -22,7 +22,7 @@ from raypar.loop.batches import batches
 from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
 from raypar.loop.replica import Replica, report
-from raypar.loop.session import current, epochs
+from raypar.loop.session import RunSpec, current, epochs
 from raypar.observe.actor_info import ActorInfo
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
@@ -72,7 +72,7 @@ class Runs:
 
     def __call__(self, loop: Callable[[], None], plan: Plan | None = None, **options: Any) -> list[dict[str, Any]]:
         paths = {"train": self.folder / "train.parquet"}
-        return run_local(loop, plan or self.plan, paths, Timeouts(), self.storage, **options)
+        return run_local(RunSpec(loop, plan or self.plan, paths, Timeouts(), self.storage), **options)
 
     def train(
         self, build: Callable[[], nn.Module] = stateful, crash_after: int | None = None, plan: Plan | None = None
@@ -103,7 +103,7 @@ class Runs:
 
 
 def rank() -> int:
-    return current("the test").rank
+    return current("the test").replica
 
 
 def adamw(module: nn.Module) -> torch.optim.Optimizer:
@@ -148,7 +148,7 @@ Y = torch.arange(12) % 3
 
 def share(tensor: Tensor) -> Tensor:
     session = current("the test")
-    return tensor.tensor_split(session.size)[session.rank]
+    return tensor.tensor_split(session.size)[session.replica]
 
 
 def bits(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, bytes]]:

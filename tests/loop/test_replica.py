@@ -12,9 +12,9 @@ from raypar.checkpoint.saver import SaveRequest, save
 from raypar.engine.microbatch import shared
 from raypar.engine.step import StepRequest, StepResult
 from raypar.errors import CheckpointError, DataError, NonFiniteError, UsageError, UserCodeError
-from raypar.loop.position import Loop, Position
+from raypar.loop.position import DataPosition, Loop, Position
 from raypar.loop.replica import Replica, report
-from raypar.loop.session import Session, enter
+from raypar.loop.session import RunSpec, Session, enter
 from raypar.observe.actor_info import ActorInfo
 from raypar.observe.bubble import Timing
 from raypar.planning.plan import Plan, Timeouts
@@ -30,48 +30,48 @@ class FakeActors:
     def __init__(self, log: Log, errors: dict[int, Exception], storage: Storage) -> None:
         self.log, self.errors, self.storage = log, errors, storage
         self.failure: CheckpointError | None = None
-        self.orders: list[StepRequest] = []
+        self.requests: list[StepRequest] = []
         self.loaded: dict[str, torch.Tensor] = {}
 
-    def train(self, order: StepRequest) -> Callable[[], StepResult]:
-        self.log.append(f"start {order.step}")
-        self.orders.append(order)
+    def train_step(self, request: StepRequest) -> Callable[[], StepResult]:
+        self.log.append(f"start {request.step}")
+        self.requests.append(request)
 
         def wait() -> StepResult:
-            self.log.append(f"end {order.step}")
-            if order.step in self.errors:
-                raise self.errors[order.step]
-            return StepResult(order.step, 1.0 / order.step, 2.0, 2 * order.rows, 0.1, skipped=False)
+            self.log.append(f"end {request.step}")
+            if request.step in self.errors:
+                raise self.errors[request.step]
+            return StepResult(request.step, 1.0 / request.step, 2.0, 2 * request.rows, 0.1, skipped=False)
 
         return wait
 
-    def evaluate(self, order: StepRequest) -> tuple[float, float]:
+    def eval_step(self, request: StepRequest) -> tuple[float, float]:
         self.log.append("evaluate")
-        self.orders.append(order)
-        return 6.0, float(order.rows)
+        self.requests.append(request)
+        return 6.0, float(request.rows)
 
-    def predict(self, order: StepRequest) -> Any:
+    def predict(self, request: StepRequest) -> Any:
         self.log.append("predict")
-        self.orders.append(order)
-        return order.inputs
+        self.requests.append(request)
+        return request.inputs
 
-    def model(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         self.log.append("model")
         return {"a": torch.ones(1), "b": torch.zeros(2)}
 
-    def save(self, order: SaveRequest) -> None:
-        self.log.append(f"save {order.step}")
+    def save(self, request: SaveRequest) -> None:
+        self.log.append(f"save {request.step}")
         try:
-            save(self.storage, order, {"model": {"a": torch.ones(1), "b": torch.zeros(2)}})
+            save(self.storage, request, {"model": {"a": torch.ones(1), "b": torch.zeros(2)}})
         except CheckpointError as error:
             self.failure = error
 
-    def saved(self, limit_s: float | None = None) -> None:
+    def wait_until_saved(self, limit_s: float | None = None) -> None:
         self.log.append("saved")
         if self.failure is not None:
             raise self.failure
 
-    def load_model(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.loaded = state
 
     def names(self) -> dict[str, torch.Size]:
@@ -88,7 +88,7 @@ class FakeSession(Session):
     """The session of the first of two replicas, of which the other one does the same."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(Plan(data=2), 0, {}, Storage.open(folder, "run"), Timeouts())
+        super().__init__(RunSpec(lambda: None, Plan(data=2), {}, Timeouts(), Storage.open(folder, "run")), 0)
         self.published: list[tuple[dict[str, Any], str | None]] = []
 
     def gather(self, value: Any) -> list[Any]:
@@ -192,7 +192,6 @@ def test_every_other_call_waits_for_the_steps_under_way(
 
 def test_the_session_waits_for_them_when_the_loop_ends(replica: Replica, session: FakeSession, log: Log):
     replica.train_step(X, Y)
-    assert session.wait_for_steps is not None
     session.wait_for_steps()
     assert log == ["start 1", "end 1"]
 
@@ -224,14 +223,14 @@ def test_the_order_of_a_batch_has_its_rows_and_a_key_that_depends_on_everything_
     replica.train_step(X[:1], Y[:1])
     replica.train_step(X.double(), Y)
     replica.train_step({"x": X, "mask": shared(torch.ones(9))}, (Y,))
-    assert [order.rows for order in actors.orders] == [3, 1, 3, 3]
-    assert actors.orders[0].key == actors.orders[1].key
-    assert len({order.key for order in actors.orders}) == 3
+    assert [request.rows for request in actors.requests] == [3, 1, 3, 3]
+    assert actors.requests[0].key == actors.requests[1].key
+    assert len({request.key for request in actors.requests}) == 3
 
 
 def test_a_batch_without_a_row_is_handed_on_too(replica: Replica, actors: FakeActors):
     replica.train_step(X[:0], Y[:0])
-    assert actors.orders[0].rows == 0
+    assert actors.requests[0].rows == 0
 
 
 @pytest.mark.parametrize(
@@ -262,7 +261,7 @@ def test_the_loss_over_no_row_is_nan(replica: Replica):
 
 def test_a_prediction_needs_no_targets(replica: Replica, actors: FakeActors):
     assert replica.predict(X) is X
-    assert actors.orders[0].targets is None
+    assert actors.requests[0].targets is None
 
 
 def test_a_sum_over_the_replicas_keeps_the_kind_of_what_is_added(replica: Replica):
@@ -319,7 +318,7 @@ def outside() -> Any:
 
 
 def test_a_report_has_the_step_and_the_epoch_beside_the_metrics(inside: FakeSession, replica: Replica):
-    inside.position = Position(3)
+    inside.data = DataPosition(Position(3))
     report({"loss": torch.tensor(0.5), "count": np.int64(3), "one": np.ones(1), "note": "x", "each": np.arange(2)})
     row = {"step": 0, "epoch": 3, "loss": 0.5, "count": 3, "one": 1.0, "note": "x", "each": [0, 1]}
     assert inside.published == [(row, None)]
@@ -334,7 +333,7 @@ def test_a_report_with_a_replica_waits_for_its_steps_and_begins_to_save_them(
     report({"loss": 0.5}, replica)
     assert log == ["start 1", "end 1", "save 1"]
     assert inside.published == []
-    inside.finish()
+    inside.close()
     assert log[-1] == "saved"
     ((row, path),) = inside.published
     assert row == {"step": 1, "epoch": 0, "loss": 0.5}
@@ -364,7 +363,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_once_at_the_next_report_and
     replica.train_step(X, Y)
     with pytest.raises(CheckpointError, match=r"the checkpoint of step 1 could not be written to .* a writable"):
         report({"loss": 0.25}, replica)
-    inside.finish()
+    inside.close()
     assert [row["loss"] for row, _ in inside.published] == [0.5, 0.25]
     assert [path is None for _, path in inside.published] == [True, False]
 
@@ -373,14 +372,14 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_fails(inside: FakeSession
     Path(inside.storage.path).write_text("a file where a folder is needed")
     report({}, replica)
     with pytest.raises(CheckpointError, match="the checkpoint of step 0 could not be written"):
-        inside.finish()
+        inside.close()
 
 
 def test_a_loop_that_fails_lets_the_checkpoint_under_way_come_to_its_end(
     inside: FakeSession, replica: Replica, log: Log
 ):
     report({}, replica)
-    inside.give_up()
+    inside.saving.abandon()
     assert log == ["save 0", "saved"]
     assert inside.published == []
 
@@ -424,16 +423,19 @@ def test_a_loss_that_is_not_finite_saves_the_last_committed_step_and_names_the_c
     at_once: bool,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """ReplicaActors in this process have ended a step when `train` returns, and raise its error there."""
+    """ReplicaActors in this process have ended a step when `train_step` returns, and raise its error there."""
     errors[3] = NonFiniteError("the loss became nan at step 3.", step=3, stage=1)
     if at_once:
-        later = actors.train
-        monkeypatch.setattr(actors, "train", lambda order: (lambda result: lambda: result)(later(order)()))
+        later = actors.train_step
+        monkeypatch.setattr(actors, "train_step", lambda request: (lambda result: lambda: result)(later(request)()))
     replica = Replica(session, actors)
+
+    loop = Loop("train", 9, {"batch_size": 3})
+    session.data.begin_loop(loop)
 
     def steps(first: int, last: int) -> None:
         for number in range(first, last + 1):
-            session.open_loops = [Loop("train", 9, {"batch_size": 3}, newest=number - 1)]
+            session.data.next_batch(loop, number - 1)
             replica.train_step(X, Y)
 
     steps(1, 2)
@@ -454,10 +456,13 @@ def test_a_loss_that_is_not_finite_in_the_first_step_of_an_epoch_saves_that_epoc
     session: FakeSession, replica: Replica, errors: dict[int, Exception]
 ):
     errors[3] = NonFiniteError("the loss became nan at step 3.", step=3, stage=None)
-    for epoch, index in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        session.position = session.position if epoch == session.position.epoch else Position(epoch)
-        session.open_loops = [Loop("train", 2, {"batch_size": 3}, newest=index)]
-        replica.train_step(X, Y)
+    for _ in session.data.epochs_to_do(2):
+        loop = Loop("train", 2, {"batch_size": 3})
+        session.data.begin_loop(loop)
+        for index in range(2):
+            session.data.next_batch(loop, index)
+            replica.train_step(X, Y)
+        session.data.end_loop(loop)
     with pytest.raises(NonFiniteError) as caught:
         replica.wait()
     found = manifest_of(caught.value.checkpoint)

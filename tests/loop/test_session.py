@@ -15,13 +15,13 @@ from torch import nn
 
 from raypar.checkpoint.manifest import newest_checkpoint, read_manifest
 from raypar.errors import UsageError
-from raypar.loop import position as module
+from raypar.loop import session as module
 from raypar.loop.batches import batches
 from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
-from raypar.loop.position import Position, Rate
+from raypar.loop.position import Position
 from raypar.loop.replica import Replica, report
-from raypar.loop.session import current, epochs
+from raypar.loop.session import Rate, RunSpec, current, epochs
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
 
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     datasets = {name: tmp_path / f"{name}.parquet" for name in ("train", "test")}
 
     def start(loop: Callable[[], None], plan: Plan | None = None, **options: Any) -> list[dict[str, Any]]:
-        return run_local(loop, plan or Plan(), datasets, Timeouts(), Storage.open(tmp_path, "run"), **options)
+        return run_local(RunSpec(loop, plan or Plan(), datasets, Timeouts(), Storage.open(tmp_path, "run")), **options)
 
     return start
 
@@ -352,7 +352,7 @@ def test_an_epoch_is_not_resumed_with_other_batches(run: Any, changed: dict[str,
 
     with pytest.raises(
         UsageError,
-        match=r"goes on behind batch 2 of an epoch with batch_size=2, shuffle=True, seed=0, window=7, rows=7, "
+        match=r"resumes after batch 2 of an epoch with batch_size=2, shuffle=True, seed=0, window=7, rows=7, "
         r"row_groups=1; found batch_size=",
     ):
         crash_and_go_on(run, body)

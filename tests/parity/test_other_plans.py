@@ -21,7 +21,7 @@ from raypar.loop.batches import batches
 from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
 from raypar.loop.replica import report
-from raypar.loop.session import current, epochs
+from raypar.loop.session import RunSpec, current, epochs
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
 from support.saved import same_values, saved_values
@@ -86,14 +86,14 @@ def run(
                     report({"loss": step.loss}, replica)
                     raise Crash
         report({"loss": step.loss}, replica)
-        ends[current("the test").rank] = replica.state_dict()
+        ends[current("the test").replica] = replica.state_dict()
 
     storage = Storage.open(folder, "run")
     if crash_after is None:
-        run_local(loop, plan, {"train": str(rows)}, Timeouts(), storage)
+        run_local(RunSpec(loop, plan, {"train": str(rows)}, Timeouts(), storage))
     else:
         with pytest.raises(Crash):
-            run_local(loop, plan, {"train": str(rows)}, Timeouts(), storage)
+            run_local(RunSpec(loop, plan, {"train": str(rows)}, Timeouts(), storage))
     return ends
 
 
@@ -183,11 +183,11 @@ def test_what_replicas_had_for_themselves_is_there_for_those_that_come_after_und
         replica = parallelize(with_buffers, loss_fn=F.cross_entropy, optimizer=lambda m: torch.optim.SGD(
             m.parameters(), lr=0.05, momentum=0.9))  # fmt: skip
         state = replica.state_dict()
-        own = ("replicas", "1", "model") if current("the test").rank else ("model",)
+        own = ("replicas", "1", "model") if current("the test").replica else ("model",)
         assert torch.equal(state["0.weight"], saved["model", "0.weight"])
         assert torch.equal(state["1.running_mean"], saved[(*own, "1.running_mean")])
 
-    run_local(loop, Plan(data=2), {}, Timeouts(), Storage.open(tmp_path, "run"))
+    run_local(RunSpec(loop, Plan(data=2), {}, Timeouts(), Storage.open(tmp_path, "run")))
 
 
 # ---------------------------------------------------------------- another model
@@ -254,7 +254,7 @@ def test_a_run_whose_learning_rate_comes_from_numpy_is_resumed(tmp_path: Path):
             report({}, replica)
             found.append(replica.state_dict()["weight"])
 
-        run_local(loop, Plan(), {}, Timeouts(), Storage.open(tmp_path, run))
+        run_local(RunSpec(loop, Plan(), {}, Timeouts(), Storage.open(tmp_path, run)))
         return found[0]
 
     weights_after(2, "stopped")

@@ -21,6 +21,7 @@ from raypar.engine.actor_state import load_model, model_of, restore, state_to_sa
 from raypar.engine.engine import Engine
 from raypar.errors import NonFiniteError, PeerLostError, UserCodeError
 from raypar.loop.local import run_local
+from raypar.loop.session import RunSpec
 from raypar.planning.plan import Plan, Timeouts
 from raypar.splitting.model import Split
 from raypar.stages.dtensors import as_parts_of, is_shard, local, whole
@@ -346,7 +347,9 @@ def test_a_replica_that_dies_or_fails_is_a_lost_peer_to_the_other_one_within_sec
 
 def test_in_local_mode_replicas_share_a_process_and_the_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="raypar"):
-        run_local(lambda: None, Plan(data=2, data_strategy="fsdp"), {}, Timeouts(), Storage.open("/dev/null", "run"))
+        run_local(
+            RunSpec(lambda: None, Plan(data=2, data_strategy="fsdp"), {}, Timeouts(), Storage.open("/dev/null", "run"))
+        )
     (record,) = caplog.records
     assert "runs as 'ddp' in local mode" in record.message
 

@@ -20,7 +20,7 @@ from raypar.loop.batches import batches
 from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
 from raypar.loop.replica import Replica
-from raypar.loop.session import current, epochs
+from raypar.loop.session import RunSpec, current, epochs
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
 from raypar.transport.memory_links import MemoryWorld
@@ -365,7 +365,7 @@ def test_the_state_of_another_outer_optimizer_is_refused() -> None:
 
 
 def run(plan: Plan, loop: Callable[[], None], datasets: dict[str, Any] | None = None) -> None:
-    run_local(loop, plan, datasets or {}, Timeouts(), Storage.open("/dev/null", "run"))
+    run_local(RunSpec(loop, plan, datasets or {}, Timeouts(), Storage.open("/dev/null", "run")))
 
 
 def replica_of(**more: Any) -> Replica:
@@ -391,7 +391,7 @@ def test_with_epoch_replicas_are_averaged_behind_the_last_batch_of_each_epoch(da
             for batch in batches("train", batch_size=4):
                 replica.train_step(batch["x"], batch["y"])
                 of_epoch.append(replica.state_dict())
-            seen[current("the test").rank].append(of_epoch)
+            seen[current("the test").replica].append(of_epoch)
 
     run(apart(2, "epoch"), loop, {"train": dataset})
     same = [

@@ -14,6 +14,7 @@ import raypar
 from raypar.errors import DataError
 from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
+from raypar.loop.session import RunSpec
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
 from support import reference
@@ -29,7 +30,7 @@ def run(train: Any, plan: Plan) -> dict[str, Tensor]:
         train(replica)
         found.update(replica.state_dict())
 
-    run_local(loop, plan, {}, Timeouts(), Storage.open("/dev/null", "run"))
+    run_local(RunSpec(loop, plan, {}, Timeouts(), Storage.open("/dev/null", "run")))
     return found
 
 

@@ -20,6 +20,7 @@ from raypar.errors import CheckpointError
 from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
 from raypar.loop.replica import Replica, report
+from raypar.loop.session import RunSpec
 from raypar.planning.plan import Plan, Timeouts
 from raypar.splitting.model import ModelSpec
 from raypar.storage import Storage
@@ -326,7 +327,7 @@ def local(
             )
         )
 
-    run_local(train_loop, plan, {}, Timeouts(), Storage.open(folder, "run"))
+    run_local(RunSpec(train_loop, plan, {}, Timeouts(), Storage.open(folder, "run")))
     return found
 
 

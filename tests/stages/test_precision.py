@@ -15,6 +15,7 @@ from raypar.errors import NonFiniteError
 from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
 from raypar.loop.replica import Replica, report
+from raypar.loop.session import RunSpec
 from raypar.planning.plan import Plan, Timeouts
 from raypar.stages.precision import LossScale, autocast_of
 from raypar.storage import Storage
@@ -320,7 +321,7 @@ def test_the_scale_is_in_the_checkpoint_and_resumed_with_any_plan(tmp_path: Path
             split = list(split_of(plan)) or None
             loop(parallelize(model, loss_fn=F.cross_entropy, optimizer=momentum, split=split))
 
-        run_local(train_loop, plan, {}, Timeouts(), Storage.open(tmp_path, "run"))
+        run_local(RunSpec(train_loop, plan, {}, Timeouts(), Storage.open(tmp_path, "run")))
 
     def first(replica: Replica) -> None:
         factor = replica._actors.engines[-1].part.module.get_buffer("4.0.factor")  # type: ignore[attr-defined]

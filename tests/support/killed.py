@@ -22,7 +22,7 @@ from raypar.loop.batches import batches
 from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
 from raypar.loop.replica import report
-from raypar.loop.session import epochs
+from raypar.loop.session import RunSpec, epochs
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
 
@@ -84,7 +84,7 @@ def train(plan: Plan, folder: Path, death: Death | None) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
         report({}, replica)
 
-    run_local(loop, plan, {"train": str(folder / "rows.parquet")}, Timeouts(), Storage.open(folder, "run"))
+    run_local(RunSpec(loop, plan, {"train": str(folder / "rows.parquet")}, Timeouts(), Storage.open(folder, "run")))
 
 
 def die_in(death: Death) -> None:
