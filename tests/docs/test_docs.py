@@ -8,6 +8,7 @@ import contextlib
 import doctest
 import functools
 import importlib
+import importlib.util
 import inspect
 import io
 import re
@@ -396,3 +397,16 @@ def test_cluster_yaml_offers_what_the_commands_use():
     for named in ("/home/ray/data/digits", "ray get-auth-token --generate", "RAY_AUTH_MODE=token", "pip install boto3"):
         assert named in text
         assert named in cluster
+
+
+def test_docstrings_become_lists_of_names():
+    pytest.importorskip("griffe", reason="the extra docs builds the site")
+    path = ROOT / "docs" / "docstrings.py"
+    spec = importlib.util.spec_from_file_location("docstrings", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    docstring = "data:   replicas of\n        the model\na, b:  two: names\n\n    drawn: here\n\nRaises: no\nlist"
+    shown = "- **`data`**: replicas of the model\n- **`a`, `b`**: two: names\n\n    drawn: here\n\nRaises: no\nlist"
+    assert module.as_markdown(docstring) == shown
