@@ -61,7 +61,7 @@ def engines_of(plan: Plan) -> list[Engine]:
         lambda: transformer(CONFIG["layers"], CONFIG["width"]),
         F.mse_loss,
         lambda module: torch.optim.SGD(module.parameters(), lr=1e-3),
-        cut=Split(split),
+        split=Split(split),
     )
     world = MemoryWorld(plan)
     return [

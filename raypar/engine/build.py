@@ -16,8 +16,8 @@ from raypar.planning.plan import Plan
 from raypar.replicas.gradients import GradientSum
 from raypar.replicas.local_sgd import Averaging
 from raypar.replicas.strategies import bucket_sums
-from raypar.splitting.model import ModelSpec, build_whole
-from raypar.splitting.split import cut_model, edges_of, holders
+from raypar.splitting.model import ModelSpec, build_whole, one_process_a_node
+from raypar.splitting.split import edges_of, holders, split_model
 from raypar.splitting.stage_code import StageCode
 from raypar.splitting.trace import module_calls
 from raypar.stages.learner import Learner
@@ -27,13 +27,14 @@ from raypar.stages.stage import Stage
 from raypar.transport.interface import Transport
 
 
+@one_process_a_node()  # memory holds whole models of one process at a time
 def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) -> ModelPart:
     """Build the model, keep what `actor` holds, move it to `device` and free the rest."""
     model = build_whole(spec)
     placement = plan.actor_of_stage
     names = _shapes(model, len(placement))
     same = _same_tensors(model)
-    cuts = {} if len(placement) == 1 else cut_model(model, spec.cut, len(placement))
+    cuts = {} if len(placement) == 1 else split_model(model, spec.split, len(placement))
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     held = holders(model, list(cuts.values())) if cuts else {name: [0] for name, _ in everything}
     ties = _ties(model, held, placement)

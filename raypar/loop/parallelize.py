@@ -15,7 +15,7 @@ from raypar.engine import microbatch
 from raypar.errors import ModelError, UsageError
 from raypar.loop.replica import Replica
 from raypar.loop.session import Session, current
-from raypar.splitting.choose import choose_cut
+from raypar.splitting.choose import choose_split
 from raypar.splitting.model import LossFunction, ModelSpec, Split
 from raypar.storage import absolute
 
@@ -37,7 +37,7 @@ def parallelize(
 
     build_model:    returns the model; called in each process that will hold a part of it, always with the
                     same seed, so that all build the same weights. The first train worker calls it once more on
-                    torch's meta device, where weights have no values, to see where the model can be cut.
+                    torch's meta device, where weights have no values, to see where the model can be split.
     loss_fn:        (output, targets) -> the mean over the rows, a scalar; or a pair (sum, weight), for a mean
                     over something else, such as valid tokens.
     optimizer:      called with the part of the model that a process holds, whose parameters and modules have the names
@@ -65,18 +65,6 @@ def parallelize(
     session = current("parallelize")
     if session.has_replica:
         raise UsageError("parallelize was called twice in one train loop, needed: one model a run")
-    for name, value in (("build_model", build_model), ("loss_fn", loss_fn), ("optimizer", optimizer)):
-        if not callable(value):
-            raise ModelError(f"parallelize({name}=…): found {type(value).__name__}, needed a function")
-    if outer_optimizer is not None and not callable(outer_optimizer):
-        raise ModelError(f"parallelize(outer_optimizer=…): found {type(outer_optimizer).__name__}, needed a function")
-    if outer_optimizer is not None and session.plan.data_strategy != "local_sgd":
-        raise ModelError(
-            f"parallelize(outer_optimizer=…): found Plan(data_strategy={session.plan.data_strategy!r}), in which no "
-            "weights are averaged; needed data_strategy='local_sgd', or no outer_optimizer"
-        )
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ModelError(f"parallelize(max_grad_norm={max_grad_norm!r}): needed a number above 0, or None")
     spec = ModelSpec(
         build_model,
         loss_fn,
@@ -87,17 +75,22 @@ def parallelize(
         seed,
         outer_optimizer=outer_optimizer,
     )
+    if outer_optimizer is not None and session.plan.data_strategy != "local_sgd":
+        raise ModelError(
+            f"parallelize(outer_optimizer=…): found Plan(data_strategy={session.plan.data_strategy!r}), in which no "
+            "weights are averaged; needed data_strategy='local_sgd', or no outer_optimizer"
+        )
     if example_inputs is not None:
         example_inputs = _plain_tensors(example_inputs)
     # One replica decides: measured times differ, and all must split the model alike.
     split_of_model = session.decide(lambda: _choose(session, spec, split, example_inputs))
-    actors = session.start_actors(dataclasses.replace(spec, cut=split_of_model, trace=session.run.trace))
+    actors = session.start_actors(dataclasses.replace(spec, split=split_of_model, trace=session.run.trace))
     return Replica(session, actors)
 
 
 def _choose(session: Session, spec: ModelSpec, split: Sequence[str] | None, example_inputs: Any) -> Split:
     with randomness.kept():  # measuring draws random numbers, which are not the loop's
-        return choose_cut(
+        return choose_split(
             spec,
             session.plan.actor_of_stage,
             split,

@@ -1,10 +1,23 @@
-"""Where to cut a model: at the names that the user gives, or in balance by what its modules cost."""
+"""Where to split a model: at the modules that the user names, or in balance by what its modules cost.
+
+    modules, in the order of their calls    a   b   c   d   e          the graph, on the meta device
+    their costs                             3   1   1   1   8          measure(…): seconds; or numbers of parameters
+    balanced over two stages                └─────────────┘ └─┘        stages begin at ["e"]; shares 6/14 and 8/14
+    e costs more than a fair share: it is opened, and all is measured again
+                                            a   b   c   d   e.0 e.1    …
+
+Only one replica decides, since measured times differ. It looks at the model's structure alone, on torch's meta device,
+so nothing is allocated for a model that cannot be split. What the device measures comes in as plain numbers.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -17,7 +30,6 @@ from raypar.splitting.graph import graph_of, needs_export
 from raypar.splitting.model import (
     ModelSpec,
     Split,
-    attribute,
     bind_inputs,
     build_whole,
     check_model,
@@ -25,166 +37,217 @@ from raypar.splitting.model import (
     on_meta,
     one_process_a_node,
 )
-from raypar.splitting.split import can_be_opened, check_split, cut_model, holders, open_modules
+from raypar.splitting.split import (
+    StageGraph,
+    can_be_opened,
+    check_split,
+    holders,
+    opened_for,
+    parents_of,
+    split_model,
+)
 from raypar.splitting.stage_code import StageCode, Values
 from raypar.splitting.trace import module_calls
 from raypar.transport.channel import check_can_cross
 from raypar.tree import Tree
 
 OPENINGS = 4
-"""Times that modules which are too large are opened, and all is measured again."""
+"""How often modules that are too large are opened and everything is measured again."""
 
 NEAR = 1.1
-"""A slowest actor within this ratio of the mean is in balance, and a gain below it is not worth an opened module."""
+"""A slowest actor within this ratio of the mean counts as balanced; a smaller gain is not worth opening a module."""
 
 LOPSIDED = 5
-"""A slowest actor above this multiple of the mean of the others is warned of."""
+"""A slowest actor above this multiple of the mean of the others is warned about."""
+
+Measure = Callable[[Split], list[float]]
+"""Seconds of each unit (what lies between two names of a split), forward and backward."""
 
 
-def choose_cut(
-    spec: ModelSpec,
-    placement: Sequence[int],
-    split: Sequence[str] | None,
-    example_inputs: Tree,
-    measure: Callable[[Split], list[float]],
+@dataclass(frozen=True)
+class _Candidate:
+    """A split in balance, and each actor's share of the whole cost."""
+
+    split: Split
+    shares: tuple[float, ...]
+
+    @property
+    def slowest(self) -> float:
+        return max(self.shares)
+
+
+def choose_split(
+    spec: ModelSpec, placement: Sequence[int], names: Sequence[str] | None, example_inputs: Tree, measure: Measure
 ) -> Split:
-    """Decide where to cut, on a model without storage: nothing is allocated for a model that cannot be cut.
+    """Decide where a model is split.
 
-    measure: the seconds of each unit of a cut, forward and backward; called only without `split`.
+    placement:      the actor of each stage.
+    names:          of the modules at which stages begin, as the user gave them; None: in balance.
+    example_inputs: inputs of a few rows, or None: then modules count by their numbers of parameters.
+    measure:        called only without `names` and with `example_inputs`.
 
-    Raises SplitError (see raypar.splitting.split) and ModelError.
+    Raises SplitError and ModelError.
     """
-    stages = len(placement)
-    if stages == 1 and not split:
+    if len(placement) == 1 and not names:
         return Split()
+    model = _structure_of(spec)
+    undivided = Split()
+    if example_inputs is not None:
+        arguments = tuple(bind_inputs(model, example_inputs))
+        undivided = Split(arguments=arguments, example=described(example_inputs))
+    if names is not None:
+        split = _named(model, undivided, names, len(placement))
+        _check(model, split, len(placement), example_inputs)
+    else:
+        undivided = replace(undivided, opened=opened_for(model, len(placement), undivided))
+        split = _first_that_works(
+            model, _balanced(model, undivided, placement, example_inputs, measure), example_inputs
+        )
+    return _without_needless_example(model, split)
+
+
+def _structure_of(spec: ModelSpec) -> nn.Module:
+    """The model on the meta device; built for real where it cannot be built there."""
     model = on_meta(spec.build_model)
     if model is None:
         with one_process_a_node():
             model = build_whole(spec)
     check_model(model)
-    given = None if example_inputs is None else tuple(bind_inputs(model, example_inputs))
-    example = None if example_inputs is None else described(example_inputs)
-    whole = Split((), tuple(sorted(open_modules(model, split, stages, given, example))), given, example)
-    if split is not None:
-        graph = graph_of(model, given, whole.opened, example)
-        cut = _without_example(model, dataclasses.replace(whole, split=tuple(check_split(graph, split, stages))))
-        _check(model, cut, stages, example_inputs)
-        return cut
-    candidates = _balanced(model, whole, placement, example_inputs, measure)
+    return model
+
+
+def _named(model: nn.Module, undivided: Split, names: Sequence[str], stages: int) -> Split:
+    """The split at the user's names, in the order of the calls."""
+    split = replace(undivided, opened=parents_of(model, names))
+    return replace(split, names=tuple(check_split(graph_of(model, split), names, stages)))
+
+
+def _first_that_works(model: nn.Module, candidates: list[_Candidate], example_inputs: Tree) -> Split:
+    """The best candidate that `_check` lets pass; a warning if its actors are far from balanced."""
     while True:
-        cut, shares = candidates.pop()
+        best = candidates.pop()
         try:
-            _check(model, cut, stages, example_inputs)
+            _check(model, best.split, len(best.split.names) + 1, example_inputs)
         except SplitError:
             if not candidates:
                 raise
         else:
             break
-    others = (sum(shares) - max(shares)) / max(1, len(shares) - 1)
-    if example_inputs is not None and len(shares) > 1 and max(shares) > LOPSIDED * others:
-        warnings.warn(
-            f"the stages are far from balanced: one of the {len(shares)} stage actors takes "
-            f"{max(shares):.0%} of the time with split={list(cut.split)}, the best that was found. Name the "
-            "modules at which a new stage begins, inside larger ones too, by parallelize(split=…), or use fewer stages",
-            stacklevel=3,  # the line that calls parallelize
+    actors = len(best.shares)
+    others = (sum(best.shares) - best.slowest) / max(1, actors - 1)
+    if example_inputs is not None and actors > 1 and best.slowest > LOPSIDED * others:
+        _warn(
+            f"the stages are far from balanced: one of the {actors} stage actors takes {best.slowest:.0%} of the time "
+            f"with split={list(best.split.names)}, the best split found. Name the modules at which a new stage begins, "
+            "inside larger ones too, with parallelize(split=…), or use fewer stages"
         )
-    return cut
+    return best.split
 
 
-def _check(model: nn.Module, cut: Split, stages: int, example_inputs: Tree) -> None:
-    """Refuse a cut through something that belongs to one stage, or with a border that a value cannot cross."""
-    cuts = cut_model(model, cut, stages)
-    holders(model, list(cuts.values()))
-    if example_inputs is not None:
-        _check_borders(model, cut, stages, example_inputs)
+def _without_needless_example(model: nn.Module, split: Split) -> Split:
+    """A split keeps its example only if torch.fx is not enough, in training or in evaluation."""
+    for training in (True, False):
+        with in_mode(model, training):
+            if needs_export(model, split):
+                return split
+    return replace(split, example=None)
+
+
+# ---------------------------------------------------------------- balance
 
 
 def _balanced(
-    model: nn.Module,
-    whole: Split,
-    placement: Sequence[int],
-    example_inputs: Tree,
-    measure: Callable[[Split], list[float]],
-) -> list[tuple[Split, list[float]]]:
-    """Cuts in balance, each with its actors' shares of the cost. The first opens no more than `whole.opened`;
-    each further one opens modules that are too large for a fair share, and is better balanced for it."""
+    model: nn.Module, undivided: Split, placement: Sequence[int], example_inputs: Tree, measure: Measure
+) -> list[_Candidate]:
+    """Candidates, the best one last. The first opens no more modules than `undivided`; each further one opens modules
+    that are too large for a fair share, and is better balanced for it."""
     if example_inputs is None:
-        warnings.warn(
+        _warn(
             "the model is split by the number of parameters of its modules, which says little about their time: give "
-            "parallelize example_inputs to balance the stages by measured time, or split to choose yourself",
-            stacklevel=4,  # the line that calls parallelize
+            "parallelize example_inputs to balance the stages by measured time, or split to choose yourself"
         )
-    found: list[tuple[Split, list[float]]] = []
-    opened = whole.opened
+    candidates: list[_Candidate] = []
     for _ in range(OPENINGS + 1):
-        calls = module_calls(graph_of(model, whole.given, opened, whole.example))
+        calls = module_calls(graph_of(model, undivided))
         try:
             if example_inputs is None:
-                costs = [float(sum(p.numel() for p in attribute(model, name).parameters())) for name in calls]
+                costs = [float(sum(p.numel() for p in attrgetter(name)(model).parameters())) for name in calls]
             else:
-                units = dataclasses.replace(whole, split=tuple(calls[1:]), opened=opened)
-                costs = measure(_without_example(model, units))
-        except Exception:  # a cut inside the opened modules does not work: they stay whole
-            if not found:
+                costs = measure(_without_needless_example(model, replace(undivided, names=tuple(calls[1:]))))
+        except Exception:  # a split inside the opened modules does not work: they stay whole
+            if not candidates:
                 raise
             break
-        starts = balanced_cuts(costs, placement)
-        total = sum(costs) or 1.0
-        loads = dict.fromkeys(placement, 0.0)
-        for actor, start, end in zip(placement, starts, [*starts[1:], len(costs)], strict=True):
-            loads[actor] += sum(costs[start:end])
-        split = tuple(calls[start] for start in starts[1:])
-        cut = _without_example(model, dataclasses.replace(whole, split=split, opened=opened))
-        shares = [load / total for load in loads.values()]
-        if not found or max(shares) < max(found[-1][1]) / NEAR:
-            found.append((cut, shares))
-        if max(shares) <= NEAR / len(shares):
+        candidate = _balance(undivided, calls, costs, placement)
+        if not candidates or candidate.slowest < candidates[-1].slowest / NEAR:
+            candidates.append(candidate)
+        if candidate.slowest <= NEAR / len(candidate.shares):
             break
-        deeper = opened
-        for name, cost in zip(calls, costs, strict=True):
-            if cost > total / len(placement) and _can_trace(model, name, deeper, whole):
-                deeper = tuple(sorted({*deeper, name}))
-        if deeper == opened:
+        before, undivided = undivided, _open_large(model, undivided, calls, costs, sum(costs) / len(placement))
+        if undivided == before:
             break
-        opened = deeper
-    return found
+    return candidates
 
 
-def _without_example(model: nn.Module, cut: Split) -> Split:
-    """A cut that holds an example only where torch.fx is not enough, in training or in evaluation."""
-    for training in (True, False):
-        with in_mode(model, training):
-            if needs_export(model, cut.given, cut.opened):
-                return cut
-    return dataclasses.replace(cut, example=None)
+def _balance(undivided: Split, calls: list[str], costs: list[float], placement: Sequence[int]) -> _Candidate:
+    """The split that lets the slowest actor cost the least."""
+    starts = balanced_cuts(costs, placement)
+    loads = dict.fromkeys(placement, 0.0)
+    for actor, start, end in zip(placement, starts, [*starts[1:], len(costs)], strict=True):
+        loads[actor] += sum(costs[start:end])
+    total = sum(costs) or 1.0
+    split = replace(undivided, names=tuple(calls[start] for start in starts[1:]))
+    return _Candidate(split, tuple(load / total for load in loads.values()))
 
 
-def _can_trace(model: nn.Module, name: str, opened: Sequence[str], whole: Split) -> bool:
-    """Whether the module `name` can be opened besides the others."""
-    if not can_be_opened(attribute(model, name)):
-        return False
-    try:
-        graph_of(model, whole.given, [*opened, name], whole.example)
-    except SplitError:
-        return False
-    return True
+def _open_large(model: nn.Module, undivided: Split, calls: list[str], costs: list[float], fair_share: float) -> Split:
+    """The same with the modules opened that cost more than `fair_share`, as far as they can be traced."""
+    for name, cost in zip(calls, costs, strict=True):
+        if cost > fair_share and can_be_opened(attrgetter(name)(model)):
+            deeper = replace(undivided, opened=tuple(sorted({*undivided.opened, name})))
+            try:
+                graph_of(model, deeper)
+            except SplitError:
+                continue
+            undivided = deeper
+    return undivided
 
 
-def _check_borders(model: nn.Module, cut: Split, stages: int, example_inputs: Tree) -> None:
-    """Refuse a model of which some value cannot cross a border; on the meta device, without storage."""
+# ---------------------------------------------------------------- checks
+
+
+def _check(model: nn.Module, split: Split, stages: int, example_inputs: Tree) -> None:
+    """Refuse a split through something that belongs to one stage, or with a border that a value cannot cross."""
+    graphs = split_model(model, split, stages)
+    holders(model, list(graphs.values()))
+    if example_inputs is not None:
+        _check_borders(model, graphs["eval"], example_inputs)
+
+
+def _check_borders(model: nn.Module, graphs: list[StageGraph], example_inputs: Tree) -> None:
+    """Run the stages one after the other, on the meta device without storage, and look at what crosses."""
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     inputs = tree.map_tensors(lambda t: torch.empty_like(t, device=device), example_inputs)
-    codes = [StageCode.of_graph(model, part) for part in cut_model(model, cut, stages)["eval"]]
-    received: list[dict[int, Values]] = [{} for _ in codes]
+    received: list[dict[int, Values]] = [{} for _ in graphs]
     try:
         with torch.no_grad():
-            for index, code in enumerate(codes):
-                made = dict(zip(code.makes, code.run(inputs, received[index]), strict=False))
+            for stage, graph in enumerate(graphs):
+                code = StageCode.of_graph(model, graph)
+                made = dict(zip(code.makes, code.run(inputs, received[stage]), strict=False))
                 for target, names in code.sends.items():
-                    received[target][index] = [made[name] for name in names]
-                    for leaf in tree.leaves(received[target][index]):
+                    received[target][stage] = [made[name] for name in names]
+                    for leaf in tree.leaves(received[target][stage]):
                         check_can_cross(leaf)
     except RayparError:
         raise
     except Exception:  # code that looks at values cannot run on meta: its borders are checked at the first step
         return
+
+
+def _warn(text: str) -> None:
+    """Warn at the line outside raypar that led here: the one that calls parallelize."""
+    package = os.path.dirname(os.path.dirname(__file__)) + os.sep
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

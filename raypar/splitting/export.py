@@ -26,9 +26,9 @@ from torch.fx.experimental import _config
 from raypar import randomness, tree
 from raypar.errors import ModelError, SplitError
 from raypar.splitting.export_checks import CHECK, InputGuards, graphs_agree_for_one_row, is_same, named
-from raypar.splitting.model import attribute, bind_inputs
+from raypar.splitting.model import bind_inputs
 from raypar.splitting.opaque_modules import LEAF, Call, OpaqueCalls, Slot, flat, put_back
-from raypar.splitting.trace import Lost, refuse_what_tracing_passes_over, user_line
+from raypar.splitting.trace import Lost, refuse_lost_code, user_line
 from raypar.tree import Structure, Tree
 
 _ROOT = "model."
@@ -141,13 +141,13 @@ def _try_one_row(model: nn.Module, example: Tree, descend: Collection[str], foun
 
 
 def _export(model: nn.Module, example: Tree, descend: Collection[str]) -> _Converter:
-    refuse_what_tracing_passes_over(model, descend)
+    refuse_lost_code(model, descend)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found, structure = tree.flatten(example)
     found = [torch.empty(v.shape, dtype=v.dtype, device=device) if isinstance(v, Like) else v for v in found]
     arguments = bind_inputs(model, tree.unflatten(found, structure))
     returned: list[Structure] = []
-    opened = {"": model, **{name: attribute(model, name) for name in descend}}
+    opened = {"": model, **{name: operator.attrgetter(name)(model) for name in descend}}
     root, leaves = _Root(model, arguments, opened, returned.append), OpaqueCalls(model, descend)
     try:
         with randomness.kept() as before, put_back(model), leaves.recorded():
@@ -373,6 +373,6 @@ def _words(values: list[Any]) -> str:
 
 def _attribute_or_none(model: nn.Module, name: str) -> Any:
     try:
-        return attribute(model, name)
+        return operator.attrgetter(name)(model)
     except AttributeError:
         return None

@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 
 from raypar import tree
-from raypar.splitting.trace import Lost, modes, stays_whole
+from raypar.splitting.trace import Lost, check_modes, is_opaque, modes
 from raypar.tree import Structure, Tree
 
 _HOOKS = (
@@ -65,9 +65,9 @@ class Call:
 class OpaqueCalls:
     """Records the calls of a model's leaves while it is exported."""
 
-    def __init__(self, model: nn.Module, descend: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, opened: Collection[str]) -> None:
         self.names = {
-            id(module): name for name, module in model.named_modules() if name and stays_whole(module, name, descend)
+            id(module): name for name, module in model.named_modules() if name and is_opaque(module, name, opened)
         }
         self.model = model
         self.modes = modes()
@@ -104,9 +104,7 @@ class OpaqueCalls:
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.names[id(module)]
-        changed = [mode for mode, was in self.modes.items() if modes()[mode] != was]
-        if changed:
-            raise Lost(f"code runs inside a change of torch's {' and '.join(changed)}")
+        check_modes(self.modes)
         values, structure = flat((args, kwargs))
         arguments = [_slot(value) for value in values]
         for value in arguments:

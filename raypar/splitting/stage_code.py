@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.fx import GraphModule
 
 from raypar import tree
 from raypar.errors import ModelError, SplitError
-from raypar.splitting.model import attribute, binder, call
+from raypar.splitting.model import binder, call
 from raypar.splitting.split import StageGraph
 from raypar.tree import Tree
 
@@ -103,7 +104,7 @@ class _GraphCode(StageCode):
         names = [*graph.inputs, *(name for source in self.sources for name in graph.receives[source])]
         self._lent_arguments = [(index, name) for index, name in enumerate(names) if name in graph.lends]
         by_hand = [str(node.target) for node in graph.graph.nodes if node.op == "get_attr"]
-        self._lent_attributes = [name for name in by_hand if name in graph.lends]
+        self._lent_attributes = [(name, attrgetter(name)) for name in by_hand if name in graph.lends]
 
     def run(self, inputs: Tree, received: dict[int, Values]) -> tuple[Any, ...]:
         arguments = self.arguments(inputs, received)
@@ -141,7 +142,7 @@ class _GraphCode(StageCode):
     def _shared(self, arguments: list[Any]) -> list[tuple[str, Any]]:
         """What other stages use too, by name: among the arguments, and among the model's parameters and buffers."""
         shared = [(name, arguments[index]) for index, name in self._lent_arguments]
-        return shared + [(name, attribute(self.model, name)) for name in self._lent_attributes]
+        return shared + [(name, read(self.model)) for name, read in self._lent_attributes]
 
     def check_unchanged(self, shared: list[tuple[str, Any]], before: list[list[int]]) -> None:
         """Raise SplitError where a shared value has been changed in place since its versions were `before`."""

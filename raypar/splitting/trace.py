@@ -1,10 +1,16 @@
-"""The top-level forward of a model as a graph, with the user's own modules as its leaves.
+"""The top-level forward of a model as a graph, with the user's own modules as opaque calls.
 
-torch.fx runs `forward` once with stand-ins for the inputs and records what is called. Modules are not looked
-into, so their control flow, hooks, dropout and train/eval mode stay theirs; only `nn.Sequential` and
-what `descend` names are opened. What happens between the modules (ReLU, pooling, view) becomes nodes
-of its own. What a graph cannot hold there (a `torch.no_grad()`, a random tensor, a hook) is refused, for it
-would be lost without a word.
+    forward:  x = self.conv1(images); x = F.relu(x); return self.fc(x.flatten(1))
+    graph:    images ─▶ call_module conv1 ─▶ call_function relu ─▶ call_method flatten ─▶ call_module fc ─▶ output
+
+torch.fx runs `forward` once with stand-ins for the inputs and records what is called. Modules are not looked into, so
+their control flow, hooks, dropout and train/eval mode stay theirs; only `nn.Sequential` and the modules that are named
+as `opened` are traced through. What happens between the modules (ReLU, pooling, view) becomes nodes of its own. What a
+graph cannot hold there (a `torch.no_grad()`, a random tensor, a hook) is refused, because it would be lost silently.
+
+Traps of torch.fx: a Proxy has neither `__iadd__` nor `__setattr__`, so `x += 1` becomes out of place and `p.data = …`
+is lost; code that reads a buffer's shape must get the real one, so buffers have a Proxy class of their own here; plain
+Python state that forward reads is baked into the graph, so a forward that changes it is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ import inspect
 import os
 import traceback
 from collections.abc import Collection
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,11 +27,10 @@ from torch import fx, nn
 
 from raypar import randomness
 from raypar.errors import SplitError
-from raypar.splitting.model import attribute
 
 
 class Lost(Exception):
-    """Something in a forward that a graph would not hold; `may_export`: one of torch.export might."""
+    """Something in a forward that a graph would not hold. `may_export`: a graph made by torch.export might."""
 
     def __init__(self, why: str, *, may_export: bool = False) -> None:
         super().__init__(why)
@@ -32,7 +38,7 @@ class Lost(Exception):
 
 
 class _Buffer(fx.Proxy):
-    """A stand-in for a buffer: its values are those of the step, its shape and type those of the trace."""
+    """A stand-in for a buffer: its values come in each step, its shape and type are known while tracing."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, buffer: torch.Tensor) -> None:
         super().__init__(node, tracer)
@@ -64,16 +70,16 @@ class _Buffer(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """watch_random: refuse, at its line, the first call behind one that drew a random number."""
+    """watch_random: refuse, at its line, the first call after one that drew a random number."""
 
-    def __init__(self, descend: Collection[str], *, watch_random: bool = False) -> None:
+    def __init__(self, opened: Collection[str], *, watch_random: bool = False) -> None:
         super().__init__()
-        self.descend = descend
+        self.opened = opened
         self.modes = modes()
         self.random = _generators() if watch_random else None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return stays_whole(m, module_qualified_name, self.descend)
+        return is_opaque(m, module_qualified_name, self.opened)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
@@ -87,17 +93,15 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        now = modes()
-        changed = [name for name, was in self.modes.items() if now[name] != was]
-        if changed and kind.startswith("call_"):
-            raise Lost(f"code runs inside a change of torch's {' and '.join(changed)}")
+        if kind.startswith("call_"):
+            check_modes(self.modes)
         if self.random is not None and self.random != _generators():
             raise Lost("a random number is drawn, which would be the same in every step", may_export=True)
         return super().create_node(kind, *args, **kwargs)
 
 
 def modes() -> dict[str, Any]:
-    """What `with torch.…:` blocks around code change, by name."""
+    """The modes of torch that `with` blocks around code change, by name."""
     types = ("cpu", "cuda")
     return {
         "grad mode (no_grad, enable_grad)": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -105,76 +109,96 @@ def modes() -> dict[str, Any]:
     }
 
 
+def check_modes(before: dict[str, Any]) -> None:
+    """Raise Lost if torch's modes are not those of `before`: a graph would hold the call without its `with` block."""
+    now = modes()
+    changed = [name for name, mode in before.items() if now[name] != mode]
+    if changed:
+        raise Lost(f"code runs inside a change of torch's {' and '.join(changed)}")
+
+
 def _generators() -> tuple[Any, ...]:
-    """The state of all generators of random numbers, to be compared."""
+    """The state of all random generators, in a form that can be compared."""
     cpu, cuda, numpy, python = randomness.save_state()
     return (
         cpu.tolist(),
         None if cuda is None else cuda.tolist(),
-        [str(part) for part in numpy],
+        [str(item) for item in numpy],
         numpy[1].tolist(),
         python,
     )
 
 
-def plain_attributes(model: nn.Module, descend: Collection[str]) -> dict[str, str]:
-    """The plain attributes of the model and of the modules that are opened, such as a count of calls."""
-    opened = [("", model), *((f"{name}.", attribute(model, name)) for name in descend)]
-    plain = (bool, int, float, str)
+def plain_attributes(model: nn.Module, opened: Collection[str]) -> dict[str, str]:
+    """The plain attributes of the model and of its opened modules, such as a count of calls, as text."""
+    modules = [("", model), *((f"{name}.", attrgetter(name)(model)) for name in opened)]
     return {
         prefix + name: repr(value)
-        for prefix, module in opened
+        for prefix, module in modules
         for name, value in vars(module).items()
-        if isinstance(value, plain)
+        if isinstance(value, bool | int | float | str)
     }
 
 
-def stays_whole(module: nn.Module, name: str, descend: Collection[str]) -> bool:
-    """Whether a module is a leaf of the graph: all but `nn.Sequential` without hooks, and what `descend` names."""
-    return name not in descend and (type(module) is not nn.Sequential or has_hooks(module))
+def is_opaque(module: nn.Module, name: str, opened: Collection[str]) -> bool:
+    """Whether a module is one node of the graph: all are but `nn.Sequential` without hooks and the `opened` ones."""
+    return name not in opened and (type(module) is not nn.Sequential or has_hooks(module))
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is to be called when `module` is."""
+    """Whether something else is called when `module` is."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return any(getattr(module, kind) for kind in kinds)
 
 
-def refuse_what_tracing_passes_over(model: nn.Module, descend: Collection[str]) -> None:
-    """Hooks of the modules that are opened, and a forward that is set on the model itself."""
-    for name in ("", *sorted(descend)):
-        module = attribute(model, name) if name else model
-        what = f"its module {name!r}, which must be opened to cut inside it," if name else "it"
+def refuse_lost_code(model: nn.Module, opened: Collection[str]) -> None:
+    """Refuse what tracing skips: hooks of the opened modules, and a forward that is set on the instance itself."""
+    for name in ("", *sorted(opened)):
+        module = attrgetter(name)(model) if name else model
+        subject = f"its module {name!r}, which must be opened to split inside it," if name else "it"
         if has_hooks(module) or "forward" in vars(module):
-            found = "hooks" if has_hooks(module) else "a forward of the instance's own"
+            lost = "hooks" if has_hooks(module) else "a forward of the instance's own"
             raise SplitError(
-                f"{type(model).__name__} cannot be split into stages: {what} has {found}, which would be lost. "
+                f"{type(model).__name__} cannot be split into stages: {subject} has {lost}, which would be lost. "
                 "Needed: that code in a forward, or hooks on modules that stay whole (modules are not looked into), or "
                 "pipeline=1"
             )
 
 
-def trace(model: nn.Module, given: Collection[str] | None = None, descend: Collection[str] = ()) -> fx.Graph:
+def trace(model: nn.Module, arguments: Collection[str] | None = None, opened: Collection[str] = ()) -> fx.Graph:
     """The graph of `model.forward`.
 
-    given:   names of the arguments that will be passed; None: those without a default. The others keep
-             their defaults, which become part of the graph.
-    descend: names of modules that are opened, besides every `nn.Sequential`.
+    arguments: names of the arguments that will be passed; None: those without a default. The others keep
+               their defaults, which become part of the graph.
+    opened:    names of modules that are traced through, besides every `nn.Sequential`.
 
     Raises SplitError, naming the line that cannot be traced; its attribute `may_export` says whether
     raypar.splitting.export might do better.
     """
     parameters = inspect.signature(model.forward).parameters
-    if given is None:
-        given = [name for name, p in parameters.items() if p.default is p.empty]
-    fixed = {name: p.default for name, p in parameters.items() if name not in given and p.default is not p.empty}
-    refuse_what_tracing_passes_over(model, descend)
-    kept, before, numbers = randomness.save_state(), _generators(), plain_attributes(model, descend)
+    if arguments is None:
+        arguments = [name for name, p in parameters.items() if p.default is p.empty]
+    fixed = {name: p.default for name, p in parameters.items() if name not in arguments and p.default is not p.empty}
+    refuse_lost_code(model, opened)
+    graph = _traced(model, opened, fixed)
+    _drop_checks_of_fixed_arguments(graph, fixed)
+    for node in graph.nodes:
+        if node.op == "placeholder" and str(node.target).startswith("*") and node.users:
+            raise SplitError(
+                f"{type(model).__name__} cannot be split into stages: its forward uses {node.target}, which has no "
+                "fixed number of values. Needed: a forward that names its arguments, or pipeline=1."
+            )
+    return graph
+
+
+def _traced(model: nn.Module, opened: Collection[str], fixed: dict[str, Any]) -> fx.Graph:
+    """What torch.fx records, unless the forward does something that the graph would lose."""
+    state, generators, attributes = randomness.save_state(), _generators(), plain_attributes(model, opened)
     try:
-        graph = _Tracer(descend).trace(model, concrete_args=fixed or None)
-        if _generators() != before:  # once more, to find the line; another thread may have drawn as well
-            randomness.restore_state(kept)
-            graph = _Tracer(descend, watch_random=True).trace(model, concrete_args=fixed or None)
+        graph = _Tracer(opened).trace(model, concrete_args=fixed or None)
+        if _generators() != generators:  # once more, to find the line; another thread may have drawn as well
+            randomness.restore_state(state)
+            graph = _Tracer(opened, watch_random=True).trace(model, concrete_args=fixed or None)
     except Lost as lost:
         raise SplitError(
             f"{type(model).__name__} cannot be split into stages: at {user_line(lost, model)} {lost}, and the stages "
@@ -190,26 +214,19 @@ def trace(model: nn.Module, given: Collection[str] | None = None, descend: Colle
             "hand (raypar.Wired), or set pipeline=1.",
             may_export=True,
         ) from error
-    now = plain_attributes(model, descend)
-    changed = [name for name, number in numbers.items() if now.get(name) != number]
+    now = plain_attributes(model, opened)
+    changed = [name for name, value in attributes.items() if now.get(name) != value]
     if changed:
         raise SplitError(
             f"{type(model).__name__} cannot be split into stages: its forward changes its attribute {changed[0]!r}, "
             "which the stages would not do. Needed: a buffer for what changes from step to step, or that code in a "
             "module of its own (modules are not looked into), or pipeline=1."
         )
-    _drop_checks_of_fixed_arguments(graph, fixed)
-    for node in graph.nodes:
-        if node.op == "placeholder" and str(node.target).startswith("*") and node.users:
-            raise SplitError(
-                f"{type(model).__name__} cannot be split into stages: its forward uses {node.target}, which has no "
-                "fixed number of values. Needed: a forward that names its arguments, or pipeline=1."
-            )
     return graph
 
 
 def _drop_checks_of_fixed_arguments(graph: fx.Graph, fixed: dict[str, Any]) -> None:
-    """fx leaves a placeholder and an assertion for each argument that keeps its default; both go."""
+    """Remove the placeholder and the assertion that torch.fx leaves for each argument that keeps its default."""
     for node in list(graph.nodes):
         is_check = node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none")
         if is_check and not node.users and "has been specialized" in str(node.args[1]):
@@ -223,13 +240,13 @@ def _drop_checks_of_fixed_arguments(graph: fx.Graph, fixed: dict[str, Any]) -> N
 
 
 def user_line(error: BaseException, model: nn.Module) -> str:
-    """Where in the user's code an error came from: the innermost frame outside torch and raypar, else the forward."""
+    """Where in the user's code an error came from: the innermost frame outside torch and raypar; else the forward."""
     python = os.path.dirname(os.__file__)
     ours = os.path.dirname(os.path.dirname(__file__)) + os.sep
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not any(part in frame.filename for part in ("/torch/", "/sympy/"))
+        if not any(folder in frame.filename for folder in ("/torch/", "/sympy/"))
         if not frame.filename.startswith(ours)
         if not frame.filename.startswith("<") and os.path.dirname(frame.filename) != python
     ]
@@ -240,5 +257,5 @@ def user_line(error: BaseException, model: nn.Module) -> str:
 
 
 def module_calls(graph: fx.Graph) -> list[str]:
-    """The names of the modules that a graph calls, in order of their first call."""
+    """The names of the modules that a graph calls, in the order of their first calls."""
     return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"))

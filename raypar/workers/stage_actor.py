@@ -32,7 +32,7 @@ from raypar.observe.timeline import Event
 from raypar.planning.place import Place
 from raypar.planning.plan import Plan, Timeouts
 from raypar.replicas.strategies import sums_in_processes
-from raypar.splitting.model import ModelSpec, Split, one_process_a_node
+from raypar.splitting.model import ModelSpec, Split
 from raypar.stages.measure import measure_units
 from raypar.storage import Storage
 from raypar.transport.interface import Waiting, drive
@@ -99,16 +99,14 @@ class StageActor:
         join_world(self.store, rank, world_size, self.timeouts)
 
     def measure(self, spec: ModelSpec, units: Split, example_inputs: Tree) -> list[float]:
-        """The seconds of each unit of a cut on this actor's device."""
-        with one_process_a_node():
-            return measure_units(spec, units, microbatch.to_tensors(example_inputs, self.device), self.device)
+        """The seconds of each unit of a split on this actor's device."""
+        return measure_units(spec, units, microbatch.to_tensors(example_inputs, self.device), self.device)
 
     def build(self, spec: ModelSpec, storage: Storage, restored: str | None) -> Built:
         """Build this actor's part, fresh or from a checkpoint. Returns what the worker needs to know of it."""
         with user_code(self.place, "building the model and its optimizer"):
-            with one_process_a_node():
-                part = build_part(spec, self.plan, self.actor, self.device)
-                saved = SavedTensors(restored, storage.filesystem) if restored is not None else None
+            part = build_part(spec, self.plan, self.actor, self.device)
+            saved = SavedTensors(restored, storage.filesystem) if restored is not None else None
             transport = ProcessTransport(self.plan, self.replica, self.actor, pairs(self.plan, part), self.timeouts)
             sums = sums_in_processes(part, self.plan, transport, self.device)
             self.engine = make_engine(

@@ -33,7 +33,7 @@ from raypar.planning.place import Place
 from raypar.planning.plan import Timeouts
 from raypar.replicas.scatter import scatter_over
 from raypar.replicas.strategies import sums_in_processes
-from raypar.splitting.model import ModelSpec, Split, one_process_a_node
+from raypar.splitting.model import ModelSpec, Split
 from raypar.stages.measure import measure_units
 from raypar.transport.interface import drive
 from raypar.transport.process_links import _WorkerTransport
@@ -108,8 +108,7 @@ class WorkerSession(Session):
 
     def measure(self, spec: ModelSpec, units: Split, example_inputs: Any) -> list[float]:
         if not self.job.actors:
-            with one_process_a_node():
-                return measure_units(spec, units, example_inputs, _device())
+            return measure_units(spec, units, example_inputs, _device())
         try:
             first = self.job.actors[self.replica][0]
             call: Any = first.measure.remote(spec, units, microbatch.to_arrays(example_inputs))
@@ -132,9 +131,8 @@ class WorkerSession(Session):
         device = _device()
         if device.type == "cpu":
             keep_freed_memory()
-        with one_process_a_node():
-            part = build_part(spec, self.plan, 0, device)
-            saved = SavedTensors(self.restored, self.storage.filesystem) if self.restored is not None else None
+        part = build_part(spec, self.plan, 0, device)
+        saved = SavedTensors(self.restored, self.storage.filesystem) if self.restored is not None else None
         transport = _WorkerTransport(self.plan, self.control)
         sums = sums_in_processes(part, self.plan, transport, device)
         if self.plan.data_strategy == "scatter":

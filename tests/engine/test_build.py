@@ -17,7 +17,7 @@ from raypar.engine.build import build_part
 from raypar.errors import CheckpointError, ModelError
 from raypar.planning.plan import Plan
 from raypar.splitting.model import ModelSpec, Split, build_whole
-from raypar.splitting.split import cut_model
+from raypar.splitting.split import split_model
 from raypar.stages.model_part import ModelPart
 
 CPU = torch.device("cpu")
@@ -27,8 +27,8 @@ def spec(build_model: Callable[[], nn.Module], split: tuple[str, ...] = (), weig
     def optimizer(module: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(module.parameters(), lr=0.1)
 
-    cut = Split(split, opened=tuple({name.rpartition(".")[0] for name in split if "." in name}))
-    return ModelSpec(build_model, F.cross_entropy, optimizer, weights=str(weights) if weights else None, cut=cut)
+    where = Split(split, opened=tuple({name.rpartition(".")[0] for name in split if "." in name}))
+    return ModelSpec(build_model, F.cross_entropy, optimizer, weights=str(weights) if weights else None, split=where)
 
 
 def build_parts(made: ModelSpec, plan: Plan) -> list[ModelPart]:
@@ -227,7 +227,7 @@ def test_a_model_that_skips_a_stage_in_eval_mode_has_other_edges_there():
 
     model = Differs()
     model.b.eval()
-    cuts = cut_model(model, Split(("b", "c")), 3)
+    cuts = split_model(model, Split(("b", "c")), 3)
     assert sorted(cuts["train"][0].sends) == [1, 2]
     assert sorted(cuts["eval"][0].sends) == [1]
     assert [model.training, model.a.training, model.b.training] == [True, True, False]

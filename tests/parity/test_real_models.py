@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from raypar import Plan, Trainer, parallelize
 from raypar.randomness import mixed_seed
-from raypar.splitting.choose import choose_cut
+from raypar.splitting.choose import choose_split
 from raypar.splitting.export import described
 from raypar.splitting.model import ModelSpec, Split
-from raypar.splitting.split import cut_model, holders
+from raypar.splitting.split import holders, split_model
 from support import reference
 from support.cases import name_of, sgd
 from support.engines import TOLERANCE, Engines, assert_equal
@@ -62,19 +62,19 @@ def sentences(rows: int, length: int, seed: int = 1) -> Words:
     return {"input_ids": words[:, :-1].contiguous(), "attention_mask": mask}, words[:, 1:].contiguous()
 
 
-def cut_of(build: Callable[[], nn.Module], stages: int, inputs: Any, split: list[str] | None = None) -> Split:
-    """Where a model is cut, each module that can begin a stage taken to cost the same."""
+def split_by_count(build: Callable[[], nn.Module], stages: int, inputs: Any, split: list[str] | None = None) -> Split:
+    """Where a model is split, each module that can begin a stage taken to cost the same."""
     spec = ModelSpec(build, next_words, sgd)
-    return choose_cut(spec, range(stages), split, inputs, lambda units: [1.0] * (len(units.split) + 1))
+    return choose_split(spec, range(stages), split, inputs, lambda units: [1.0] * (len(units.names) + 1))
 
 
 @functools.cache
-def language_cut(build: Callable[[], nn.Module], stages: int) -> Split:
-    return cut_of(build, stages, sentences(2, 8)[0])
+def language_split(build: Callable[[], nn.Module], stages: int) -> Split:
+    return split_by_count(build, stages, sentences(2, 8)[0])
 
 
-def spec_of(build: Callable[[], nn.Module], cut: Split, loss_fn: Any, seed: int = 0) -> ModelSpec:
-    return ModelSpec(build, loss_fn, sgd, seed=seed, cut=cut)
+def spec_of(build: Callable[[], nn.Module], split: Split, loss_fn: Any, seed: int = 0) -> ModelSpec:
+    return ModelSpec(build, loss_fn, sgd, seed=seed, split=split)
 
 
 PLANS = [
@@ -90,7 +90,7 @@ def test_a_unet_whose_skips_pass_over_stages_trains_as_a_plain_loop_does(plan: P
     numbers = torch.Generator().manual_seed(1)
     batches = [(x, torch.randint(0, 3, (4, 16, 16), generator=numbers)) for x, _ in images(4, 4, 1, 16)]
     split = ["bottom", "up2"][: plan.pipeline - 1]
-    engines = Engines(plan, spec_of(unet, cut_of(unet, plan.pipeline, batches[0][0], split), pixels))
+    engines = Engines(plan, spec_of(unet, split_by_count(unet, plan.pipeline, batches[0][0], split), pixels))
     losses = engines.train(batches)
     assert_equal(engines, losses, reference.train_on_microbatches(unet, batches, sgd, pixels, 1, 2))
 
@@ -98,15 +98,15 @@ def test_a_unet_whose_skips_pass_over_stages_trains_as_a_plain_loop_does(plan: P
 @pytest.mark.parametrize("plan", PLANS, ids=name_of)
 def test_a_resnet_trains_as_a_plain_loop_does_statistics_included(plan: Plan) -> None:
     batches = images(4, 8, 3, 64)  # batch statistics of four numbers would make much of the last bit
-    cut = cut_of(resnet, plan.pipeline, batches[0][0])
-    engines = Engines(plan, ModelSpec(resnet, F.cross_entropy, slow, cut=cut))
+    split = split_by_count(resnet, plan.pipeline, batches[0][0])
+    engines = Engines(plan, ModelSpec(resnet, F.cross_entropy, slow, split=split))
     losses = engines.train(batches)
     assert_equal(engines, losses, reference.train_on_microbatches(resnet, batches, slow, F.cross_entropy, 1, 2))
 
 
 def test_skips_go_straight_to_the_stage_that_uses_them() -> None:
     model = unet()
-    parts = cut_model(model, Split(("down2", "down3", "rise3", "rise2", "rise1")), 6)["train"]
+    parts = split_model(model, Split(("down2", "down3", "rise3", "rise2", "rise1")), 6)["train"]
     assert [set(part.sends) for part in parts] == [{1, 5}, {2, 4}, {3}, {4}, {5}, set()]
 
 
@@ -161,9 +161,9 @@ def test_a_language_model_of_transformers_trains_as_a_plain_loop_does_with_batch
     build: Callable[[], nn.Module], plan: Plan
 ) -> None:
     batches = [sentences(*size, seed=n) for n, size in enumerate([(6, 8), (4, 12), (6, 5), (1, 7)])]
-    cut = language_cut(build, plan.pipeline)
-    assert cut.example is not None
-    engines, losses = trained(plan, spec_of(build, cut, next_words), batches)
+    split = language_split(build, plan.pipeline)
+    assert split.example is not None
+    engines, losses = trained(plan, spec_of(build, split, next_words), batches)
     needed = plain_training(build, batches, plan.microbatches)
     assert_equal(engines, losses, needed)
 
@@ -183,16 +183,16 @@ def test_without_a_mask_a_last_short_batch_may_come_down_to_single_rows() -> Non
     """What makes transformers' masks asks whether there is a single row, where no mask is given."""
     plan = Plan(pipeline=2, microbatches=4)
     batches = [({"input_ids": inputs["input_ids"]}, words) for inputs, words in (sentences(8, 6), sentences(5, 6))]
-    cut = cut_of(llama, 2, batches[0][0], ["model.layers.1"])
-    engines, losses = trained(plan, spec_of(llama, cut, next_words), batches)
+    split = split_by_count(llama, 2, batches[0][0], ["model.layers.1"])
+    engines, losses = trained(plan, spec_of(llama, split, next_words), batches)
     assert_equal(engines, losses, plain_training(llama, batches, 4))
 
 
 def test_a_stage_of_a_language_model_may_have_no_parameters() -> None:
     plan = Plan(pipeline=3, microbatches=2)
     batches = [sentences(4, 6, seed=n) for n in range(3)]
-    cut = cut_of(gpt2, 3, batches[0][0], ["transformer.drop", "transformer.h.0"])
-    engines, losses = trained(plan, spec_of(gpt2, cut, next_words), batches)
+    split = split_by_count(gpt2, 3, batches[0][0], ["transformer.drop", "transformer.h.0"])
+    engines, losses = trained(plan, spec_of(gpt2, split, next_words), batches)
     assert [len(list(engine.part.module.parameters())) > 0 for engine in engines.all] == [True, False, True]
     assert_equal(engines, losses, plain_training(gpt2, batches, 2))
 
@@ -203,8 +203,8 @@ def test_dropout_of_a_language_model_draws_in_training_from_the_step_and_micro_b
 
     plan = Plan(pipeline=2, microbatches=2)
     batches = [sentences(4, 6, seed=n) for n in range(3)]
-    cut = cut_of(build, 2, batches[0][0], ["transformer.h.1"])
-    engines, losses = trained(plan, spec_of(build, cut, next_words, seed=0), batches)
+    split = split_by_count(build, 2, batches[0][0], ["transformer.h.1"])
+    engines, losses = trained(plan, spec_of(build, split, next_words, seed=0), batches)
 
     where: list[int] = [1, 0]
 
@@ -230,8 +230,12 @@ def test_dropout_of_a_language_model_draws_in_training_from_the_step_and_micro_b
 def test_every_layer_is_owned_by_exactly_one_stage(build: Callable[[], nn.Module]) -> None:
     model = build()
     is_language = build in (gpt2, llama)
-    cut = language_cut(build, 3) if is_language else cut_of(build, 3, images(1, 2, 1 if build is unet else 3, 32)[0][0])
-    held = holders(model, list(cut_model(model, cut, 3).values()))
+    split = (
+        language_split(build, 3)
+        if is_language
+        else split_by_count(build, 3, images(1, 2, 1 if build is unet else 3, 32)[0][0])
+    )
+    held = holders(model, list(split_model(model, split, 3).values()))
     assert list(held) == [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     assert all(len(stages) == 1 for stages in held.values())
     assert {stages[0] for stages in held.values()} == {0, 1, 2}
@@ -257,9 +261,9 @@ def test_a_part_of_a_language_model_has_the_types_names_and_hooks_of_the_whole_o
 
     plan = Plan(pipeline=2, microbatches=2)
     inputs, targets = sentences(4, 6)
-    cut = cut_of(build, 2, inputs, ["transformer.h.1"])
+    split = split_by_count(build, 2, inputs, ["transformer.h.1"])
     calls.clear()
-    engines = Engines(plan, ModelSpec(build, next_words, optimizer, cut=cut))
+    engines = Engines(plan, ModelSpec(build, next_words, optimizer, split=split))
     assert calls == []
     before = engines.weights()
     engines.train_step(1, [(inputs, targets)])
@@ -275,7 +279,7 @@ def test_a_part_of_a_language_model_has_the_types_names_and_hooks_of_the_whole_o
 
 def test_a_language_model_that_keeps_a_cache_is_refused_with_what_to_set() -> None:
     with pytest.raises(Exception, match=r"returns a value of type DynamicCache.*config\.use_cache=False") as caught:
-        cut_of(lambda: llama(use_cache=True), 3, sentences(2, 8)[0])
+        split_by_count(lambda: llama(use_cache=True), 3, sentences(2, 8)[0])
     assert type(caught.value).__name__ == "SplitError"
 
 
@@ -299,4 +303,4 @@ def test_gpt2_is_split_and_trained_by_nothing_but_example_inputs(tmp_path: Any) 
 
 
 def test_the_inputs_that_the_graph_needs_are_described_without_their_values() -> None:
-    assert language_cut(gpt2, 2).example == described(sentences(2, 8, seed=5)[0])
+    assert language_split(gpt2, 2).example == described(sentences(2, 8, seed=5)[0])

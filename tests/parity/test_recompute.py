@@ -19,7 +19,7 @@ from raypar.errors import ModelError, NonFiniteError, UserCodeError
 from raypar.planning.plan import Plan
 from raypar.randomness import seed_pass
 from raypar.splitting.model import Split
-from raypar.splitting.split import cut_model
+from raypar.splitting.split import split_model
 from raypar.splitting.stage_code import StageCode
 from raypar.stages.stage import Stage
 from support import reference
@@ -275,7 +275,7 @@ def test_a_buffer_that_passes_change_and_use_is_as_it_was_when_they_are_run_agai
 
 def stage_of(model: nn.Module) -> Stage:
     """The last of the two stages of a model that is cut at `two`."""
-    code = StageCode.of_graph(model, cut_model(model, Split(("two",)), 2)["train"][0])
+    code = StageCode.of_graph(model, split_model(model, Split(("two",)), 2)["train"][0])
     return Stage(0, {"train": code, "eval": code}, is_last=False, loss_fn=None, module=model)
 
 

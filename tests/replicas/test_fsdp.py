@@ -279,7 +279,7 @@ def test_a_checkpoint_goes_on_to_the_bit_and_under_another_plan_as_ddp_would(
         assert torch.allclose(each["outputs"][0], output, atol=1e-6)
         assert torch.equal(*each["outputs"])
 
-    alone = Engines(Plan(microbatches=2), dataclasses.replace(training.spec, cut=Split()))
+    alone = Engines(Plan(microbatches=2), dataclasses.replace(training.spec, split=Split()))
     restore(alone.all[0], SavedTensors(str(tmp_path / "run" / "checkpoint_00000002"), pafs.LocalFileSystem()))
     assert worst_difference(alone.weights(), before) == 0.0
     for step, batch in enumerate(training.batches()[2:], start=3):

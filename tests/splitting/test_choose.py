@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models import CNN, mlp
 from raypar.errors import ModelError, SplitError
-from raypar.splitting.choose import choose_cut
+from raypar.splitting.choose import choose_split
 from raypar.splitting.export import described
 from raypar.splitting.model import ModelSpec, Split
 from raypar.stages.measure import measure_units
@@ -30,15 +30,15 @@ def spec(build_model: Callable[[], nn.Module]) -> ModelSpec:
 def measured(*seconds: float) -> Callable[[Split], list[float]]:
     """A measurement that finds these times, one for each unit that it is asked for."""
 
-    def measure(cut: Split) -> list[float]:
-        assert len(cut.split) + 1 == len(seconds)
+    def measure(units: Split) -> list[float]:
+        assert len(units.names) + 1 == len(seconds)
         return list(seconds)
 
     return measure
 
 
-def never(cut: Split) -> list[float]:
-    raise AssertionError(f"measured {cut}, though nobody needs to know")
+def never(units: Split) -> list[float]:
+    raise AssertionError(f"measured {units}, though nobody needs to know")
 
 
 # ---------------------------------------------------------------- where to cut
@@ -48,36 +48,36 @@ def test_one_stage_is_not_cut_and_not_even_built():
     def build() -> nn.Module:
         raise AssertionError("built")
 
-    assert choose_cut(spec(build), (0,), None, IMAGES, never) == Split()
+    assert choose_split(spec(build), (0,), None, IMAGES, never) == Split()
 
 
 def test_the_users_names_are_taken_in_the_order_of_the_model_without_measuring():
-    cut = choose_cut(spec(CNN), (0, 1, 0), ["fc2", "conv2"], IMAGES, never)
-    assert cut == Split(split=("conv2", "fc2"), opened=(), given=("images",))
+    split = choose_split(spec(CNN), (0, 1, 0), ["fc2", "conv2"], IMAGES, never)
+    assert split == Split(names=("conv2", "fc2"), opened=(), arguments=("images",))
 
 
 def test_with_example_inputs_a_model_is_cut_in_balance_by_measured_time():
-    assert choose_cut(spec(CNN), (0, 1), None, IMAGES, measured(4, 4, 1, 1)).split == ("conv2",)
-    assert choose_cut(spec(CNN), (0, 1), None, IMAGES, measured(1, 1, 4, 4)).split == ("fc2",)
-    assert choose_cut(spec(CNN), (0, 1, 2), None, IMAGES, measured(4, 4, 1, 1)).split == ("conv2", "fc1")
-    assert choose_cut(spec(CNN), (0, 1, 0), None, IMAGES, measured(1, 4, 4, 1)).split == ("conv2", "fc2")
+    assert choose_split(spec(CNN), (0, 1), None, IMAGES, measured(4, 4, 1, 1)).names == ("conv2",)
+    assert choose_split(spec(CNN), (0, 1), None, IMAGES, measured(1, 1, 4, 4)).names == ("fc2",)
+    assert choose_split(spec(CNN), (0, 1, 2), None, IMAGES, measured(4, 4, 1, 1)).names == ("conv2", "fc1")
+    assert choose_split(spec(CNN), (0, 1, 0), None, IMAGES, measured(1, 4, 4, 1)).names == ("conv2", "fc2")
 
 
 def test_each_module_that_could_begin_a_stage_is_measured():
     asked: list[Split] = []
 
-    def measure(cut: Split) -> list[float]:
-        asked.append(cut)
+    def measure(units: Split) -> list[float]:
+        asked.append(units)
         return [1.0] * 6
 
-    choose_cut(spec(mlp), (0, 1), None, IMAGES, measure)
-    assert asked == [Split(split=("1", "2", "3", "4", "5"), opened=(), given=("input",))]
+    choose_split(spec(mlp), (0, 1), None, IMAGES, measure)
+    assert asked == [Split(names=("1", "2", "3", "4", "5"), opened=(), arguments=("input",))]
 
 
 def test_without_example_inputs_the_number_of_parameters_decides_and_a_warning_says_what_to_do():
     with pytest.warns(UserWarning, match=r"by the number of parameters .*: give parallelize example_inputs to balance"):
-        cut = choose_cut(spec(CNN), (0, 1), None, None, never)
-    assert cut.split == ("fc1",)  # the linear layers hold 96 % of the parameters
+        split = choose_split(spec(CNN), (0, 1), None, None, never)
+    assert split.names == ("fc1",)  # the linear layers hold 96 % of the parameters
 
 
 def test_blocks_are_opened_where_there_are_too_few_modules():
@@ -90,8 +90,8 @@ def test_blocks_are_opened_where_there_are_too_few_modules():
             logits: Tensor = self.head(self.features(x))
             return logits
 
-    cut = choose_cut(spec(Outer), (0, 1, 2), None, IMAGES, measured(1, 1, 1, 1, 2))
-    assert cut == Split(split=("features.fc1", "head"), opened=("features",), given=("x",))
+    split = choose_split(spec(Outer), (0, 1, 2), None, IMAGES, measured(1, 1, 1, 1, 2))
+    assert split == Split(names=("features.fc1", "head"), opened=("features",), arguments=("x",))
 
 
 class Backbone(nn.Module):
@@ -119,25 +119,24 @@ class Net(nn.Module):
 WIDE = torch.zeros(4, 64)
 
 
-def by_size(cut: Split) -> list[float]:
+def by_size(units: Split) -> list[float]:
     """Measures a Net: each of the backbone's layers takes a second, the backbone six, the head next to nothing."""
-    units = ["first", *cut.split]
-    return [0.01 if unit == "head" else 1.0 if cut.opened else 6.0 for unit in units]
+    return [0.01 if name == "head" else 1.0 if units.opened else 6.0 for name in ("first", *units.names)]
 
 
 def test_a_module_that_is_larger_than_a_fair_share_is_opened_though_there_are_enough_modules():
     """A backbone with a head was cut between the two: 1,575,936 parameters here, 1,539 there."""
     asked: list[Split] = []
 
-    def measure(cut: Split) -> list[float]:
-        asked.append(cut)
-        return by_size(cut)
+    def measure(units: Split) -> list[float]:
+        asked.append(units)
+        return by_size(units)
 
-    cut = choose_cut(spec(Net), (0, 1), None, WIDE, measure)
-    assert cut == Split(("backbone.layers.3",), ("backbone",), ("x",))
+    split = choose_split(spec(Net), (0, 1), None, WIDE, measure)
+    assert split == Split(("backbone.layers.3",), ("backbone",), ("x",))
     assert [units.opened for units in asked] == [(), ("backbone",)]
     with pytest.warns(UserWarning, match="by the number of parameters"):
-        assert choose_cut(spec(Net), (0, 1), None, None, never).split == ("backbone.layers.3",)
+        assert choose_split(spec(Net), (0, 1), None, None, never).names == ("backbone.layers.3",)
 
 
 def test_modules_that_share_fairly_stay_closed_and_are_measured_once():
@@ -149,7 +148,7 @@ def test_modules_that_share_fairly_stay_closed_and_are_measured_once():
         def forward(self, x: Tensor) -> Tensor:
             return self.two(self.one(x))  # type: ignore[no-any-return]
 
-    assert choose_cut(spec(Pair), (0, 1), None, WIDE, measured(3, 3.2)) == Split(("two",), (), ("x",))
+    assert choose_split(spec(Pair), (0, 1), None, WIDE, measured(3, 3.2)) == Split(("two",), (), ("x",))
 
 
 class LooksAtValues(Backbone):
@@ -174,34 +173,34 @@ class Hooked(Backbone):
 def test_a_module_that_cannot_be_cut_inside_stays_whole_and_a_warning_says_that_the_stages_are_lopsided(
     backbone: Callable[[], nn.Module],
 ):
-    def measure(cut: Split) -> list[float]:
-        return [3.0, 3.0, 0.01] if cut.opened else [6.0, 0.01]
+    def measure(units: Split) -> list[float]:
+        return [3.0, 3.0, 0.01] if units.opened else [6.0, 0.01]
 
     with pytest.warns(UserWarning, match=r"far from balanced: one of the 2 .* takes 100% of the time with split="):
-        cut = choose_cut(spec(lambda: Net(backbone)), (0, 1), None, WIDE, measure)
-    assert cut == Split(("head",), (), ("x",))
+        split = choose_split(spec(lambda: Net(backbone)), (0, 1), None, WIDE, measure)
+    assert split == Split(("head",), (), ("x",))
 
 
 def test_a_module_whose_inside_cannot_be_measured_stays_whole():
-    def measure(cut: Split) -> list[float]:
-        if cut.opened:
+    def measure(units: Split) -> list[float]:
+        if units.opened:
             raise SplitError("a stage changes 'x' in place")
-        return by_size(cut)
+        return by_size(units)
 
     with pytest.warns(UserWarning, match="far from balanced"):
-        assert choose_cut(spec(Net), (0, 1), None, WIDE, measure).split == ("head",)
+        assert choose_split(spec(Net), (0, 1), None, WIDE, measure).names == ("head",)
 
 
 def test_opening_a_module_that_brings_no_better_balance_is_not_kept():
-    def measure(cut: Split) -> list[float]:
-        return [0.01, 0.01, 6.0, 0.01, 0.01, 0.01, 0.01] if cut.opened else [6.0, 0.01]
+    def measure(units: Split) -> list[float]:
+        return [0.01, 0.01, 6.0, 0.01, 0.01, 0.01, 0.01] if units.opened else [6.0, 0.01]
 
     with pytest.warns(UserWarning, match="far from balanced"):
-        assert choose_cut(spec(Net), (0, 1), None, WIDE, measure).opened == ()
+        assert choose_split(spec(Net), (0, 1), None, WIDE, measure).opened == ()
 
 
 def test_stages_on_one_actor_are_in_balance_whatever_they_cost():
-    assert choose_cut(spec(Net), (0, 0), None, WIDE, by_size) == Split(("head",), (), ("x",))
+    assert choose_split(spec(Net), (0, 0), None, WIDE, by_size) == Split(("head",), (), ("x",))
 
 
 def test_the_names_of_the_arguments_that_batches_pass_come_from_example_inputs():
@@ -215,9 +214,9 @@ def test_the_names_of_the_arguments_that_batches_pass_come_from_example_inputs()
             return self.b(y if mask is None else y * mask)  # type: ignore[no-any-return]
 
     example = {"x": torch.zeros(2, 4), "mask": torch.ones(2, 4)}
-    assert choose_cut(spec(WithMask), (0, 1), ["b"], example, never).given == ("x", "mask")
-    assert choose_cut(spec(WithMask), (0, 1), ["b"], torch.zeros(2, 4), never).given == ("x",)
-    assert choose_cut(spec(WithMask), (0, 1), ["b"], None, never).given is None
+    assert choose_split(spec(WithMask), (0, 1), ["b"], example, never).arguments == ("x", "mask")
+    assert choose_split(spec(WithMask), (0, 1), ["b"], torch.zeros(2, 4), never).arguments == ("x",)
+    assert choose_split(spec(WithMask), (0, 1), ["b"], None, never).arguments is None
 
 
 # ---------------------------------------------------------------- what is refused before weights are allocated
@@ -287,16 +286,16 @@ def test_a_model_that_cannot_be_cut_is_refused_before_its_weights_are_allocated(
     build: Callable[[], nn.Module], stages: int, split: list[str] | None, example: Any, message: str
 ):
     with pytest.raises(SplitError, match=message):
-        choose_cut(spec(OnMetaOnly(build)), tuple(range(stages)), split, example, never)
+        choose_split(spec(OnMetaOnly(build)), tuple(range(stages)), split, example, never)
 
 
 def test_the_same_value_may_stay_inside_a_stage():
-    assert choose_cut(spec(OnMetaOnly(boxed)), (0, 1), ["3"], ROWS, never).split == ("3",)
+    assert choose_split(spec(OnMetaOnly(boxed)), (0, 1), ["3"], ROWS, never).names == ("3",)
 
 
 def test_inputs_that_do_not_fit_forward_are_refused_before_weights_are_allocated():
     with pytest.raises(ModelError, match=r"the inputs do not fit CNN\.forward.*too many positional arguments"):
-        choose_cut(spec(OnMetaOnly(CNN)), (0, 1), ["conv2"], (IMAGES, IMAGES), never)
+        choose_split(spec(OnMetaOnly(CNN)), (0, 1), ["conv2"], (IMAGES, IMAGES), never)
 
 
 def test_a_model_that_cannot_be_built_without_storage_is_built_for_real_while_no_other_process_of_the_machine_builds():
@@ -308,7 +307,7 @@ def test_a_model_that_cannot_be_built_without_storage_is_built_for_real_while_no
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return model
 
-    assert choose_cut(spec(build), (0, 1), ["3"], IMAGES, never).split == ("3",)
+    assert choose_split(spec(build), (0, 1), ["3"], IMAGES, never).names == ("3",)
 
 
 def test_code_that_looks_at_values_has_its_borders_checked_at_the_first_step_instead():
@@ -316,8 +315,10 @@ def test_code_that_looks_at_values_has_its_borders_checked_at_the_first_step_ins
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum().item() > 0 else -x
 
-    cut = choose_cut(spec(lambda: nn.Sequential(nn.Linear(4, 4), Looks(), nn.Linear(4, 2))), (0, 1), ["2"], ROWS, never)
-    assert cut.split == ("2",)
+    split = choose_split(
+        spec(lambda: nn.Sequential(nn.Linear(4, 4), Looks(), nn.Linear(4, 2))), (0, 1), ["2"], ROWS, never
+    )
+    assert split.names == ("2",)
 
 
 # ---------------------------------------------------------------- real measurements
@@ -330,8 +331,8 @@ def test_the_convolutions_are_measured_to_take_most_of_the_time_and_are_what_a_c
     def measure(units: Split) -> list[float]:
         return measure_units(spec(CNN), units, images, CPU)
 
-    assert choose_cut(spec(CNN), (0, 1), None, images, measure).split == ("conv2",)
-    assert "conv2" in choose_cut(spec(CNN), (0, 1, 2), None, images, measure).split
+    assert choose_split(spec(CNN), (0, 1), None, images, measure).names == ("conv2",)
+    assert "conv2" in choose_split(spec(CNN), (0, 1, 2), None, images, measure).names
 
 
 def test_every_unit_takes_time():
@@ -373,21 +374,21 @@ class AsksForLength(nn.Module):
 def test_a_cut_carries_the_form_of_the_inputs_only_where_the_graph_needs_torch_export():
     asked: list[Split] = []
 
-    def measure(cut: Split) -> list[float]:
-        asked.append(cut)
-        return by_size(cut)
+    def measure(units: Split) -> list[float]:
+        asked.append(units)
+        return by_size(units)
 
-    cut = choose_cut(spec(lambda: Net(AsksForLength)), (0, 1), None, WIDE, measure)
-    assert cut == Split(("backbone.b",), ("backbone",), ("x",), described(WIDE))
+    split = choose_split(spec(lambda: Net(AsksForLength)), (0, 1), None, WIDE, measure)
+    assert split == Split(("backbone.b",), ("backbone",), ("x",), described(WIDE))
     assert [units.example for units in asked] == [None, described(WIDE)]
 
 
 def test_torch_export_too_sees_a_model_before_its_weights_are_allocated():
-    assert choose_cut(spec(OnMetaOnly(AsksForLength)), (0, 1), ["b"], WIDE, never).example == described(WIDE)
+    assert choose_split(spec(OnMetaOnly(AsksForLength)), (0, 1), ["b"], WIDE, never).example == described(WIDE)
     with pytest.raises(SplitError, match=r"torch\.fx could not trace .*With parallelize\(example_inputs=…\)"):
-        choose_cut(spec(OnMetaOnly(AsksForLength)), (0, 1), ["b"], None, never)
+        choose_split(spec(OnMetaOnly(AsksForLength)), (0, 1), ["b"], None, never)
 
 
 def test_the_units_of_an_exported_graph_can_be_measured():
-    cut = Split(("b",), (), ("x",), described(WIDE))
-    assert all(seconds > 0 for seconds in measure_units(spec(AsksForLength), cut, WIDE, CPU))
+    units = Split(("b",), (), ("x",), described(WIDE))
+    assert all(seconds > 0 for seconds in measure_units(spec(AsksForLength), units, WIDE, CPU))

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from raypar.errors import ModelError, SplitError
 from raypar.splitting.export import described, export_graph
 from raypar.splitting.graph import graph_of
-from raypar.splitting.model import call
+from raypar.splitting.model import Split, call
 from raypar.splitting.trace import module_calls
 
 ROWS = torch.rand(4, 6)
@@ -28,8 +28,8 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def exported(model: nn.Module, inputs: Any = ROWS, descend: tuple[str, ...] = ()) -> fx.GraphModule:
-    return fx.GraphModule(model, export_graph(model, described(inputs), descend))
+def exported(model: nn.Module, inputs: Any = ROWS, opened: tuple[str, ...] = ()) -> fx.GraphModule:
+    return fx.GraphModule(model, export_graph(model, described(inputs), opened))
 
 
 def ops(graph: fx.Graph) -> list[str]:
@@ -545,7 +545,7 @@ def test_hooks_on_the_model_itself_and_on_opened_modules_are_refused() -> None:
     model = nn.Sequential(Branching())
     model[0].register_forward_hook(lambda *_: None)
     export_graph(model, described(ROWS))
-    with pytest.raises(SplitError, match="its module '0', which must be opened to cut inside it, has hooks"):
+    with pytest.raises(SplitError, match="its module '0', which must be opened to split inside it, has hooks"):
         export_graph(model, described(ROWS), ["0"])
 
 
@@ -553,28 +553,28 @@ def test_hooks_on_the_model_itself_and_on_opened_modules_are_refused() -> None:
 
 
 def test_torch_fx_comes_first_and_torch_export_only_with_an_example() -> None:
-    straight = graph_of(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), None, (), described(ROWS))
+    straight = graph_of(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), Split(example=described(ROWS)))
     assert [str(node.target) for node in straight.nodes] == ["input", "0", "1", "output"]
     model = Branching()
-    assert module_calls(graph_of(model, ["x"], (), described(ROWS))) == ["a", "b"]
+    assert module_calls(graph_of(model, Split(arguments=("x",), example=described(ROWS)))) == ["a", "b"]
     with pytest.raises(SplitError, match=r"torch\.fx could not trace .*x\.shape\[1\] > 3.*With parallelize\(exam"):
-        graph_of(model, ["x"])
+        graph_of(model, Split(arguments=("x",)))
 
 
 def test_a_model_that_neither_can_trace_is_refused_with_both_lines_and_what_to_do() -> None:
     with pytest.raises(SplitError) as caught:
-        graph_of(LooksAtValues(), ["x"], (), described(ROWS))
+        graph_of(LooksAtValues(), Split(arguments=("x",), example=described(ROWS)))
     message = str(caught.value)
     line = LooksAtValues.forward.__code__.co_firstlineno + 1
     assert re.findall(rf"{re.escape(__file__)}:(\d+)", message) == [str(line)] * 2
     assert "torch.fx could not trace" in message
-    assert "torch.export, which is tried then, fails too" in message
+    assert "torch.export, tried next, fails too" in message
     assert "wire the modules by hand (raypar.Wired), or set pipeline=1" in message
 
 
 def test_what_torch_export_cannot_make_good_is_not_tried() -> None:
     with pytest.raises(SplitError, match="its forward changes its attribute 'calls'") as caught:
-        graph_of(CountsOnly(), ["x"], (), described(ROWS))
+        graph_of(CountsOnly(), Split(arguments=("x",), example=described(ROWS)))
     assert "torch.export" not in str(caught.value)
 
 

@@ -12,16 +12,16 @@ from torch import Tensor, fx, nn
 from models import CNN, mlp
 from raypar.errors import ModelError, SplitError
 from raypar.splitting import split as module
-from raypar.splitting.split import StageGraph, check_split, cut_graph, edges_of, holders, open_modules
+from raypar.splitting.model import Split
+from raypar.splitting.split import StageGraph, check_split, edges_of, holders, opened_for, parents_of, split_graph
 from raypar.splitting.stage_code import StageCode
 from raypar.splitting.trace import trace
 from raypar.tree import Tree
 
 
-def cut(model: nn.Module, split: Sequence[str], given: Sequence[str] | None = None) -> list[StageGraph]:
-    opened = open_modules(model, split, len(split) + 1, given)
-    graph = trace(model, given, opened)
-    return cut_graph(graph, check_split(graph, split, len(split) + 1))
+def graphs_of(model: nn.Module, names: Sequence[str], arguments: Sequence[str] | None = None) -> list[StageGraph]:
+    graph = trace(model, arguments, parents_of(model, names))
+    return split_graph(graph, check_split(graph, names, len(names) + 1))
 
 
 def described(graph: fx.Graph) -> list[str]:
@@ -30,16 +30,16 @@ def described(graph: fx.Graph) -> list[str]:
     return [str(target) if isinstance(target, str) else target.__name__ for target in called]
 
 
-def run_stages(model: nn.Module, parts: Sequence[StageGraph], inputs: Tree) -> Any:
+def run_stages(model: nn.Module, graphs: Sequence[StageGraph], inputs: Tree) -> Any:
     """The output of a model that is run stage by stage, each with nothing but what was sent to it."""
-    arrived: list[dict[int, list[Any]]] = [{} for _ in parts]
-    for stage, part in enumerate(parts):
+    arrived: list[dict[int, list[Any]]] = [{} for _ in graphs]
+    for stage, graph in enumerate(graphs):
         assert {source: len(values) for source, values in arrived[stage].items()} == {
-            source: len(names) for source, names in part.receives.items()
+            source: len(names) for source, names in graph.receives.items()
         }
-        found = StageCode.of_graph(model, part).run(inputs, arrived[stage])
-        made = dict(zip(part.makes, found, strict=False))
-        for target, names in part.sends.items():
+        found = StageCode.of_graph(model, graph).run(inputs, arrived[stage])
+        made = dict(zip(graph.makes, found, strict=False))
+        for target, names in graph.sends.items():
             arrived[target][stage] = [made[name] for name in names]
     return found[-1]
 
@@ -123,8 +123,8 @@ def test_functional_code_goes_with_the_stage_it_follows_as_the_docstring_draws_i
     assert module.__doc__ is not None
     rows = re.findall(r"^ {4}(.*│.*)$", module.__doc__, re.MULTILINE)
     drawn = [cell.split() for cell in rows[0].split("│")]
-    parts = cut(CNN(), ["conv2", "fc2"])
-    assert [described(part.graph) for part in parts] == drawn
+    graphs = graphs_of(CNN(), ["conv2", "fc2"])
+    assert [described(stage.graph) for stage in graphs] == drawn
 
 
 @pytest.mark.parametrize(
@@ -139,24 +139,24 @@ def test_functional_code_goes_with_the_stage_it_follows_as_the_docstring_draws_i
 )
 def test_a_model_run_stage_by_stage_computes_what_it_computes_whole(model: nn.Module, split: list[str]):
     images = torch.rand(2, 1, 28, 28)
-    assert torch.equal(run_stages(model, cut(model, split), images), model(images))
+    assert torch.equal(run_stages(model, graphs_of(model, split), images), model(images))
 
 
 def test_a_value_goes_straight_to_each_stage_that_uses_it_and_so_does_an_input():
     model = Skips()
-    parts = cut(model, ["b", "c", "d"])
-    assert [part.inputs for part in parts] == [["x"], [], ["mask"], []]
-    assert edges_of(parts) == {(0, 1), (0, 3), (1, 2), (1, 3), (2, 3)}
-    assert [sorted(part.receives) for part in parts] == [[], [0], [1], [0, 1, 2]]
+    graphs = graphs_of(model, ["b", "c", "d"])
+    assert [graph.inputs for graph in graphs] == [["x"], [], ["mask"], []]
+    assert edges_of(graphs) == {(0, 1), (0, 3), (1, 2), (1, 3), (2, 3)}
+    assert [sorted(graph.receives) for graph in graphs] == [[], [0], [1], [0, 1, 2]]
     inputs = (torch.rand(3, 4), torch.rand(4))
-    found, plain = run_stages(model, parts, inputs), model(*inputs)
+    found, plain = run_stages(model, graphs, inputs), model(*inputs)
     assert torch.equal(found["logits"], plain["logits"])
     assert torch.equal(found["hidden"], plain["hidden"])
     assert found["rows"] == 3
 
 
 def test_a_value_that_two_stages_use_is_made_once_and_sent_to_both():
-    first = cut(Skips(), ["b", "c", "d"])[0]
+    first = graphs_of(Skips(), ["b", "c", "d"])[0]
     assert {target: len(names) for target, names in first.sends.items()} == {1: 1, 3: 2}
     assert first.sends[1][0] in first.sends[3]
     assert sorted(first.makes) == sorted(first.sends[3])
@@ -165,7 +165,7 @@ def test_a_value_that_two_stages_use_is_made_once_and_sent_to_both():
 def test_the_inputs_of_a_model_can_come_as_a_dict():
     model = Skips()
     inputs = {"mask": torch.rand(4), "x": torch.rand(3, 4)}
-    found = run_stages(model, cut(model, ["c"]), inputs)
+    found = run_stages(model, graphs_of(model, ["c"]), inputs)
     assert torch.equal(found["logits"], model(**inputs)["logits"])
 
 
@@ -180,15 +180,15 @@ def test_an_argument_with_a_default_is_used_when_it_was_traced_as_given():
             return self.b(y if bias is None else y + bias)  # type: ignore[no-any-return]
 
     model, x, bias = Optional(), torch.rand(2, 4), torch.rand(4)
-    assert torch.equal(run_stages(model, cut(model, ["b"]), x), model(x))
-    with_bias = cut(model, ["b"], given=["x", "bias"])
+    assert torch.equal(run_stages(model, graphs_of(model, ["b"]), x), model(x))
+    with_bias = graphs_of(model, ["b"], arguments=["x", "bias"])
     assert torch.equal(run_stages(model, with_bias, (x, bias)), model(x, bias))
     with pytest.raises(ModelError, match=r"forward uses its argument 'bias', which this batch lacks \(found \['x'\]\)"):
         run_stages(model, with_bias, x)
 
 
 def test_a_stage_without_the_models_inputs_does_not_ask_for_them():
-    codes = [StageCode.of_graph(CNN(), part) for part in cut(CNN(), ["conv2"])]
+    codes = [StageCode.of_graph(CNN(), graph) for graph in graphs_of(CNN(), ["conv2"])]
     assert [code.uses_inputs for code in codes] == [True, False]
 
 
@@ -203,29 +203,29 @@ def test_names_may_come_in_any_order():
 
 def test_a_split_at_a_block_inside_a_list_opens_nothing_else():
     model = Tower()
-    assert open_modules(model, ["blocks.1", "head"], 3, None) == {"blocks"}
-    parts = cut(model, ["blocks.1", "head"])
-    assert [described(part.graph) for part in parts] == [["embed", "blocks.0"], ["blocks.1", "blocks.2"], ["head"]]
+    assert parents_of(model, ["blocks.1", "head"]) == ("blocks",)
+    graphs = graphs_of(model, ["blocks.1", "head"])
+    assert [described(stage.graph) for stage in graphs] == [["embed", "blocks.0"], ["blocks.1", "blocks.2"], ["head"]]
 
 
 def test_a_split_inside_a_block_opens_that_block():
     model, x = Tower(), torch.rand(2, 4)
-    parts = cut(model, ["blocks.1.down"])
-    assert described(parts[0].graph) == ["embed", "blocks.0", "blocks.1.up", "gelu"]
-    assert torch.equal(run_stages(model, parts, x), model(x))
+    graphs = graphs_of(model, ["blocks.1.down"])
+    assert described(graphs[0].graph) == ["embed", "blocks.0", "blocks.1.up", "gelu"]
+    assert torch.equal(run_stages(model, graphs, x), model(x))
 
 
 def test_a_split_at_the_parent_begins_at_its_first_module():
     graph = trace(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2))))
     assert check_split(graph, ["1"], 2) == ["1"]
-    assert [described(part.graph) for part in cut_graph(graph, ["1"])] == [["0"], ["1.0", "1.1"]]
+    assert [described(graph.graph) for graph in split_graph(graph, ["1"])] == [["0"], ["1.0", "1.1"]]
 
 
 def test_without_names_modules_are_opened_until_there_is_one_for_each_stage():
     model = Tower(blocks=2)
-    assert open_modules(model, None, 4, None) == set()
-    opened = open_modules(model, None, 6, None)
-    assert opened == {"blocks.0", "blocks.1"}
+    assert opened_for(model, 4, Split()) == ()
+    opened = opened_for(model, 6, Split())
+    assert opened == ("blocks.0", "blocks.1")
     assert [str(n.target) for n in trace(model, None, opened).nodes if n.op == "call_module"] == [
         "embed", "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head",
     ]  # fmt: skip
@@ -250,7 +250,7 @@ def test_without_names_modules_are_opened_until_there_is_one_for_each_stage():
 def test_a_split_that_does_not_fit_the_model_or_the_plan_is_refused(split: Any, stages: int, message: str):
     model = CNN()
     with pytest.raises(SplitError, match=re.escape(message)):
-        check_split(trace(model, None, open_modules(model, split, stages, None)), split, stages)
+        check_split(trace(model, None, parents_of(model, split)), split, stages)
 
 
 def test_a_module_that_forward_does_not_call_cannot_begin_a_stage():
@@ -270,9 +270,9 @@ def test_more_stages_than_modules_are_refused_with_both_numbers():
     with pytest.raises(
         SplitError, match=r"the plan has 5 stages, but CNN has only 4 modules .*\(conv1, conv2, fc1, fc2\)"
     ):
-        open_modules(CNN(), None, 5, None)
+        opened_for(CNN(), 5, Split())
     with pytest.raises(SplitError, match=r"the plan has 7 stages, but Sequential has only 6 modules"):
-        open_modules(mlp(), None, 7, None)
+        opened_for(mlp(), 7, Split())
 
 
 # ---------------------------------------------------------------- who owns what
@@ -280,7 +280,7 @@ def test_more_stages_than_modules_are_refused_with_both_numbers():
 
 def test_every_parameter_and_buffer_belongs_to_the_stage_that_uses_it():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
-    held = holders(model, [cut(model, ["1", "3"])])
+    held = holders(model, [graphs_of(model, ["1", "3"])])
     owner = {name: stages[0] for name, stages in held.items()}
     assert all(len(stages) == 1 for stages in held.values())
     assert list(owner) == [*dict(model.named_parameters()), *dict(model.named_buffers())]
@@ -292,11 +292,11 @@ def test_every_parameter_and_buffer_belongs_to_the_stage_that_uses_it():
 
 def test_a_parameter_that_forward_uses_by_hand_belongs_to_the_stage_that_uses_it_and_an_unused_one_to_the_first():
     model, x = UsedByHand(), torch.rand(2, 4)
-    parts = cut(model, ["b"])
-    assert holders(model, [parts]) == {
+    graphs = graphs_of(model, ["b"])
+    assert holders(model, [graphs]) == {
         "scale": [1], "unused": [0], "a.weight": [0], "a.bias": [0], "b.weight": [1], "b.bias": [1], "shift": [1],
     }  # fmt: skip
-    assert torch.equal(run_stages(model, parts, x), model(x))
+    assert torch.equal(run_stages(model, graphs, x), model(x))
 
 
 class Masked(nn.Module):
@@ -313,10 +313,10 @@ class Masked(nn.Module):
 
 def test_a_buffer_that_several_stages_read_belongs_to_the_first_of_them_and_crosses_to_the_others():
     model, x = Masked(), torch.rand(2, 4)
-    parts = cut(model, ["b", "c"])
-    assert holders(model, [parts])["mask"] == [0]
-    assert [part.sends for part in parts] == [{1: ["mask", "mul"], 2: ["mask"]}, {2: ["mul_1"]}, {}]
-    assert torch.equal(run_stages(model, parts, x), model(x))
+    graphs = graphs_of(model, ["b", "c"])
+    assert holders(model, [graphs])["mask"] == [0]
+    assert [graph.sends for graph in graphs] == [{1: ["mask", "mul"], 2: ["mask"]}, {2: ["mul_1"]}, {}]
+    assert torch.equal(run_stages(model, graphs, x), model(x))
 
 
 @pytest.mark.parametrize("where", [0, 1])
@@ -332,9 +332,9 @@ def test_a_buffer_that_crosses_must_not_be_changed_in_place_by_its_owner_nor_by_
             return z
 
     model = Counts()
-    parts = cut(model, ["b"])
+    graphs = graphs_of(model, ["b"])
     with pytest.raises(SplitError, match=r"a stage changes 'mask' in place .* another stage uses"):
-        run_stages(model, parts, torch.rand(2, 4))
+        run_stages(model, graphs, torch.rand(2, 4))
 
 
 def test_a_buffer_that_one_stage_alone_changes_in_place_is_changed():
@@ -346,19 +346,19 @@ def test_a_buffer_that_one_stage_alone_changes_in_place_is_changed():
 
     model, plain, x = Averages(), Averages(), torch.rand(2, 4)
     plain.load_state_dict(model.state_dict())
-    assert torch.equal(run_stages(model, cut(model, ["b"]), x), plain(x))
+    assert torch.equal(run_stages(model, graphs_of(model, ["b"]), x), plain(x))
     assert torch.equal(model.mask, plain.mask)  # type: ignore[arg-type]
 
 
 def test_a_parameter_that_two_stages_share_is_owned_by_the_first_under_all_its_names():
     model = Tied()
-    found = holders(model, [cut(model, ["head"])])
+    found = holders(model, [graphs_of(model, ["head"])])
     assert (found["embed.weight"], found["head.weight"]) == ([0], [0, 1])
 
 
 def test_parameters_tied_within_a_stage_are_no_hindrance():
     model = Tied()
-    held = holders(nn.Sequential(model, nn.Linear(10, 2)), [cut(nn.Sequential(model, nn.Linear(10, 2)), ["1"])])
+    held = holders(nn.Sequential(model, nn.Linear(10, 2)), [graphs_of(nn.Sequential(model, nn.Linear(10, 2)), ["1"])])
     assert held["0.embed.weight"] == held["0.head.weight"] == [0]
 
 
@@ -372,7 +372,7 @@ def test_the_weights_of_a_module_called_in_two_stages_are_held_by_both_and_owned
             return self.a(self.b(self.a(x)))  # type: ignore[no-any-return]
 
     model = Twice()
-    found = holders(model, [cut(model, ["b"])])
+    found = holders(model, [graphs_of(model, ["b"])])
     assert found == {"a.weight": [0, 1], "a.bias": [0, 1], "b.weight": [1], "b.bias": [1]}
 
 
@@ -387,7 +387,7 @@ def test_a_module_with_buffers_called_in_two_stages_is_refused():
 
     model = Twice()
     with pytest.raises(SplitError, match=r"'norm\.running_mean' is used by stages \[0, 1\]: a buffer must belong"):
-        holders(model, [cut(model, ["b"])])
+        holders(model, [graphs_of(model, ["b"])])
 
 
 def test_what_the_train_graph_and_the_eval_graph_use_in_different_stages_is_held_by_both():
@@ -403,7 +403,7 @@ def test_what_the_train_graph_and_the_eval_graph_use_in_different_stages_is_held
             return self.b(self.a(x)) * self.scale  # type: ignore[no-any-return]
 
     model = Differs()
-    in_training = cut(model, ["b"])
-    in_eval = cut(model.eval(), ["b"])
+    in_training = graphs_of(model, ["b"])
+    in_eval = graphs_of(model.eval(), ["b"])
     assert holders(model, [in_training])["scale"] == [0]
     assert holders(model, [in_training, in_eval])["scale"] == [0, 1]

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from models import CNN, mlp
 from raypar.errors import ModelError, SplitError
-from raypar.splitting.model import attribute, bind_inputs, call, on_meta
+from raypar.splitting.model import bind_inputs, call, on_meta
 from raypar.splitting.trace import module_calls, trace
 
 
@@ -85,7 +85,7 @@ def test_a_module_that_is_named_is_opened_too():
             return self.cnn(x)
 
     assert module_calls(trace(Outer())) == ["cnn"]
-    assert module_calls(trace(Outer(), descend=["cnn"])) == ["cnn.conv1", "cnn.conv2", "cnn.fc1", "cnn.fc2"]
+    assert module_calls(trace(Outer(), opened=["cnn"])) == ["cnn.conv1", "cnn.conv2", "cnn.fc1", "cnn.fc2"]
 
 
 def test_a_module_that_is_called_twice_is_listed_once_where_it_is_called_first():
@@ -219,7 +219,7 @@ def test_where_no_line_of_the_users_is_known_the_forward_is_named():
 def test_such_code_is_no_hindrance_inside_a_module():
     assert module_calls(trace(Nested())) == ["body.0", "body.1.0", "body.1.1", "block"]
     with pytest.raises(SplitError, match=r"return self\.inner"):
-        trace(Nested(), descend=["block"])
+        trace(Nested(), opened=["block"])
 
 
 class Starred(nn.Module):
@@ -354,7 +354,7 @@ def test_a_forward_that_counts_its_calls_is_refused_and_one_that_keeps_a_number_
     with pytest.raises(SplitError, match=r"Decays cannot be .* its forward changes its attribute 'calls'"):
         trace(Decays())
     with pytest.raises(SplitError, match=r"changes its attribute '0\.calls'"):
-        trace(nn.Sequential(Decays()), descend=["0"])
+        trace(nn.Sequential(Decays()), opened=["0"])
     assert module_calls(trace(nn.Sequential(Decays()))) == ["0"]
 
 
@@ -382,16 +382,11 @@ def test_a_sequential_with_hooks_stays_whole_and_cannot_be_opened():
     graph = trace(model)
     assert module_calls(graph) == ["body.0", "body.1", "block"]
     assert torch.equal(fx.GraphModule(model, graph)(x), model(x))
-    with pytest.raises(SplitError, match=r"its module 'body\.1', which must be opened to cut inside it, has hooks"):
-        trace(model, descend=["body", "body.1"])
+    with pytest.raises(SplitError, match=r"its module 'body\.1', which must be opened to split inside it, has hooks"):
+        trace(model, opened=["body", "body.1"])
 
 
 # ---------------------------------------------------------------- small helpers
-
-
-def test_an_attribute_is_found_by_its_dotted_name():
-    model = Nested()
-    assert attribute(model, "body.1.1.weight") is model.body[1][1].weight  # type: ignore[index, union-attr]
 
 
 def test_on_the_meta_device_a_model_takes_no_storage_and_draws_no_random_number():

@@ -14,8 +14,8 @@ import raypar
 from raypar import Wired
 from raypar.errors import ModelError
 from raypar.planning.plan import Plan
-from raypar.splitting.model import bind_inputs
-from raypar.splitting.split import open_modules
+from raypar.splitting.model import Split, bind_inputs
+from raypar.splitting.split import opened_for
 from raypar.splitting.trace import module_calls, trace
 from support import reference
 from support.cases import PIPELINES, name_of, sgd
@@ -88,7 +88,7 @@ def test_values_go_where_their_names_are_and_the_names_of_the_state_dict_are_the
 def test_every_module_is_a_leaf_at_which_a_stage_may_begin() -> None:
     model = build()
     assert module_calls(trace(model)) == ["flat", "embed", "scale", "one", "two", "sums", "head"]
-    assert open_modules(model, None, 7, None) == set()
+    assert opened_for(model, 7, Split()) == ()
 
 
 @pytest.mark.parametrize("plan", PIPELINES, ids=name_of)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raypar.errors import ModelError
 from raypar.splitting.model import Split
-from raypar.splitting.split import cut_model
+from raypar.splitting.split import split_model
 from raypar.splitting.stage_code import StageCode, Values
 from raypar.stages.stage import Stage
 
@@ -174,13 +174,16 @@ class Two(nn.Module):
         return found
 
 
-def parts_of(model: nn.Module) -> list[StageCode]:
-    return [StageCode.of_graph(model, part) for part in cut_model(model, Split(("two",), given=("a", "b")), 2)["train"]]
+def codes_of(model: nn.Module) -> list[StageCode]:
+    return [
+        StageCode.of_graph(model, part)
+        for part in split_model(model, Split(("two",), arguments=("a", "b")), 2)["train"]
+    ]
 
 
 def test_an_input_goes_to_the_stages_that_use_it_alone() -> None:
     model = Two()
-    first, second = parts_of(model)
+    first, second = codes_of(model)
     assert (first.uses_inputs, second.uses_inputs) == (True, True)
     a, b = torch.randn(3, 2), torch.randn(3, 2)
     (made,) = first.run({"a": a}, {})  # b is not needed here
@@ -189,7 +192,7 @@ def test_an_input_goes_to_the_stages_that_use_it_alone() -> None:
 
 
 def test_an_input_that_a_batch_lacks_is_named() -> None:
-    _, second = parts_of(Two())
+    _, second = codes_of(Two())
     with pytest.raises(ModelError, match=r"uses its argument 'b', which this batch lacks \(found \['a'\]\)"):
         second.run((torch.ones(1, 2),), {0: [torch.ones(1, 2)]})
 
@@ -207,8 +210,8 @@ class Scaled(nn.Module):
 def test_an_argument_that_was_traced_with_its_default_cannot_be_passed_later() -> None:
     """It was ignored: the losses were those of a model without the mask."""
     model, a, mask = Scaled(), torch.randn(3, 2), torch.zeros(3, 2)
-    parts = cut_model(model, Split(("two",)), 2)["train"]
-    first = StageCode.of_graph(model, parts[0])
+    graphs = split_model(model, Split(("two",)), 2)["train"]
+    first = StageCode.of_graph(model, graphs[0])
     for inputs in ((a, mask), {"a": a, "mask": mask}):
         with pytest.raises(
             ModelError, match=r"passes the argument 'mask' .* default None, so that it would be ignored"
@@ -222,7 +225,7 @@ def test_an_argument_that_was_traced_with_its_default_cannot_be_passed_later() -
 
 def test_a_stage_runs_the_modules_of_the_model_itself() -> None:
     model = Two()
-    first, _ = parts_of(model)
+    first, _ = codes_of(model)
     before = first.run({"a": torch.ones(1, 2), "b": None}, {})[0]
     model.one.weight.data.zero_()
     assert not torch.equal(first.run({"a": torch.ones(1, 2), "b": None}, {})[0], before)

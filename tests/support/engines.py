@@ -124,4 +124,4 @@ def spec_of(
 ) -> ModelSpec:
     """A model spec with plain SGD, unless an optimizer is given."""
     make = optimizer if optimizer is not None else lambda module: torch.optim.SGD(module.parameters(), lr=0.1)
-    return ModelSpec(build, loss_fn, make, cut=Split(tuple(split), given=given), **more)
+    return ModelSpec(build, loss_fn, make, split=Split(tuple(split), arguments=given), **more)

@@ -166,7 +166,7 @@ class Training:
             F.cross_entropy,
             OPTIMIZERS[self.optimizer],
             max_grad_norm=self.max_grad_norm,
-            cut=Split(self.split),
+            split=Split(self.split),
         )
 
 
