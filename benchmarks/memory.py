@@ -72,7 +72,7 @@ def engines_of(plan: Plan) -> list[Engine]:
 
 def train(plan: Plan, engines: list[Engine], saved: list[Counter] | None = None) -> None:
     """Three steps; the first reads the headers."""
-    inputs, targets = batch(CONFIG | {"microbatches": plan.microbatches})
+    inputs, targets = batch(CONFIG | {"microbatches": plan.microbatch_count})
     if saved is not None:
         for engine, counter in zip(engines, saved, strict=True):
             for stage in engine.part.stages.values():

@@ -82,7 +82,7 @@ def train_loop(config: dict[str, Any]) -> None:
 def show(plan: raypar.Plan, rows: list[dict[str, Any]], console: Console) -> None:
     """The end of a run: where each stage was, and how each epoch went."""
     last = rows[-1]
-    tree = Tree(f"[bold]plan[/bold]  data={plan.data}  pipeline={plan.pipeline}  microbatches={plan.microbatches}")
+    tree = Tree(f"[bold]plan[/bold]  data={plan.data}  pipeline={plan.pipeline}  microbatches={plan.microbatch_count}")
     if plan.pipeline > 1:
         tree.label = f"{tree.label}  schedule={plan.schedule_name}"
     if plan.data_strategy != "ddp":

@@ -27,8 +27,10 @@ pickling with its attributes, since most of them cross a process border before a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any, ClassVar, Self
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Self, TypeVar
 
 
 class RayparError(Exception):
@@ -154,6 +156,38 @@ class PeerLostError(RunError):
 
 class TimeoutExceededError(RunError):
     """A wait ran into the limit that `timeouts` sets for it."""
+
+
+C = TypeVar("C", bound=type[Any])
+
+
+def worded_arguments(error: type[ConfigError]) -> Callable[[C], C]:
+    """For a class: an argument that it does not take raises `error`, which names the near ones, and no TypeError."""
+
+    def decorate(cls: C) -> C:
+        init = cls.__init__
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        names = [p.name for p in parameters]
+
+        @functools.wraps(init)  # so that help() and inspect.signature show the arguments
+        def checked(self: Any, *args: Any, **keywords: Any) -> None:
+            if len(args) > len(positional):
+                before, value = "…, " * len(positional), args[len(positional)]
+                raise error(
+                    f"{cls.__name__} takes keywords only{' after ' if positional else ''}{', '.join(positional)}: "
+                    f"{cls.__name__}({before}{names[len(positional)]}={value!r}, …), found "
+                    f"{cls.__name__}({before}{value!r}, …)."
+                )
+            for name in keywords:
+                if name not in names:
+                    raise error(f"{cls.__name__} has no argument {name!r}: {near_names(name, names)}")
+            init(self, *args, **keywords)
+
+        cls.__init__ = checked
+        return cls
+
+    return decorate
 
 
 def near_names(wanted: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import inspect
 import re
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import pandas as pd
 import ray.train
@@ -21,7 +21,7 @@ from raypar.cluster.launch import Run, run_on_ray
 from raypar.cluster.placement import check_resources_per_stage, check_scaling
 from raypar.cluster.shipping import for_workers, of_ray_data
 from raypar.data.sources import check_datasets
-from raypar.errors import ConfigError, DataError, near_names
+from raypar.errors import ConfigError, DataError, worded_arguments
 from raypar.loop.local import run_local
 from raypar.loop.session import RunSpec
 from raypar.observe.progress import ProgressDisplay
@@ -29,6 +29,7 @@ from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage, absolute
 
 
+@worded_arguments(ConfigError)
 class Trainer:
     """Trains as Ray Train's TorchTrainer does, spread over processes as `plan` says.
 
@@ -57,13 +58,6 @@ class Trainer:
     Raises ConfigError (or PlanError, DataError, InfeasiblePlanError below it) before a process starts, for what
     cannot work.
     """
-
-    def __new__(cls, *args: Any, **arguments: Any) -> Self:
-        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
-        for name in arguments:
-            if name not in known:
-                raise ConfigError(f"Trainer has no argument {name!r}: {near_names(name, known)}")
-        return super().__new__(cls)
 
     def __init__(
         self,
@@ -100,6 +94,7 @@ class Trainer:
         given_scaling: Any = scaling_config
         check_scaling(plan, given_scaling)
         check_resources_per_stage(resources_per_stage)
+        self.bounds = plan.bounds  # proves that the schedule ends
         self.train_loop = train_loop
         self.plan = plan
         self.train_loop_config = train_loop_config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch import nn
 
 import raypar
 from raypar import Plan, Trainer
-from raypar.errors import ConfigError, DataError, PlanError
+from raypar.errors import ConfigError, DataError, PlanError, ScheduleError
+from raypar.planning.schedule import Action, Schedule
+from raypar.planning.schedules import SCHEDULES
 
 
 @pytest.fixture
@@ -56,7 +60,30 @@ def train(config: dict[str, Any]) -> None:
         raypar.report({"epoch": epoch, "loss": step.loss}, replica if epoch % 2 == 0 else None)
 
 
+def stuck(placement: Sequence[int], microbatches: int) -> Schedule:
+    """Each actor has its own backward pass first."""
+    numbers = range(microbatches)
+    rows = [[Action(actor, kind, n) for kind in "BF" for n in numbers] for actor in range(len(placement))]
+    return Schedule("stuck", tuple(placement), microbatches, tuple(map(tuple, rows)))
+
+
 class TestRefused:
+    @pytest.mark.parametrize("local", [False, True])
+    def test_a_schedule_that_does_not_end(self, no_process: None, monkeypatch: pytest.MonkeyPatch, local: bool) -> None:
+        """The user's own when the plan is made, one of raypar's by the Trainer: before any process starts."""
+        with pytest.raises(ScheduleError, match="'stuck' does not end"):
+            Trainer(train, plan=Plan(pipeline=2, schedule=stuck), local=local)
+        monkeypatch.setitem(SCHEDULES, "1f1b", stuck)
+        with pytest.raises(ScheduleError, match="'stuck' does not end"):
+            Trainer(train, plan=Plan(pipeline=2), local=local)
+
+    def test_a_second_positional_argument(self) -> None:
+        with pytest.raises(ConfigError, match=r"Trainer takes keywords only after train_loop: Trainer\(…, plan=3, …\)"):
+            Trainer(train, 3)  # type: ignore[misc, call-arg]
+
+    def test_the_signature_shows_the_arguments(self) -> None:
+        assert list(inspect.signature(Trainer).parameters)[:3] == ["train_loop", "plan", "train_loop_config"]
+
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
@@ -134,7 +161,7 @@ class TestLocal:
         assert "Going on" not in capsys.readouterr().err
         self.fit(rows, epochs=2)
         assert first.checkpoint is not None
-        assert f"Going on from {first.checkpoint.path}" in capsys.readouterr().err
+        assert f"Resuming from {first.checkpoint.path}" in capsys.readouterr().err
 
     def test_runs_without_a_name_never_resume_each_other(self, rows: Path) -> None:
         """RunConfig's own default name is the time in seconds: four runs of a sweep within one second were one run, of

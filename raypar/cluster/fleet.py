@@ -106,7 +106,7 @@ class Fleet:
         return pins_of_workers(self.node_of_replica, needs.worker, free)
 
     def _connect(self) -> None:
-        world = self._plan.data * self._plan.pipeline
+        world = self._plan.world_size
         host, port = self._get([self.handles[0][0].open_store.remote(world)], "open_store")[0]
         calls = [
             handle.connect.remote(host, port, rank, world)
@@ -200,7 +200,7 @@ def stage_died(plan: Plan, infos: Sequence[Sequence[ActorInfo]], dead: Mapping[i
     """The error for actors that are dead, by rank; `infos` is empty where they have not described themselves."""
     # A reclaimed machine explains the others' deaths, not the other way round.
     first = min(dead, key=lambda rank: (not dead[rank].preempted, rank))
-    replica, actor = divmod(first, plan.pipeline)
+    replica, actor = plan.place_of(first)
     preempted = bool(dead[first].preempted)
     died = "was lost with its machine, which was reclaimed" if preempted else "died"
     others = [_actor_name(plan, infos, rank) for rank in sorted(dead) if rank != first]
@@ -216,7 +216,7 @@ def stage_died(plan: Plan, infos: Sequence[Sequence[ActorInfo]], dead: Mapping[i
 
 
 def _actor_name(plan: Plan, infos: Sequence[Sequence[ActorInfo]], rank: int) -> str:
-    replica, actor = divmod(rank, plan.pipeline)
+    replica, actor = plan.place_of(rank)
     stages = plan.stages_of(actor)
     held = f"stage {stages[0]}" if len(stages) == 1 else f"stages {', '.join(map(str, stages))}"
     where = f", pid {infos[replica][actor].pid} on {infos[replica][actor].node_ip}" if infos else ""

@@ -40,7 +40,7 @@ from raypar.cluster.placement import Needs, check_feasible, is_feasible_now, nee
 from raypar.cluster.shipping import check_room, send_script_modules
 from raypar.errors import CheckpointError, ConfigError, RayparError, UserCodeError
 from raypar.loop.session import RunSpec
-from raypar.observe.progress import ProgressDisplay
+from raypar.observe.progress import ProgressDisplay, schedule_text
 from raypar.observe.timeline import write_timeline
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
@@ -110,7 +110,7 @@ def ray_session(run: Run) -> Iterator[None]:
 
 
 def _init_ray(run: Run) -> None:
-    processes = run.plan.data + (run.plan.data * run.plan.pipeline if run.plan.pipeline > 1 else 0)
+    processes = run.plan.data + (run.plan.world_size if run.plan.pipeline > 1 else 0)
     cpus = math.ceil(run.needs(gpus=False).total().get("CPU", 0.0))
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "include_dashboard": False}
     try:
@@ -259,11 +259,11 @@ def _watching(display: ProgressDisplay) -> Iterator[Watch]:
 def _announcement(run: Run) -> str:
     plan = run.plan
     workers = f"{plan.data} train worker{'s' if plan.data > 1 else ''}"
-    stages = plan.data * plan.pipeline
-    what = f"{stages} stage actors and {workers}" if plan.pipeline > 1 else workers
+    what = f"{plan.world_size} stage actors and {workers}" if plan.pipeline > 1 else workers
     newest = newest_checkpoint(run.storage)
     shards = "".join(f"\nA resumed run repeats its epoch: {name!r} is a ray.data.Dataset." for name in run.sharded)
-    return f"Starting {what} on Ray" + (f", going on from {newest}" if newest else "") + shards
+    schedule = f" ({schedule_text(plan)})" if plan.pipeline > 1 else ""
+    return f"Starting {what} on Ray{schedule}" + (f", resuming from {newest}" if newest else "") + shards
 
 
 def _with_history(result: Result, rows: Rows | None, storage: Storage) -> Result:

@@ -43,7 +43,7 @@ class Needs:
 
     @property
     def stages(self) -> int:
-        return self.plan.data * self.plan.pipeline if self.plan.pipeline > 1 else 0
+        return self.plan.world_size if self.plan.pipeline > 1 else 0
 
     @property
     def bundle(self) -> Resources:
@@ -144,7 +144,7 @@ def _selectors_of_stages(plan: Plan, scaling: ScalingConfig) -> list[dict[str, s
     if scaling.label_selector is None:
         return None
     if isinstance(scaling.label_selector, dict):
-        return [dict(scaling.label_selector)] * (plan.data * plan.pipeline)
+        return [dict(scaling.label_selector)] * plan.world_size
     return [dict(selector) for selector in scaling.label_selector for _ in range(plan.pipeline)]
 
 

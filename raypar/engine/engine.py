@@ -139,7 +139,7 @@ class Engine:
 
     def _start(self, mode: str, order: StepRequest) -> _Pass:
         self.learner.set_mode(mode in ("train", "search"))
-        sizes = microbatch.sizes(order.rows, self.plan.microbatches)
+        sizes = microbatch.sizes(order.rows, self.plan.microbatch_count)
         if mode == "predict" and not sizes:  # the output of no row has a shape too
             sizes = [0]
 
@@ -271,7 +271,7 @@ class Engine:
             (run.local if self.placement[source] == self.actor else ready)[message] = tensors
 
     def _seed(self, run: _Pass, stage: int, number: int) -> None:
-        seed_pass(self.device, self.seed, run.step, self.replica * self.plan.microbatches + number, stage)
+        seed_pass(self.device, self.seed, run.step, self.replica * self.plan.microbatch_count + number, stage)
 
     def _send(self, run: _Pass, message: Message, values: Any) -> None:
         other = self.placement[message.receiver]

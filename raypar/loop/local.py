@@ -29,6 +29,7 @@ from raypar.errors import CheckpointError
 from raypar.loop.in_process import InProcessActors
 from raypar.loop.session import RunSpec, Session, enter
 from raypar.loop.turns import Stopped, Turns
+from raypar.observe.progress import schedule_text
 from raypar.observe.timeline import write_timeline
 from raypar.replicas.scatter import scatter_over
 from raypar.splitting.model import ModelSpec, Split
@@ -141,7 +142,7 @@ def run_local(
     """Run a train loop for every replica in this process, from the run's newest checkpoint if there is one.
 
     keep: how many checkpoints stay (None: all).
-    say:  is told from which checkpoint the run resumes.
+    say:  is told what starts, and from which checkpoint it resumes.
 
     A traced run writes the timeline of its last steps when all loops have returned, or as far as they came.
 
@@ -152,8 +153,10 @@ def run_local(
     if plan.data_strategy == "fsdp" and plan.data > 1:
         logger.warning("Plan(data_strategy='fsdp') runs as 'ddp' in local mode, where all replicas share one process")
     newest = checkpoint_to_resume(run.storage)
-    if newest is not None and say is not None:
-        say(f"Going on from {newest}")
+    if say is not None and plan.pipeline > 1:
+        say(f"Starting in this process ({schedule_text(plan)})")
+    if say is not None and newest is not None:
+        say(f"Resuming from {newest}")
     errors: dict[int, BaseException] = {}
     sessions: list[LocalSession] = []
 
@@ -185,7 +188,7 @@ def run_local(
     if run.trace:
         with contextlib.suppress(CheckpointError) if errors else contextlib.nullcontext():  # the first error counts
             events = [event for session in sessions for event in session.recorded()]
-            write_timeline(run.storage, plan, events, in_turns=plan.data * plan.pipeline > 1)
+            write_timeline(run.storage, plan, events, in_turns=plan.world_size > 1)
     if errors:
         raise errors[min(errors)]
     return shared.history

@@ -13,6 +13,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from raypar.planning.plan import Plan
+
 
 class ProgressDisplay:
     """Shows the newest of the reports it is given; a context manager, so that the terminal is always restored.
@@ -81,6 +83,12 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def schedule_text(plan: Plan) -> str:
+    """ "1f1b, 8 micro-batches: the actors keep at most 2, 1 activations", of one stage and micro-batch each."""
+    kept = ", ".join(map(str, plan.bounds.activations))
+    return f"{plan.schedule_name}, {plan.microbatch_count} micro-batches: the actors keep at most {kept} activations"
 
 
 def epoch_text(report: Mapping[str, Any]) -> str:

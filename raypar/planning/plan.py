@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, cast
 
-from raypar.errors import ConfigError, PlanError, near_names
+from raypar.errors import ConfigError, PlanError, near_names, worded_arguments
 from raypar.planning.own_schedule import OwnSchedule, Table, name_of, own_schedule, read_csv
+from raypar.planning.program import Bounds, check
 from raypar.planning.schedule import Schedule
 from raypar.planning.schedules import SCHEDULES, check_placement
 
@@ -18,13 +21,6 @@ PRECISION_NAMES = ("fp32", "bf16", "fp16")
 DATA_STRATEGY_NAMES = ("ddp", "fsdp", "local_sgd", "scatter")
 SYNC_EVERY = 20
 """The default of `sync_every`."""
-
-
-def _check_fields(cls: type[Any], given: dict[str, Any], error: type[ConfigError]) -> None:
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in given:
-        if name not in known:
-            raise error(f"{cls.__name__} has no field {name!r}: {near_names(name, known)}")
 
 
 def _whole_number(name: str, value: Any, least: int) -> None:
@@ -37,7 +33,8 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise PlanError(f"Plan({name}={value!r}): unknown {name}; {near_names(str(value), known)}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@worded_arguments(PlanError)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """How a model is trained on many processes. Frozen, keyword only, checked when made.
 
@@ -86,7 +83,7 @@ class Plan:
 
     data: int = 1
     pipeline: int = 1
-    microbatches: int = None  # type: ignore[assignment]  # always a number once the plan is made
+    microbatches: int | None = None
     schedule: str | os.PathLike[str] | OwnSchedule = "1f1b"
     placement: tuple[int, ...] | None = None
     recompute: str = "never"
@@ -95,37 +92,33 @@ class Plan:
     data_strategy: str = "ddp"
     sync_every: int | str | None = None
 
-    def __new__(cls, *args: Any, **fields: Any) -> Self:
-        if args:
-            raise PlanError(f"Plan takes keywords only: Plan(data={args[0]!r}, …), found Plan({args[0]!r}, …).")
-        _check_fields(cls, fields, PlanError)
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         _whole_number("data", self.data, 1)
         _whole_number("pipeline", self.pipeline, 1)
-        object.__setattr__(self, "schedule", _found_schedule(self.schedule))
-        if self.microbatches is None and isinstance(self.schedule, Table):
-            object.__setattr__(self, "microbatches", self.schedule.microbatches)
-        if self.microbatches is None:
-            object.__setattr__(self, "microbatches", 1 if self.pipeline == 1 else 4 * self.pipeline)
-        _whole_number("microbatches", self.microbatches, 1)
+        self._normalise("schedule", _read_schedule(self.schedule))
+        if self.microbatches is not None:
+            _whole_number("microbatches", self.microbatches, 1)
         _one_of("recompute", self.recompute, RECOMPUTE_NAMES)
         _one_of("precision", self.precision, PRECISION_NAMES)
         if not isinstance(self.compile, bool):
             raise PlanError(f"Plan(compile={self.compile!r}): compile must be True or False.")
         if self.placement is not None:
-            object.__setattr__(self, "placement", self._checked_placement(self.placement))
+            self._normalise("placement", self._checked_placement(self.placement))
+        if self.data_strategy == "local_sgd" and self.sync_every is None:
+            self._normalise("sync_every", SYNC_EVERY)
         self._check_schedule()
         self._check_data_strategy()
+
+    def _normalise(self, field: str, value: Any) -> None:
+        """Replace an argument by what it stands for: a path by the file's table, a list by a tuple, None by a default
+        that depends on another field. (A frozen dataclass has no other way.)"""
+        object.__setattr__(self, field, value)
 
     def _check_data_strategy(self) -> None:
         _one_of("data_strategy", self.data_strategy, DATA_STRATEGY_NAMES)
         if self.data_strategy == "scatter":
             self._check_scatter()
         if self.data_strategy == "local_sgd":
-            if self.sync_every is None:
-                object.__setattr__(self, "sync_every", SYNC_EVERY)
             whole = isinstance(self.sync_every, int) and not isinstance(self.sync_every, bool) and self.sync_every > 0
             if not whole and self.sync_every != "epoch":
                 raise PlanError(
@@ -151,7 +144,7 @@ class Plan:
         if isinstance(self.schedule, str):
             check_placement(self.schedule, self.actor_of_stage)
             return
-        if isinstance(self.schedule, Table) and self.schedule.microbatches != self.microbatches:
+        if isinstance(self.schedule, Table) and self.schedule.microbatches != self.microbatch_count:
             raise PlanError(
                 f"Plan(microbatches={self.microbatches}): the schedule {self.schedule.name!r} has "
                 f"{self.schedule.microbatches} micro-batches; leave `microbatches` out, or set another schedule."
@@ -179,6 +172,48 @@ class Plan:
             )
         return actors
 
+    def __eq__(self, other: object) -> bool:
+        """Plans that mean the same are equal: `microbatches` may be given or left to its default."""
+        return isinstance(other, Plan) and self._meaning() == other._meaning()
+
+    def __hash__(self) -> int:
+        return hash(self._meaning())
+
+    def _meaning(self) -> tuple[Any, ...]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return tuple((values | {"microbatches": self.microbatch_count}).values())
+
+    @cached_property
+    def microbatch_count(self) -> int:
+        """The number of micro-batches of a replica's share of a batch, also where `microbatches` is None."""
+        if self.microbatches is not None:
+            return self.microbatches
+        if isinstance(self.schedule, Table):
+            return self.schedule.microbatches
+        return 1 if self.pipeline == 1 else 4 * self.pipeline
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """The most that each actor holds at any time. Raises ScheduleError where the schedule cannot be run, which
+        the schedules of raypar never do: this is the proof.
+
+        As if every stage used the one before it, which is at least as strict as the real model's graph.
+        """
+        return check(schedule_of(self), pairwise(range(len(self.actor_of_stage))))
+
+    @property
+    def world_size(self) -> int:
+        """The number of actors of all replicas."""
+        return self.data * self.pipeline
+
+    def rank_of(self, replica: int, actor: int) -> int:
+        """The number of an actor among those of all replicas, which are counted replica by replica."""
+        return replica * self.pipeline + actor
+
+    def place_of(self, rank: int) -> tuple[int, int]:
+        """(replica, actor) of a rank."""
+        return divmod(rank, self.pipeline)
+
     @property
     def actor_of_stage(self) -> tuple[int, ...]:
         """The actor of each stage, also where `placement` is None."""
@@ -192,7 +227,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them, the schedule by its name."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**fields, "schedule": self.schedule_name}
+        return {**fields, "microbatches": self.microbatch_count, "schedule": self.schedule_name}
 
     def stages_of(self, actor: int) -> list[int]:
         """The stages that an actor holds, in order."""
@@ -201,13 +236,13 @@ class Plan:
 
 def schedule_of(plan: Plan, microbatches: int | None = None) -> Schedule:
     """The schedule of a plan, for `microbatches` (None: the plan's own number of them)."""
-    count = plan.microbatches if microbatches is None else microbatches
+    count = plan.microbatch_count if microbatches is None else microbatches
     if isinstance(plan.schedule, str):
         return SCHEDULES[plan.schedule](plan.actor_of_stage, count)
     return own_schedule(cast(OwnSchedule, plan.schedule), plan.actor_of_stage, count)
 
 
-def _found_schedule(given: Any) -> str | OwnSchedule:
+def _read_schedule(given: Any) -> str | OwnSchedule:
     """A name or a function as it is; of a file, what it holds."""
     if isinstance(given, os.PathLike) or (isinstance(given, str) and given.lower().endswith(".csv")):
         return read_csv(given)
@@ -221,6 +256,7 @@ def _found_schedule(given: Any) -> str | OwnSchedule:
     return cast(str, given)
 
 
+@worded_arguments(ConfigError)
 @dataclass(frozen=True, kw_only=True)
 class Timeouts:
     """How long raypar waits before it calls something stuck. All in seconds.
@@ -236,12 +272,6 @@ class Timeouts:
     start: float = 900.0
     peer: float = 600.0
     stop: float = 10.0
-
-    def __new__(cls, *args: Any, **fields: Any) -> Self:
-        if args:
-            raise ConfigError(f"Timeouts takes keywords only: Timeouts(start={args[0]!r}).")
-        _check_fields(cls, fields, ConfigError)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -107,7 +107,7 @@ class MemoryWorld:
         self.plan = plan
         self.links: dict[tuple[int, int, int], Any] = defaultdict(self.make_link)
         self.stages = [MemorySum(plan.data) for _ in plan.actor_of_stage]
-        self.all = MemorySum(plan.data * plan.pipeline)
+        self.all = MemorySum(plan.world_size)
 
     def make_link(self) -> Any:
         return MemoryLink()
@@ -134,5 +134,5 @@ class MemoryTransport:
         return self.world.stages[stage].member(self.replica) if self.world.plan.data > 1 else None
 
     def everyone(self) -> _Member | None:
-        size = self.world.all.size
-        return self.world.all.member(self.replica * self.world.plan.pipeline + self.actor) if size > 1 else None
+        plan = self.world.plan
+        return self.world.all.member(plan.rank_of(self.replica, self.actor)) if plan.world_size > 1 else None

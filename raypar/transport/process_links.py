@@ -67,7 +67,7 @@ class ProcessCollective:
 
 
 class ProcessTransport:
-    """The connections of the stage actor `rank = replica * plan.pipeline + actor`.
+    """The connections of one stage actor, whose rank is `plan.rank_of(replica, actor)`.
 
     The default process group, of all stage actors, must be there (`join_world`). Groups are made for `pairs`, the
     ordered pairs of actors of a replica that exchange messages, and for each stage. All actors of all replicas call
@@ -89,24 +89,24 @@ class ProcessTransport:
 
         self._to: dict[int, ProcessLink] = {}
         self._from: dict[int, ProcessLink] = {}
-        for first in range(0, plan.data * plan.pipeline, plan.pipeline):
+        for other in range(plan.data):
             for source, target in sorted(set(pairs)):
-                ranks = [first + source, first + target]
+                ranks = [plan.rank_of(other, source), plan.rank_of(other, target)]
                 tensors = group(ranks, data)
                 headers = group(ranks, "gloo") if cuda else tensors
                 if tensors is not None and headers is not None:
                     peer = target if actor == source else source
                     links = self._to if actor == source else self._from
-                    links[peer] = ProcessLink(tensors, headers, sorted(ranks).index(first + peer))
+                    links[peer] = ProcessLink(tensors, headers, sorted(ranks).index(plan.rank_of(other, peer)))
         self._stages: dict[int, ProcessCollective] = {}
         for stage, holder in enumerate(plan.actor_of_stage if plan.data > 1 else ()):
-            ranks = [other * plan.pipeline + holder for other in range(plan.data)]
+            ranks = [plan.rank_of(other, holder) for other in range(plan.data)]
             members = group(ranks, data)
             if members is not None:
                 self._stages[stage] = ProcessCollective(members)
         # The commit has a group of its own: the default one stays for ever once somebody imports
         # torch.distributed.nn.functional (torch.optim does), which holds it as the default of its arguments.
-        all_ranks = list(range(plan.data * plan.pipeline))
+        all_ranks = list(range(plan.world_size))
         everyone = group(all_ranks, "gloo")
         self._everyone = ProcessCollective(everyone) if everyone is not None and everyone.size() > 1 else None
         self.saving = group(all_ranks, "gloo")  # checkpoints are written beside the steps, so not on the same group

@@ -78,7 +78,7 @@ def test_weights_change_only_after_every_backward_pass_of_every_replica(plan: Pl
     train_step(engines, 1, batch)
     commits = plan.data * plan.pipeline
     assert events == ["backward"] * (len(events) - commits) + ["commit"] * commits
-    assert len(events) - commits == plan.data * len(plan.actor_of_stage) * plan.microbatches
+    assert len(events) - commits == plan.data * len(plan.actor_of_stage) * plan.microbatch_count
 
 
 def test_the_learning_rate_is_unknown_to_an_actor_without_parameters() -> None:

@@ -409,6 +409,6 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_says_so(
     Path(second, "__0_0.distcp").write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
     run(loop, 1, storage, keep=1, say=said.append)
     assert steps == [1, 2, 2, 3]
-    assert said == [f"Going on from {first}"]
+    assert said == [f"Resuming from {first}"]
     assert f"{second}/__0_0.distcp is damaged" in caplog.text
     assert [Path(path).name for path in list_checkpoints(storage)] == ["checkpoint_00000003"]

@@ -83,7 +83,7 @@ def failing(fault: Fault, plan: Plan = SPLIT) -> Training:
 
 def splits(plan: Plan, stage: int) -> bool:
     """Whether backward passes of a stage are cut in two, all of them."""
-    return all((stage, number) in schedule_of(plan).split for number in range(plan.microbatches))
+    return all((stage, number) in schedule_of(plan).split for number in range(plan.microbatch_count))
 
 
 @pytest.mark.parametrize("what", ["backward_inputs", "backward_weights", "commit"])
@@ -200,7 +200,7 @@ def test_two_replicas_of_a_network_of_every_form_equal_the_plain_loop(
     spec = spec_of(Network, split, loss_fn=loss_fn, optimizer=adam, max_grad_norm=limit)
     engines = Engines(plan, spec, world, world.drive)
     needed = reference.train_on_microbatches(
-        Network, batches, adam, loss_fn, 2, plan.microbatches, limit or float("inf")
+        Network, batches, adam, loss_fn, 2, plan.microbatch_count, limit or float("inf")
     )
     losses = []
     for step, (batch, norm) in enumerate(zip(batches, needed.norms, strict=True), start=1):

@@ -258,7 +258,7 @@ def test_batch_norm_equals_a_plain_loop_over_the_microbatches_statistics_include
         total = 0.0
         for model, share in zip(models, reference.shares(*batch, plan.data), strict=True):
             model.zero_grad()
-            for part, labels in reference.microbatches_of(share, plan.microbatches):
+            for part, labels in reference.microbatches_of(share, plan.microbatch_count):
                 summed = F.cross_entropy(model(part), labels, reduction="sum")
                 summed.backward()
                 total += summed.item()

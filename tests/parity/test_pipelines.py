@@ -357,7 +357,7 @@ def test_a_schedule_from_a_csv_file_trains_as_any_other(tmp_path: Path):
     path = tmp_path / "mine.csv"
     path.write_text("\n".join(",".join(row) for row in own_schedule((0, 1, 0), MICROBATCHES)))
     plan = Plan(pipeline=2, placement=(0, 1, 0), schedule=str(path))
-    assert plan.microbatches == MICROBATCHES
+    assert plan.microbatch_count == MICROBATCHES
     case = CASES["uneven"]
     assert_same(train(case, plan), plain_loop(case, batches_of(case)))
 

@@ -182,7 +182,7 @@ def test_a_step_of_a_random_pipeline_is_that_of_the_plain_model(seed: int):
         spec = spec_of(build, split, loss_fn=F.mse_loss)
         engines = Engines(plan, spec, world, world.drive) if world is not None else Engines(plan, spec)
         results = engines.drive([engine.train_step(order_of(1, shares[engine.replica])) for engine in engines.all])
-        loss, needed = plain_step(build, shares, plan.microbatches)
+        loss, needed = plain_step(build, shares, plan.microbatch_count)
         assert results[0].loss == pytest.approx(loss, abs=1e-6), (seed, number, plan)
         for engine in engines.all:
             for name, tensor in engine.part.module.state_dict().items():

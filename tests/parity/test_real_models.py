@@ -164,7 +164,7 @@ def test_a_language_model_of_transformers_trains_as_a_plain_loop_does_with_batch
     split = language_split(build, plan.pipeline)
     assert split.example is not None
     engines, losses = trained(plan, spec_of(build, split, next_words), batches)
-    needed = plain_training(build, batches, plan.microbatches)
+    needed = plain_training(build, batches, plan.microbatch_count)
     assert_equal(engines, losses, needed)
 
     model = reference.seeded(build).eval()

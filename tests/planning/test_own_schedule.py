@@ -46,7 +46,7 @@ def words(schedule: Schedule) -> list[str]:
 def test_a_file_is_the_schedule_of_a_plan_and_says_how_many_micro_batches_there_are(tmp_path: Path):
     for path in (written(tmp_path, PLAIN), str(written(tmp_path, PLAIN))):
         plan = Plan(pipeline=2, schedule=path)
-        assert plan.microbatches == 2
+        assert plan.microbatch_count == 2
         assert words(schedule_of(plan)) == ["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"]
 
 

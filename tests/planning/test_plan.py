@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pickle
+import pydoc
 import re
 from typing import Any
 
@@ -14,19 +16,49 @@ from raypar.planning.schedules import SCHEDULES, gpipe, one_forward_one_backward
 
 def test_the_default_plan_is_one_process():
     plan = Plan()
-    assert (plan.data, plan.pipeline, plan.microbatches, plan.schedule, plan.placement) == (1, 1, 1, "1f1b", None)
+    assert (plan.data, plan.pipeline, plan.microbatch_count, plan.schedule, plan.placement) == (1, 1, 1, "1f1b", None)
     assert (plan.recompute, plan.precision, plan.compile) == ("never", "fp32", False)
 
 
 @pytest.mark.parametrize(("pipeline", "microbatches"), [(1, 1), (2, 8), (3, 12)])
-def test_microbatches_default_to_one_without_a_pipeline_and_to_four_a_stage_actor_with_one(
-    pipeline: int, microbatches: int
-):
-    assert Plan(pipeline=pipeline).microbatches == microbatches
+def test_microbatches_default_to_four_per_actor(pipeline: int, microbatches: int):
+    """To one without a pipeline; `microbatches` itself stays as it was given."""
+    plan = Plan(pipeline=pipeline)
+    assert (plan.microbatches, plan.microbatch_count) == (None, microbatches)
+    assert plan.as_dict()["microbatches"] == microbatches
+    same = Plan(pipeline=pipeline, microbatches=microbatches)
+    assert same == plan
+    assert hash(same) == hash(plan)
+    assert Plan(pipeline=pipeline, microbatches=microbatches + 1) != plan
 
 
-def test_microbatches_can_be_chosen_without_a_pipeline():
-    assert Plan(microbatches=4).microbatches == 4
+def test_microbatches_need_no_pipeline():
+    assert Plan(microbatches=4).microbatch_count == 4
+
+
+def test_a_replaced_field_brings_its_own_default():
+    assert dataclasses.replace(Plan(), pipeline=2) == Plan(pipeline=2)
+
+
+def test_ranks_count_replica_by_replica():
+    plan = Plan(data=2, pipeline=3)
+    ranks = [plan.rank_of(replica, actor) for replica in range(2) for actor in range(3)]
+    assert ranks == list(range(plan.world_size))
+    assert [plan.place_of(rank) for rank in ranks] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+def test_bounds_say_what_actors_keep():
+    assert Plan(pipeline=4).bounds.activations == (4, 3, 2, 1)
+    assert Plan(pipeline=2, schedule="gpipe", microbatches=5).bounds.activations == (5, 5)
+    assert Plan(pipeline=2, placement=(0, 1, 1, 0), schedule="zbv").bounds.activations == (4, 4)
+    assert pickle.loads(pickle.dumps(Plan(pipeline=4))).bounds == Plan(pipeline=4).bounds
+
+
+def test_the_arguments_are_shown():
+    for cls, last in ((Plan, "sync_every"), (Timeouts, "stop")):
+        fields = [field.name for field in dataclasses.fields(cls)]
+        assert list(inspect.signature(cls).parameters) == fields
+        assert f"{last}: '" in pydoc.render_doc(cls)
 
 
 def test_without_a_placement_each_stage_has_an_actor_of_its_own():
@@ -62,7 +94,7 @@ def test_a_number_cannot_be_left_open(field: str):
 
 
 def test_an_unknown_field_is_refused_with_the_near_name():
-    with pytest.raises(PlanError, match=r"Plan has no field 'pipelines': did you mean 'pipeline'"):
+    with pytest.raises(PlanError, match=r"Plan has no argument 'pipelines': did you mean 'pipeline'"):
         Plan(pipelines=2)  # type: ignore[call-arg]
 
 
@@ -212,12 +244,12 @@ def test_every_timeout_is_a_number_of_seconds_above_zero():
 
 
 def test_an_unknown_timeout_is_refused_with_the_near_name():
-    with pytest.raises(ConfigError, match=r"Timeouts has no field 'peers': did you mean 'peer'\?"):
+    with pytest.raises(ConfigError, match=r"Timeouts has no argument 'peers': did you mean 'peer'\?"):
         Timeouts(peers=3)  # type: ignore[call-arg]
 
 
 def test_timeouts_take_keywords_only():
-    with pytest.raises(ConfigError, match=r"Timeouts takes keywords only: Timeouts\(start=3\)"):
+    with pytest.raises(ConfigError, match=r"Timeouts takes keywords only: Timeouts\(start=3, …\)"):
         Timeouts(3)  # type: ignore[misc]
 
 

@@ -202,7 +202,9 @@ def engines_of(
 
 
 def plain(plan: Plan, build: Callable[[], nn.Module], optimizer: Any = adam, **more: Any) -> reference.Outcome:
-    return reference.train_on_microbatches(build, sentences(), optimizer, loss_fn, plan.data, plan.microbatches, **more)
+    return reference.train_on_microbatches(
+        build, sentences(), optimizer, loss_fn, plan.data, plan.microbatch_count, **more
+    )
 
 
 # ---------------------------------------------------------------- equal to the plain loop

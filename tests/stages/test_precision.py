@@ -283,7 +283,7 @@ def test_three_steps_equal_a_plain_loop_under_autocast(plan: Plan, precision: st
         optimizer.zero_grad()
         total = 0.0
         for share in reference.shares(images, labels, plan.data):
-            for x, y in reference.microbatches_of(share, plan.microbatches):
+            for x, y in reference.microbatches_of(share, plan.microbatch_count):
                 with torch.autocast("cpu", dtype):
                     summed = F.cross_entropy(plain(x), y) * len(y)
                 (summed * scale).backward()
