@@ -3,7 +3,26 @@
 from raypar import errors
 from raypar.checkpoint.weights import read_state_dict
 from raypar.engine.microbatch import shared
-from raypar.errors import RayparError
+from raypar.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InfeasiblePlanError,
+    ModelError,
+    NonFiniteError,
+    OtherFormatError,
+    PeerLostError,
+    PlanError,
+    RayparError,
+    RunError,
+    ScheduleError,
+    SplitError,
+    StageDiedError,
+    TimeoutExceededError,
+    UsageError,
+    UserCodeError,
+    WorkerDiedError,
+)
 from raypar.loop.batches import batches
 from raypar.loop.parallelize import parallelize
 from raypar.loop.replica import EvalOutput, Replica, StepOutput, report
@@ -17,15 +36,32 @@ from raypar.trainer import Trainer
 
 __all__ = [
     "Bubble",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
     "EvalOutput",
+    "InfeasiblePlanError",
+    "ModelError",
+    "NonFiniteError",
+    "OtherFormatError",
+    "PeerLostError",
     "Plan",
+    "PlanError",
     "RayparError",
     "Replica",
+    "RunError",
     "Schedule",
+    "ScheduleError",
+    "SplitError",
+    "StageDiedError",
     "StepOutput",
+    "TimeoutExceededError",
     "Timeouts",
     "Trainer",
+    "UsageError",
+    "UserCodeError",
     "Wired",
+    "WorkerDiedError",
     "batches",
     "epochs",
     "errors",
@@ -36,3 +72,7 @@ __all__ = [
     "shared",
     "simulate",
 ]
+
+for _name in __all__:  # so that tracebacks, help() and pickles say raypar.PlanError, whatever module it stands in
+    if _name != "errors":
+        globals()[_name].__module__ = __name__

@@ -21,7 +21,8 @@
 
 Each message says what was found, what was needed and which setting to change. Each error survives
 pickling with its attributes, since most of them cross a process border before a person reads them.
-`retryable` says whether running again from the last checkpoint can help.
+`retryable` says whether running again from the last checkpoint can help. All are attributes of `raypar`, and tracebacks
+name them so: raypar.PlanError.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pickle
 import re
+import traceback
 
 import pytest
 
+import raypar
 from raypar import errors
 from raypar.errors import NonFiniteError, RayparError, RunError, near_names
 
@@ -13,7 +15,7 @@ def subclasses(cls: type[RayparError]) -> list[type[RayparError]]:
     return [cls, *(deeper for child in cls.__subclasses__() for deeper in subclasses(child))]
 
 
-ALL = [cls for cls in subclasses(RayparError) if cls.__module__ == errors.__name__]
+ALL = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, RayparError)]
 
 each_error = pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
 
@@ -54,6 +56,21 @@ def test_an_error_survives_pickling_with_its_message_and_attributes(cls: type[Ra
 def test_an_error_says_what_it_means_in_its_docstring(cls: type[RayparError]):
     assert (cls.__doc__ or "").strip().endswith((".", "one."))
     assert "__doc__" in cls.__dict__
+
+
+@each_error
+def test_an_error_is_a_name_of_raypar(cls: type[RayparError]):
+    assert getattr(raypar, cls.__name__) is cls
+    assert cls.__name__ in raypar.__all__
+    assert traceback.format_exception_only(cls("found 1")) == [f"raypar.{cls.__name__}: found 1\n"]
+    assert f"craypar\n{cls.__name__}\n".encode() in pickle.dumps(cls("found 1"), protocol=0)
+
+
+@pytest.mark.parametrize("name", sorted(set(raypar.__all__) - {"errors"}))
+def test_public_names_are_raypar_s(name: str):
+    public = getattr(raypar, name)
+    assert public.__module__ == "raypar"
+    assert pickle.loads(pickle.dumps(public)) is public
 
 
 @each_error
