@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -24,7 +24,7 @@ from raypar.errors import RayparError, RunError, StageDiedError, TimeoutExceeded
 from raypar.observe.actor_info import ActorInfo
 from raypar.observe.timeline import Event
 from raypar.planning.plan import Plan, Timeouts
-from raypar.workers.ray_errors import death, unwrapped
+from raypar.workers.ray_errors import actor_name, death, stage_died, unwrapped
 
 # Ray asks a machine every 3 s for a sign of life, and gives it up after five times without one. The machine of a
 # process that has died tells at once.
@@ -120,7 +120,8 @@ class Fleet:
             return ray.get(calls, timeout=max(self._deadline - time.monotonic(), 0.1))
         except GetTimeoutError:
             _, waiting = ray.wait(calls, num_returns=len(calls), timeout=0)
-            silent = ", ".join(_actor_name(self._plan, self.infos, calls.index(call)) for call in waiting)
+            infos = self._infos_by_rank()
+            silent = "; ".join(actor_name(self._plan, calls.index(call), infos) for call in waiting)
             raise TimeoutExceededError(
                 f"No answer to `{method}` from {silent} within {self._timeouts.start:g} s. A slow start (a runtime "
                 "environment that is being installed, an image that is being loaded) needs a larger "
@@ -166,7 +167,10 @@ class Fleet:
                         ray.get(call)
                     except RayActorError as error:
                         dead[calls.index(call)] = error
-        return stage_died(self._plan, self.infos, dead) if dead else None
+        return stage_died(self._plan, dead, self._infos_by_rank()) if dead else None
+
+    def _infos_by_rank(self) -> dict[int, ActorInfo]:
+        return dict(enumerate(info for of_replica in self.infos for info in of_replica))
 
     def recorded(self) -> list[Event]:
         """What the actors that answer within Timeouts(stop=…) did in the last steps of a traced run."""
@@ -194,33 +198,6 @@ class Fleet:
             with contextlib.suppress(Exception):
                 remove_placement_group(self._group)
             self._group = None
-
-
-def stage_died(plan: Plan, infos: Sequence[Sequence[ActorInfo]], dead: Mapping[int, RayActorError]) -> StageDiedError:
-    """The error for actors that are dead, by rank; `infos` is empty where they have not described themselves."""
-    # A reclaimed machine explains the others' deaths, not the other way round.
-    first = min(dead, key=lambda rank: (not dead[rank].preempted, rank))
-    replica, actor = plan.place_of(first)
-    preempted = bool(dead[first].preempted)
-    died = "was lost with its machine, which was reclaimed" if preempted else "died"
-    others = [_actor_name(plan, infos, rank) for rank in sorted(dead) if rank != first]
-    also = f" Also dead: {'; '.join(others)}." if others else ""
-    return StageDiedError(
-        f"The {_actor_name(plan, infos, first).removeprefix('the ')} {died}: {death(dead[first])}{also}",
-        replica=replica,
-        stage=plan.stages_of(actor)[0],
-        stages=plan.stages_of(actor),
-        actor=actor,
-        preempted=preempted,
-    )
-
-
-def _actor_name(plan: Plan, infos: Sequence[Sequence[ActorInfo]], rank: int) -> str:
-    replica, actor = plan.place_of(rank)
-    stages = plan.stages_of(actor)
-    held = f"stage {stages[0]}" if len(stages) == 1 else f"stages {', '.join(map(str, stages))}"
-    where = f", pid {infos[replica][actor].pid} on {infos[replica][actor].node_ip}" if infos else ""
-    return f"the actor of {held} of replica {replica} (actor {actor}{where})"
 
 
 def _actor_options(resources: Mapping[str, float]) -> dict[str, Any]:

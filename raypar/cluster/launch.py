@@ -38,12 +38,13 @@ from raypar.cluster.board import Rows, Watch
 from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import Needs, check_feasible, is_feasible_now, needs_of, reserve
 from raypar.cluster.shipping import check_room, send_script_modules
-from raypar.errors import CheckpointError, ConfigError, RayparError, UserCodeError
+from raypar.errors import CheckpointError, ConfigError, RayparError
 from raypar.loop.session import RunSpec
 from raypar.observe.progress import ProgressDisplay, schedule_text
 from raypar.observe.timeline import write_timeline
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
+from raypar.workers.ray_errors import first_cause
 from raypar.workers.stage_actor import StageActor
 from raypar.workers.train_worker import Job, train_worker
 
@@ -193,25 +194,21 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
     except RayparError:
         raise
     except Exception as error:
-        found = failures.root_cause(error, None, run.timeouts.start)
+        cause = failures.root_cause(error, run.timeouts.start)
         if fleet is not None:
             # A silent actor may only be busy; it is worth the wait where its death may be the cause.
-            autopsy = fleet.autopsy(1.0) if _explains_itself(found) else fleet.autopsy()
-            found = failures.root_cause(error, autopsy, run.timeouts.start)
+            dead = fleet.autopsy(1.0) if failures.explains_itself(cause) else fleet.autopsy()
+            cause = cause if dead is None else first_cause([cause, dead])
             if run.trace:
                 with contextlib.suppress(CheckpointError):  # the other error counts
                     write_timeline(run.storage, run.plan, fleet.recorded(), in_turns=False)
-        raise found from found.__cause__
+        raise cause from cause.__cause__
     finally:
         with uninterrupted():
             if trainer is not None:
                 trainer.stop(run.timeouts.stop)
             if fleet is not None:
                 fleet.stop()
-
-
-def _explains_itself(error: RayparError) -> bool:
-    return not error.retryable or isinstance(error, UserCodeError)
 
 
 def _scaling_of_workers(run: Run, needs: Needs, fleet: Fleet | None) -> ScalingConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,26 @@ def user_code(place: Place, what: str) -> Iterator[None]:
     except Exception as error:
         if is_of_connection(error):  # DDP reduces within the backward pass
             raise failed_wait(place, what, error) from error
-        trace = "".join(traceback.format_exception(error))
-        raise UserCodeError(
-            f"{place}: {what} raised {type(error).__name__}: {error}\n{trace}", replica=place.replica, stage=place.stage
-        ) from error
+        raise user_code_error(place, what, error) from error
+
+
+def user_code_error(place: Place, what: str, error: BaseException) -> UserCodeError:
+    """The error for an exception of the user's code, with its traceback as text: both survive a process border, where
+    `__cause__` is lost. `original` is the exception itself if it can be pickled."""
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    wrapped = UserCodeError(
+        f"{place}: {what} raised {type(error).__name__}: {error}\n{trace}",
+        replica=place.replica,
+        stage=place.stage,
+        original=_if_it_pickles(error),
+    )
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _if_it_pickles(error: BaseException) -> BaseException | None:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # a class whose __init__ takes other arguments, a lock inside, …: its text is in the message
+        return None
+    return error

@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from raypar.checkpoint.saver import SaveRequest
 from raypar.engine import microbatch
 from raypar.engine.step import StepRequest, StepResult
-from raypar.errors import PeerLostError, RayparError, RunError, StageDiedError, TimeoutExceededError
+from raypar.errors import RayparError, RunError, TimeoutExceededError
 from raypar.loop.actors import check_something_is_stepped, merge_models, with_lr
 from raypar.observe.actor_info import ActorInfo
 from raypar.observe.bubble import Timing
@@ -24,7 +24,7 @@ from raypar.planning.plan import Plan, Timeouts
 from raypar.splitting.model import ModelSpec
 from raypar.storage import Storage
 from raypar.tree import Tree
-from raypar.workers.ray_errors import death, unwrapped
+from raypar.workers.ray_errors import first_cause, stage_died, unwrapped
 from raypar.workers.stage_actor import Built
 
 CPU = torch.device("cpu")
@@ -48,6 +48,7 @@ class RemoteActors:
         restored: str | None,
     ) -> None:
         self.handles, self.plan, self.replica, self.timeouts = handles, plan, replica, timeouts
+        self._infos: list[ActorInfo] = []
         spec_once = ray.put(spec)
         built: list[Built] = self._call("build", spec_once, storage, restored, limit="start")
         check_something_is_stepped(answer.steps for answer in built)
@@ -146,7 +147,7 @@ class RemoteActors:
             errors = [
                 error for error in (self._error_of(calls.index(call), call) for call in done) if error is not None
             ]
-            raise min(errors, key=_depth) from None
+            raise first_cause(errors) from None
         raise self._silence(calls, "a step that others have ended", "peer")
 
     def _answers_to_step(self, calls: list[Any]) -> list[Any] | None:
@@ -168,21 +169,10 @@ class RemoteActors:
         try:
             ray.get(call)
         except RayActorError as error:
-            stages = self.plan.stages_of(actor)
-            return StageDiedError(
-                f"the actor of replica {self.replica}, stage {', '.join(map(str, stages))} died: {death(error)}",
-                replica=self.replica,
-                stage=stages[0],
-                preempted=bool(error.preempted),
-            )
+            first_rank = self.plan.rank_of(self.replica, 0)
+            infos = dict(enumerate(self._infos, start=first_rank))
+            return stage_died(self.plan, {first_rank + actor: error}, infos)
         except RayTaskError as error:
             cause = unwrapped(error)
             return cause if isinstance(cause, RayparError) else RunError(str(error), replica=self.replica)
         return None
-
-
-def _depth(error: RayparError) -> int:
-    """How far an error is from the root: a lost peer follows from something else, a limit may."""
-    return next(
-        (depth for depth, kind in ((2, PeerLostError), (1, TimeoutExceededError)) if isinstance(error, kind)), 0
-    )

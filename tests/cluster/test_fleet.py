@@ -18,7 +18,7 @@ from raypar.planning.plan import Plan, Timeouts
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-TIMEOUTS = Timeouts(start=30, peer=10, stop=2)
+TIMEOUTS = Timeouts(start=100, peer=10, stop=2)
 
 
 class FakeStage:
@@ -65,7 +65,7 @@ def test_a_fleet_is_placed_connected_examined_and_stopped() -> None:
         found = fleet.autopsy()
         assert isinstance(found, StageDiedError)
         assert (found.replica, found.stage, found.preempted) == (1, 0, False)
-        assert "stages 0, 2 of replica 1" in str(found)
+        assert "replica 1, stages 0, 2" in str(found)
         assert f"pid {fleet.infos[1][0]['pid']}" in str(found)
     finally:
         fleet.stop()
@@ -91,7 +91,7 @@ class NeverConnects(FakeStage):
 
 
 def test_an_actor_that_dies_while_it_starts() -> None:
-    with pytest.raises(RunError, match="stage 1 of replica 0"):
+    with pytest.raises(RunError, match="replica 0, stage 1"):
         start(DiesAtStart, pipeline=2)
 
 
@@ -101,8 +101,8 @@ def test_an_error_of_an_actor_is_raised_as_it_is() -> None:
 
 
 def test_an_actor_that_does_not_answer() -> None:
-    with pytest.raises(TimeoutExceededError, match=r"`connect` from the actor of stage 1 of replica 0.*start="):
-        start(NeverConnects, Timeouts(start=15, stop=1), pipeline=2)  # in which a busy machine starts them
+    with pytest.raises(TimeoutExceededError, match=r"No answer to `\w+` from .*replica 0, stage 1 .*start="):
+        start(NeverConnects, Timeouts(start=15, stop=1), pipeline=2)
 
 
 def test_waiting_for_what_others_hold_has_an_end() -> None:

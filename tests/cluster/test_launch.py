@@ -80,7 +80,7 @@ def fit(rows: Path, folder: Path, failures: int = 0, plan: dict[str, Any] | None
 @pytest.mark.usefixtures("nothing_left")
 class TestFailures:
     def test_an_exception_in_the_train_loop(self, rows: Path, tmp_path: Path) -> None:
-        with pytest.raises(UserCodeError, match="ValueError in the train loop of replica 1: no such label") as caught:
+        with pytest.raises(UserCodeError, match="replica 1: the train loop raised ValueError: no such label") as caught:
             fit(rows, tmp_path, plan={"data": 2}, victim="user code", rank=1)
         assert caught.value.replica == 1
         assert isinstance(caught.value.__cause__, ValueError)
@@ -100,7 +100,7 @@ class TestFailures:
         # other was not yet written, and the rows of both attempts are there once.
         assert list(result.metrics_dataframe["epoch"]) == [0, 1, 2]
         assert list(result.metrics_dataframe["step"]) == [4, 8, 12]
-        assert "Attempt 1 failed: The actor of stage" in caplog.text
+        assert "Attempt 1 failed: replica 0, stage" in caplog.text
         assert re.search(r"from .*/checkpoint_0000000[48]\.", caplog.text)
 
     def test_a_plan_that_the_cluster_cannot_hold(self, rows: Path, tmp_path: Path) -> None:

@@ -109,6 +109,6 @@ def test_a_stage_that_dies_in_the_midst_of_a_step_is_named(tmp_path: Path) -> No
     found = fails(tmp_path, signal.SIGKILL)
     assert isinstance(found, StageDiedError)
     assert (found.replica, found.stage) == (0, 1)
-    assert str(found).startswith("The actor of stages 1, 2 of replica 0")
+    assert str(found).startswith("replica 0, stages 1, 2 (actor 1, pid ")
     assert_timeline_of_the_living_one(tmp_path)
     assert_none_is_left(tmp_path)
