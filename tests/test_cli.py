@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "read"), [("w.safetensors", load_file), ("w.pt", torch.load)])
-def test_the_weights_are_exported_as_a_plain_file(run: Path, tmp_path: Path, name: str, read: object):
+def test_the_weights_become_a_plain_file(run: Path, tmp_path: Path, name: str, read: object):
     assert main(["export", str(run / "checkpoint_00000003"), str(tmp_path / name)]) == 0
     found = read(tmp_path / name)  # type: ignore[operator]
     assert {key: value.tolist() for key, value in found.items()} == {
@@ -34,7 +34,7 @@ def test_the_weights_are_exported_as_a_plain_file(run: Path, tmp_path: Path, nam
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits", name]
 
 
-def test_of_a_runs_folder_the_newest_checkpoint_is_taken(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_of_a_run_the_newest_checkpoint_is_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["export", str(run), str(tmp_path / "w.pt")]) == 0
     assert torch.load(tmp_path / "w.pt")["fc.weight"][0, 0] == 12.0
     assert f"2 tensors, 24 B, from {run}/checkpoint_00000012" in capsys.readouterr().out
@@ -46,12 +46,12 @@ def test_a_checkpoint_may_bear_any_name(run: Path, tmp_path: Path):
     assert torch.load(tmp_path / "w.pt")["fc.weight"][0, 0] == 3.0
 
 
-def test_a_checkpoint_is_described_for_people(run: Path, capsys: pytest.CaptureFixture[str]):
+def test_inspect_shows_what_a_checkpoint_contains(run: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["inspect", str(run)]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert lines[0] == f"{run}/checkpoint_00000012"
-    assert lines[1] == "step 12; goes on in epoch 2 behind 4 batches of 'train'"
+    assert lines[1] == "step 12; continues in epoch 2 after 4 batches of 'train'"
     assert lines[2] == "written by Plan(data=2, pipeline=2)"
     assert lines[3].startswith("2 files, ")
     assert lines[4] == "metrics: step 12, loss 0.25"
@@ -61,18 +61,18 @@ def test_a_checkpoint_is_described_for_people(run: Path, capsys: pytest.CaptureF
     assert ["fc", "6", "float32", "24 B", "16 B"] in rows
 
 
-def test_each_tensor_is_listed_where_that_is_asked_for(run: Path, capsys: pytest.CaptureFixture[str]):
+def test_inspect_lists_each_tensor_if_asked(run: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["inspect", str(run), "--tensors"]) == 0
     assert "│ fc.weight │ 2 × 2 │ float32 │ 16 B │" in capsys.readouterr().out
 
 
-def test_what_is_wrong_is_told_in_a_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_mistake_is_told_in_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["export", str(run), str(tmp_path / "w.onnx")]) == 1
     assert "UsageError: raypar export: found" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     for name in ("nowhere", "empty"):
         assert main(["inspect", str(tmp_path / name)]) == 1
-        assert f"{name} is no whole checkpoint, and holds none; needed: a checkpoint, or" in capsys.readouterr().err
+        assert f"{name} is not a complete checkpoint and contains none; needed: a" in capsys.readouterr().err
     assert main(["export", str(run), str(tmp_path / "no" / "folder.pt")]) == 1
     assert "folder.pt could not be written" in capsys.readouterr().err
 
