@@ -66,7 +66,7 @@ def test_a_fleet_is_placed_connected_examined_and_stopped() -> None:
         assert isinstance(found, StageDiedError)
         assert (found.replica, found.stage, found.preempted) == (1, 0, False)
         assert "replica 1, stages 0, 2" in str(found)
-        assert f"pid {fleet.infos[1][0]['pid']}" in str(found)
+        assert f"pid {fleet.infos[1][0].pid}" in str(found)
     finally:
         fleet.stop()
         fleet.stop()
