@@ -104,7 +104,6 @@ __all__ = [
 ]
 
 
-
 def _as_own(name: str, value: Any) -> Any:
     """Let tracebacks, help() and pickles say raypar.PlanError, whatever module it stands in."""
     value.__module__ = __name__

@@ -48,6 +48,7 @@ def test_mypy_sees_the_same_table() -> None:
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     assert {alias.name: node.module for node in imports for alias in node.names} == raypar._MODULE_OF
+    assert set(raypar._MODULE_OF) < set(raypar.__all__)
 
 
 def test_a_misspelt_name_is_refused() -> None:
