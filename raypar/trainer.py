@@ -1,4 +1,4 @@
-"""The driver's side of raypar: what to train, how it is spread, and where the results go."""
+"""The driver's side of raypar: what to train, how it is spread over processes, and where the results go."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ from ray.train.v2.api.config import RunConfig
 from ray.train.v2.api.result import Result
 
 from raypar.checkpoint.manifest import newest_checkpoint
-from raypar.cluster.launch import Run, run_on_ray
 from raypar.cluster.placement import check_resources_per_stage, check_scaling
 from raypar.cluster.shipping import for_workers, of_ray_data
 from raypar.data.sources import check_datasets
 from raypar.errors import ConfigError, DataError, worded_arguments
-from raypar.loop.local import run_local
-from raypar.loop.session import RunSpec
-from raypar.observe.progress import ProgressDisplay
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage, absolute
 
@@ -33,30 +29,31 @@ from raypar.storage import Storage, absolute
 class Trainer:
     """Trains as Ray Train's TorchTrainer does, spread over processes as `plan` says.
 
-    train_loop:          called in each train worker (one a replica), with `train_loop_config` or nothing.
+    train_loop:          called in each train worker (one per replica), with `train_loop_config` or nothing.
     plan:                how many replicas, how many stages, which schedule.
     train_loop_config:   a dict for the loop. Default: none.
     datasets:            name to Parquet file or folder, local or a URI; to a torch.utils.data.Dataset; to a function
                          that returns an iterable of samples; or to a ray.data.Dataset, which needs CPUs that the
-                         plan leaves free. Read with `raypar.batches(name, …)`, which says more of each.
+                         plan leaves free. Read with `raypar.batches(name, …)`, whose docstring says more of each.
     run_config:          ray.train.RunConfig. The same name and storage path as an earlier run resume it. Without a
-                         name each `fit()` is a run of its own: it gets a new name and resumes nothing.
+                         name each `fit()` is a separate run: it gets a new name and resumes nothing.
                          `failure_config` says how often a failed run restarts by itself (default: not at all,
                          but always after a reclaimed machine).
     scaling_config:      ray.train.ScalingConfig; `num_workers` is the plan's `data` and may be left out. Without
-                         a pipeline `use_gpu` decides where the model is; default: on GPUs where there are any.
+                         a pipeline `use_gpu` decides where the model is; default: on GPUs if the cluster has any.
     torch_config:        ray.train.torch.TorchConfig. Default: NCCL for workers on GPUs, else Gloo.
-    resources_per_stage: what a stage actor asks for. Default: {"CPU": 1, "GPU": 1} where the cluster has GPUs or
-                         can scale to some, else {"CPU": 1}.
-    timeouts:            raypar.Timeouts. Default: minutes, see there.
-    trace:               True records what each actor does when, and writes the last steps to the run's folder when all
-                         loops have returned, or the run has failed: timeline.json, which ui.perfetto.dev and
-                         chrome://tracing open, and timeline.svg, a chart of one step with the schedule's ideal under
-                         it. Default: False.
-    local:               True runs everything in this process, without Ray, repeatable, for debugging.
+    resources_per_stage: what each stage actor requests. Default: {"CPU": 1, "GPU": 1} if the cluster has GPUs or can
+                         scale to some, else {"CPU": 1}.
+    timeouts:            raypar.Timeouts; its defaults are minutes.
+    trace:               True records what each actor does when, and writes the last steps to the run's folder once all
+                         loops have returned or the run has failed: timeline.json, for ui.perfetto.dev and
+                         chrome://tracing, and timeline.svg, a chart of one step above the schedule's ideal.
+                         Default: False.
+    local:               True runs everything in this process, without Ray and reproducibly, for debugging.
+                         Default: False.
 
-    Raises ConfigError (or PlanError, DataError, InfeasiblePlanError below it) before a process starts, for what
-    cannot work.
+    Raises ConfigError (or its subclasses PlanError, DataError, InfeasiblePlanError) for what cannot work, before a
+    process starts.
     """
 
     def __init__(
@@ -74,62 +71,58 @@ class Trainer:
         trace: bool = False,
         local: bool = False,
     ) -> None:
-        _check_type("plan", plan, Plan, "raypar.Plan(data=…, pipeline=…)")
+        for name, value, kind, needed in (
+            ("plan", plan, Plan, "raypar.Plan(data=…, pipeline=…)"),
+            ("train_loop_config", train_loop_config, dict | None, "a dict"),
+            ("datasets", datasets, Mapping | None, "a dict of names to data sets"),
+            ("run_config", run_config, ray.train.RunConfig | None, "a ray.train.RunConfig"),
+            ("scaling_config", scaling_config, ray.train.ScalingConfig | None, "a ray.train.ScalingConfig"),
+            ("torch_config", torch_config, TorchConfig | None, "a ray.train.torch.TorchConfig"),
+            ("timeouts", timeouts, Timeouts | None, "a raypar.Timeouts(start=…, peer=…, stop=…)"),
+            ("trace", trace, bool, "True or False"),
+            ("local", local, bool, "True or False"),
+        ):
+            if not isinstance(value, kind):
+                raise ConfigError(f"Trainer({name}={value!r}): needed {needed}, found {_a(value)}.")
         _check_train_loop(train_loop)
-        if train_loop_config is not None:
-            _check_type("train_loop_config", train_loop_config, dict, "a dict")
-        if datasets is not None:
-            _check_type("datasets", datasets, Mapping, "a dict of names to data sets")
-        if run_config is not None:
-            _check_type("run_config", run_config, ray.train.RunConfig, "a ray.train.RunConfig")
-        if scaling_config is not None:
-            _check_type("scaling_config", scaling_config, ray.train.ScalingConfig, "a ray.train.ScalingConfig")
-        if torch_config is not None:
-            _check_type("torch_config", torch_config, TorchConfig, "a ray.train.torch.TorchConfig")
-        if timeouts is not None:
-            _check_type("timeouts", timeouts, Timeouts, "a raypar.Timeouts(start=…, peer=…, stop=…)")
-        _check_type("trace", trace, bool, "True or False")
         # Type checkers see the classes of Ray Train's first version under these public names.
-        given_run: Any = run_config
-        given_scaling: Any = scaling_config
-        check_scaling(plan, given_scaling)
+        scaling: Any = scaling_config
+        config: Any = run_config
+        check_scaling(plan, scaling)
         check_resources_per_stage(resources_per_stage)
         self.bounds = plan.bounds  # proves that the schedule ends
-        self.train_loop = train_loop
-        self.plan = plan
-        self.train_loop_config = train_loop_config
+        self.train_loop, self.plan, self.train_loop_config = train_loop, plan, train_loop_config
         self.datasets = {name: absolute(path) for name, path in (datasets or {}).items()}
-        self.run_config: RunConfig = given_run or RunConfig()
-        if self.run_config.storage_filesystem is None:
-            storage_path = absolute(self.run_config.storage_path)
-            self.run_config = dataclasses.replace(self.run_config, storage_path=storage_path)
-        self.scaling_config = given_scaling
-        self.torch_config = torch_config
-        self.resources_per_stage = resources_per_stage
+        self.run_config = _with_absolute_path(config or RunConfig())
+        self.scaling_config, self.torch_config, self.resources_per_stage = scaling, torch_config, resources_per_stage
         self.timeouts = timeouts or Timeouts()
-        self.trace = trace
-        self.local = local
+        self.trace, self.local = trace, local
 
     def fit(self) -> ray.train.Result:
         """Trains, and returns what Ray Train returns.
 
-        `metrics` is the last row that was reported, `metrics_dataframe` all rows, those before a resume too;
-        `checkpoint` is the newest one, `path` the folder of the run.
+        `metrics` is the last reported row, `metrics_dataframe` all rows, those before a resume too; `checkpoint` is the
+        newest one, `path` the folder of the run.
 
-        Raises the RayparError that the run failed with, and KeyboardInterrupt after Ctrl-C; in each case no
-        process of the run is left.
+        Raises the RayparError that the run failed with, or KeyboardInterrupt after Ctrl-C; in each case no process of
+        the run is left.
         """
-        of_ray = of_ray_data(self.datasets)
-        check_datasets({name: given for name, given in self.datasets.items() if name not in of_ray})
-        if of_ray and self.local:
+        sharded = of_ray_data(self.datasets)
+        check_datasets({name: dataset for name, dataset in self.datasets.items() if name not in sharded})
+        if sharded and self.local:
             raise DataError(
-                f"datasets[{next(iter(of_ray))!r}]: found a ray.data.Dataset and local=True, which goes without Ray; "
+                f"datasets[{next(iter(sharded))!r}]: found a ray.data.Dataset and local=True, which runs without Ray; "
                 "needed Parquet, a torch.utils.data.Dataset, or a function that returns an iterable of samples"
             )
         config = _with_own_name(self.run_config)
         return self._fit_locally(config) if self.local else self._fit_on_ray(config)
 
+    # Both import what trains only now: the engine and torch.distributed.checkpoint take longer to import than all else,
+    # and a script that is told of a mistake in its Trainer, or only prints a plan, need not wait for them.
+
     def _fit_on_ray(self, config: RunConfig) -> Result:
+        from raypar.cluster.launch import Run, run_on_ray
+
         return run_on_ray(
             Run(
                 train_loop=_bound(self.train_loop, self.train_loop_config),
@@ -147,6 +140,10 @@ class Trainer:
         )
 
     def _fit_locally(self, config: RunConfig) -> Result:
+        from raypar.loop.local import run_local
+        from raypar.loop.session import RunSpec
+        from raypar.observe.progress import ProgressDisplay
+
         storage = _storage(config)
         checkpoints = config.checkpoint_config
         with ProgressDisplay() as display:
@@ -175,23 +172,24 @@ class Trainer:
 
 
 def _with_own_name(config: RunConfig) -> RunConfig:
-    """The config of one `fit()`. Where no name was given RunConfig has filled in one with the time in seconds, which
-    the next run of the same script may get as well: it would resume this one."""
+    """The config of one `fit()`. If the user gave no name, RunConfig has filled in the time in seconds, which the next
+    run of the same script may get as well and would then resume this one."""
     assert config.name is not None  # RunConfig fills in its defaults
     if re.fullmatch(r"ray_train_run-\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", config.name) is None:
         return config
     return dataclasses.replace(config, name=f"{config.name}-{uuid.uuid4().hex[:8]}")
 
 
+def _with_absolute_path(config: RunConfig) -> RunConfig:
+    if config.storage_filesystem is not None:  # the path is one of that file system
+        return config
+    return dataclasses.replace(config, storage_path=absolute(config.storage_path))
+
+
 def _storage(config: RunConfig) -> Storage:
     assert config.storage_path is not None  # RunConfig fills in its defaults
     assert config.name is not None
     return Storage.open(config.storage_path, config.name, config.storage_filesystem)
-
-
-def _check_type(name: str, value: Any, kind: type, needed: str) -> None:
-    if not isinstance(value, kind):
-        raise ConfigError(f"Trainer({name}={value!r}): needed {needed}, found {_a(value)}.")
 
 
 def _a(value: Any) -> str:
@@ -215,11 +213,11 @@ def _check_train_loop(train_loop: Any) -> None:
 def _required_parameters(function: Callable[..., Any]) -> int:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
-    return sum(each.default is each.empty and each.kind in kinds for each in parameters)
+    return sum(parameter.default is parameter.empty and parameter.kind in kinds for parameter in parameters)
 
 
 def _bound(train_loop: Callable[..., Any], config: dict[str, Any] | None) -> Callable[[], Any]:
-    """The train loop without arguments. As in Ray Train: it is given the config exactly if it must be given one."""
+    """The train loop without arguments. As in Ray Train, it gets the config if it has a parameter without a default."""
     if _required_parameters(train_loop) == 0:
         return train_loop
     return functools.partial(train_loop, config if config is not None else {})

@@ -13,11 +13,12 @@ import pytest
 import raypar
 
 HEAVY = ("torch", "ray", "numpy", "pandas", "pyarrow", "rich")
+WHAT_TRAINS = ("torch.distributed.checkpoint", "torch.distributed.tensor", "sympy", "raypar.engine", "raypar.loop")
 
 
-def heavy_modules_after(code: str) -> list[str]:
-    """Which heavy packages a fresh interpreter has imported after some code."""
-    script = f"{code}\nimport sys; print([name for name in {HEAVY} if name in sys.modules])"
+def modules_after(code: str, names: tuple[str, ...]) -> list[str]:
+    """Which of some modules a fresh interpreter has imported after some code."""
+    script = f"{code}\nimport sys; print([name for name in {names} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     modules: list[str] = ast.literal_eval(answer.splitlines()[-1])
     return modules
@@ -33,7 +34,12 @@ def heavy_modules_after(code: str) -> list[str]:
     ids=["import", "plan", "help"],
 )
 def test_what_is_light_imports_nothing_heavy(code: str) -> None:
-    assert heavy_modules_after(code) == []
+    assert modules_after(code, HEAVY) == []
+
+
+def test_a_trainer_is_made_before_what_trains_is_imported() -> None:
+    code = "import raypar; raypar.Trainer(print, plan=raypar.Plan(data=2, pipeline=2))"
+    assert modules_after(code, WHAT_TRAINS) == []
 
 
 @pytest.mark.parametrize("name", raypar.__all__)

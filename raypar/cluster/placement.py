@@ -113,8 +113,8 @@ def needs_of(
     *,
     gpus: bool,
 ) -> Needs:
-    """What the plan needs on a cluster with or without GPUs, where the user does not say it."""
-    check_scaling(plan, scaling)
+    """What the plan needs on a cluster with or without GPUs, where the user does not say it; `scaling` has passed
+    `check_scaling`."""
     use_gpu = scaling.use_gpu if scaling is not None else gpus
     if plan.pipeline == 1:
         default = {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}

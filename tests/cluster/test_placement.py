@@ -12,6 +12,7 @@ from raypar.cluster.placement import (
     arrange,
     check_feasible,
     check_resources_per_stage,
+    check_scaling,
     is_feasible_now,
     needs_of,
     pins_of_workers,
@@ -66,7 +67,7 @@ class TestNeeds:
         self, scaling: dict[str, object], words: str
     ) -> None:
         with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
-            needs_of(Plan(data=2, pipeline=2), ray.train.ScalingConfig(**scaling), gpus=True)
+            check_scaling(Plan(data=2, pipeline=2), ray.train.ScalingConfig(**scaling))  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("resources", [{}, {"CPU": 0}, {"CPU": -1}, {"CPU": "1"}, {"CPU": True}, ["CPU"]])
     def test_resources_that_ray_cannot_reserve_are_refused(self, resources: object) -> None:
