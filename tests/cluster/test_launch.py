@@ -109,13 +109,14 @@ class TestFailures:
 
 
 DRIVER = """
-import sys, time
+import signal, sys
 from pathlib import Path
 import ray.train
 from raypar import Plan, Trainer
 from tests.cluster.test_launch import TIMEOUTS, wait_for_ever
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # not so where the tests run in a shell's background
     folder = Path(sys.argv[1])
     try:
         Trainer(
@@ -126,7 +127,7 @@ if __name__ == "__main__":
             timeouts=TIMEOUTS,
         ).fit()
     except KeyboardInterrupt:
-        import ray, signal
+        import ray
         assert not ray.is_initialized()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         print("interrupted")

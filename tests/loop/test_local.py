@@ -340,6 +340,7 @@ def test_an_error_of_what_all_do_together_is_raised_in_each_of_them():
     assert {number: str(error) for number, error in found.items()} == {0: "with [0, 10]", 1: "with [0, 10]"}
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_threads_of_all_replicas():
     threads: dict[int, threading.Thread] = {}
     main = threading.main_thread().ident
