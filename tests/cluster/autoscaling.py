@@ -22,6 +22,8 @@ from typing import Any
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
+from support.waiting import LIMIT
+
 
 @contextlib.contextmanager
 def autoscaling_cluster(folder: Path, head: dict[str, int], workers: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -99,7 +101,7 @@ def _free_port() -> int:
 
 
 def _wait_for_port(host: str, port: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + LIMIT
     while True:
         try:
             socket.create_connection((host, port), timeout=1).close()

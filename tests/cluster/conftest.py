@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,27 +12,33 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from support.waiting import wait_until
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment() -> Iterator[None]:
+    """Of every Ray that a test here starts. Its workers import what the tests import, and get the processor as the
+    tests do: Ray starts them with a niceness of 15, with which they starve beside anything else that runs."""
+    root = Path(__file__).parents[2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (root, root / "jobs", root / "tests"))))
+        patch.setenv("RAY_worker_niceness", "0")
+        yield
+
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """Ray with 12 logical CPUs on this machine, however many it has: processes are placed, not measured. Its workers
-    import what the tests import."""
-    root = Path(__file__).parents[2]
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", os.pathsep.join(map(str, (root, root / "jobs", root / "tests"))))
-        ray.init(num_cpus=12, include_dashboard=False, logging_level="ERROR")
-        yield
-        ray.shutdown()
+def cluster(environment: None) -> Iterator[None]:
+    """Ray with 12 logical CPUs on this machine, however many it has: processes are placed, not measured."""
+    ray.init(num_cpus=12, include_dashboard=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture
 def nothing_left(cluster: None) -> Iterator[None]:
     """Fails the test after which an actor or a placement group is left."""
     yield
-    deadline = time.monotonic() + 5  # Ray ends processes in the background
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left()
+    wait_until(lambda: not left(), "all actors and placement groups ended")  # Ray ends them in the background
 
 
 def left() -> list[str]:

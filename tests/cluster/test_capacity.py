@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.waiting import LIMIT
 from tests.cluster.autoscaling import autoscaling_cluster
 
 # Connected to a cluster of its own, which the process of the tests cannot be, since it has one already.
@@ -38,7 +39,7 @@ ray.util.remove_placement_group(group)
 
 needs = needs_of(Plan(data=2, pipeline=2), gpus=True)
 check_feasible(needs, cluster)
-fleet = Fleet.start(FakeStage, needs, Timeouts(start=60))
+fleet = Fleet.start(FakeStage, needs, Timeouts(start=300))
 nodes = [[info["node_id"] for info in replica] for replica in fleet.infos]
 print("replicas on one machine each:", [len(set(replica)) == 1 for replica in nodes], len(set(map(tuple, nodes))))
 print("workers beside them:", fleet.worker_pins == [{"ray.io/node-id": replica[0]} for replica in nodes])
@@ -55,7 +56,7 @@ def test_a_cluster_that_grows_from_no_gpu_to_four(tmp_path: Path) -> None:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_AUTH_MODE": "token"},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=LIMIT,
             check=False,
         )
     assert driver.returncode == 0, driver.stdout + driver.stderr

@@ -16,11 +16,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import raypar
-from raypar import Plan, Timeouts, Trainer
+from raypar import Plan, Trainer
 from raypar.cluster.capacity import Capacity, Machines
 from raypar.cluster.placement import needs_of
 from raypar.cluster.shipping import check_room, for_workers
 from raypar.errors import DataError, InfeasiblePlanError, UsageError
+from support.waiting import PATIENT
 
 ROWS = 20
 
@@ -61,7 +62,7 @@ def fit(
         train_loop_config={"seen": str(seen), "crash": crash, "options": {"batch_size": 4, **options}},
         datasets={"train": dataset},
         run_config=ray.train.RunConfig(name="run", storage_path=str(folder)),
-        timeouts=Timeouts(start=60, peer=30, stop=5),
+        timeouts=PATIENT,
     ).fit()
     return {path.name: [int(line) for line in path.read_text().split()] for path in seen.iterdir()}
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import raypar
-from raypar import Plan, Timeouts, Trainer
+from raypar import Plan, Trainer
 from support.saved import manifest_of, same_values, saved_values
+from support.waiting import PATIENT
 
 STEPS, SEEDS = 12, 3
 PLAN = Plan(data=2, pipeline=2, microbatches=2)
@@ -57,7 +58,7 @@ def fit(folder: Path, rows: Path, **config: Any) -> tuple[Any, list[dict[str, An
         run_config=ray.train.RunConfig(
             name="run", storage_path=str(folder), failure_config=ray.train.FailureConfig(max_failures=1)
         ),
-        timeouts=Timeouts(start=60, peer=20, stop=5),
+        timeouts=PATIENT,
     ).fit()
     assert result.checkpoint is not None
     return saved_values(result.checkpoint.path), manifest_of(result.checkpoint.path)["history"]

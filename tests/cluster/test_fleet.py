@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+import threading
 from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import needs_of
 from raypar.errors import ModelError, RunError, StageDiedError, TimeoutExceededError
 from raypar.observe.actor_info import ActorInfo
 from raypar.planning.plan import Plan, Timeouts
+from support.waiting import LIMIT
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-TIMEOUTS = Timeouts(start=100, peer=10, stop=2)
+TIMEOUTS = Timeouts(start=LIMIT, stop=2)
 
 
 class FakeStage:
@@ -61,7 +63,8 @@ def test_a_fleet_is_placed_connected_examined_and_stopped() -> None:
         assert fleet.autopsy() is None
 
         os.kill(fleet.infos[1][0].pid, signal.SIGKILL)
-        time.sleep(0.5)
+        with pytest.raises(RayActorError):
+            ray.get(fleet.handles[1][0].join.remote(), timeout=LIMIT)
         found = fleet.autopsy()
         assert isinstance(found, StageDiedError)
         assert (found.replica, found.stage, found.preempted) == (1, 0, False)
@@ -69,6 +72,16 @@ def test_a_fleet_is_placed_connected_examined_and_stopped() -> None:
         assert f"pid {fleet.infos[1][0].pid}" in str(found)
     finally:
         fleet.stop()
+        fleet.stop()
+
+
+def test_an_actor_that_is_stopped_is_not_waited_for() -> None:
+    """The driver waited until Ray would know its machine to be lost, though another actor there had answered."""
+    fleet = start(pipeline=2)
+    try:
+        os.kill(fleet.infos[0][1].pid, signal.SIGSTOP)
+        assert fleet.autopsy(seconds=10 * LIMIT) is None
+    finally:
         fleet.stop()
 
 
@@ -84,10 +97,11 @@ class RefusesToConnect(FakeStage):
         raise ModelError("no such device")
 
 
-class NeverConnects(FakeStage):
-    def connect(self, *place: Any) -> None:
+class NeverAnswers(FakeStage):
+    def describe(self) -> ActorInfo:
         if self.place == (0, 1):
-            time.sleep(60)
+            threading.Event().wait()
+        return super().describe()
 
 
 def test_an_actor_that_dies_while_it_starts() -> None:
@@ -101,13 +115,13 @@ def test_an_error_of_an_actor_is_raised_as_it_is() -> None:
 
 
 def test_an_actor_that_does_not_answer() -> None:
-    with pytest.raises(TimeoutExceededError, match=r"No answer to `\w+` from .*replica 0, stage 1 .*start="):
-        start(NeverConnects, Timeouts(start=15, stop=1), pipeline=2)
+    with pytest.raises(TimeoutExceededError, match=r"`describe` from .*replica 0, stage 1 .*start="):
+        start(NeverAnswers, Timeouts(start=5, stop=1), pipeline=2)
 
 
 def test_waiting_for_what_others_hold_has_an_end() -> None:
     holder = ray.util.placement_group([{"CPU": 10}])
-    assert holder.wait(10)
+    assert holder.wait(LIMIT)
     try:
         with pytest.raises(TimeoutExceededError, match=r"waited 1 s for 4 times.*free.*'CPU': 2"):
             start(timeouts=Timeouts(start=1), data=2, pipeline=2)

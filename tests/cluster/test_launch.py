@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ import torch
 from torch import nn
 
 import raypar
-from raypar import Plan, Timeouts, Trainer
+from raypar import Plan, Trainer
 from raypar.errors import InfeasiblePlanError, UserCodeError, WorkerDiedError
-
-TIMEOUTS = Timeouts(start=60, peer=20, stop=5)
+from support.waiting import LIMIT, PATIENT, wait_until, wait_until_gone
 
 
 def build() -> nn.Module:
@@ -73,7 +72,7 @@ def fit(rows: Path, folder: Path, failures: int = 0, plan: dict[str, Any] | None
         run_config=ray.train.RunConfig(
             name="run", storage_path=str(folder), failure_config=ray.train.FailureConfig(max_failures=failures)
         ),
-        timeouts=TIMEOUTS,
+        timeouts=PATIENT,
     ).fit()
 
 
@@ -113,7 +112,8 @@ import signal, sys
 from pathlib import Path
 import ray.train
 from raypar import Plan, Trainer
-from tests.cluster.test_launch import TIMEOUTS, wait_for_ever
+from support.waiting import PATIENT
+from tests.cluster.test_launch import wait_for_ever
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # not so where the tests run in a shell's background
@@ -124,7 +124,7 @@ if __name__ == "__main__":
             plan=Plan(data=2, pipeline=2),
             train_loop_config={"folder": str(folder)},
             run_config=ray.train.RunConfig(name="run", storage_path=str(folder)),
-            timeouts=TIMEOUTS,
+            timeouts=PATIENT,
         ).fit()
     except KeyboardInterrupt:
         import ray
@@ -138,34 +138,29 @@ def wait_for_ever(config: dict[str, Any]) -> None:
     folder = Path(config["folder"])
     (folder / f"pid{os.getpid()}").touch()
     (folder / f"pid{pid_of_stage_actor()}").touch()
-    time.sleep(600)
+    threading.Event().wait()
 
 
 def test_ctrl_c_ends_everything_that_fit_started(tmp_path: Path) -> None:
     (tmp_path / "driver.py").write_text(DRIVER)
-    driver = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(tmp_path / "driver.py"), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # so that Ctrl-C can go to the group, as a terminal sends it
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("pid*"))) < 3:  # two workers and a stage actor
-            assert driver.poll() is None, driver.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        os.killpg(driver.pid, signal.SIGINT)
-        output, _ = driver.communicate(timeout=40)
-    finally:
-        if driver.poll() is None:
-            os.killpg(driver.pid, signal.SIGKILL)
+    ) as driver:
+        try:
+            # two workers and a stage actor, or a driver that has ended
+            wait_until(lambda: len(list(tmp_path.glob("pid*"))) == 3 or driver.poll() is not None, "a run under way")
+            if driver.poll() is None:
+                os.killpg(driver.pid, signal.SIGINT)
+            output, _ = driver.communicate(timeout=LIMIT)
+        finally:
+            if driver.poll() is None:
+                os.killpg(driver.pid, signal.SIGKILL)
+                driver.communicate()  # what is left of it would be blamed on the next test
     assert output.splitlines()[-1] == "interrupted", output
     assert driver.returncode == 0
-    pids = [int(path.name.removeprefix("pid")) for path in tmp_path.glob("pid*")]
-    deadline = time.monotonic() + 5
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    wait_until_gone(int(path.name.removeprefix("pid")) for path in tmp_path.glob("pid*"))

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import raypar
-from raypar import Plan, Timeouts, Trainer
+from raypar import Plan, Trainer
+from support.waiting import PATIENT
 
 STEPS, ROWS, WORDS, WIDTH = 3, 10, 11, 8
 
@@ -60,8 +61,7 @@ def test_zbv_with_tied_weights_and_recomputing_on_two_replicas_equals_the_plain_
 ):
     plan = Plan(data=2, pipeline=2, placement=[0, 1, 1, 0], schedule="zbv", microbatches=3, recompute="except_last")  # type: ignore[arg-type]
     config = ray.train.RunConfig(name="zbv", storage_path=str(tmp_path))
-    timeouts = Timeouts(start=60, peer=20, stop=5)
-    result = Trainer(loop, plan=plan, run_config=config, timeouts=timeouts, trace=True).fit()
+    result = Trainer(loop, plan=plan, run_config=config, timeouts=PATIENT, trace=True).fit()
 
     torch.manual_seed(0)
     model = Tied()

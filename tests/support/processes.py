@@ -16,10 +16,9 @@ import torch.distributed as dist
 from raypar.errors import RayparError
 from raypar.planning.plan import Timeouts
 from raypar.transport.process_links import join_world, leave_world, open_store
+from support.waiting import LIMIT, PATIENT
 
 HOST = "127.0.0.1"
-ANSWER = 60.0
-"""Seconds within which a process must have answered; none of the tests comes near it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Processes:
 
     def begin(self, size: int, function: Callable[..., Any], *args: Any, timeouts: Timeouts | None = None) -> Calls:
         """Call `function(me, *args)` in `size` processes, which have joined a world of their own."""
-        limits = timeouts or Timeouts(start=30, peer=30)
+        limits = timeouts or PATIENT
         alive = []
         for process, connection in self.running:
             if process.is_alive():
@@ -111,7 +110,7 @@ class Calls:
     def answer(self, rank: int) -> Any:
         """What the process says next: what its function sends by `me.test`, or at last its outcome."""
         try:
-            assert self.connections[rank].poll(ANSWER), f"process {rank} does not answer"
+            assert self.connections[rank].poll(LIMIT), f"process {rank} does not answer"
             return self.connections[rank].recv()
         except (EOFError, ConnectionResetError):
             return DIED
