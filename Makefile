@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .ONESHELL:  # a recipe is one script: what it activates lasts to its end
 .DELETE_ON_ERROR:
-.PHONY: help demo test check docs clean
+.PHONY: help demo test test-all test-gpu campaign check docs clean
 
 PYTHON ?=
 PIP_FLAGS ?=
@@ -25,7 +25,7 @@ DIGITS := data/digits
 
 help:
 	@echo "make demo    train a CNN on handwritten digits, data- and pipeline-parallel, on a local Ray cluster"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests (test-all: the slow ones too, as CI does; campaign: many drawn cases; test-gpu: on GPUs)"
 	@echo "make check   ruff, strict mypy, the floors of the imports"
 	@echo "make docs    build the site of docs/ into build/site"
 	@echo "make clean   remove .venv, data/ and every cache"
@@ -35,9 +35,18 @@ demo: $(INSTALLED)
 	python jobs/prepare_digits.py --out $(DIGITS)
 	python jobs/train_digits.py $(DEMO_FLAGS)
 
-test: $(INSTALLED)
+# In two processes on two cores: one has the tests of real Ray, which mostly wait, the other one all others.
+test test-all: $(INSTALLED)
 	@source $(VENV)/bin/activate
-	python -m pytest $(PYTEST_FLAGS)
+	python -m pytest --numprocesses=auto --maxprocesses=4 -m '$(if $(filter test,$@),not slow and )not campaign' $(PYTEST_FLAGS)
+
+test-gpu: $(INSTALLED)
+	@source $(VENV)/bin/activate
+	python -m pytest tests/gpu $(PYTEST_FLAGS)
+
+campaign: $(INSTALLED)
+	@source $(VENV)/bin/activate
+	python -m pytest -m campaign $(PYTEST_FLAGS)
 
 check: $(INSTALLED)
 	@source $(VENV)/bin/activate

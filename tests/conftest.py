@@ -4,9 +4,35 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes run the tests, all of tests/cluster goes to one of them, which starts Ray once, and every
+    other file stays whole, so that its fixtures are made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/cluster" if is_of_cluster(file) else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest of what several processes share out comes first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not is_of_cluster(item.nodeid))
+
+
+def is_of_cluster(nodeid: str) -> bool:
+    return nodeid.startswith("tests/cluster/")
 
 
 @pytest.fixture(scope="session", autouse=True)
