@@ -1,13 +1,13 @@
-"""The checkpoints of a run as files: which there are, which of them are whole, which may go.
+"""The checkpoints of a run as files: which exist, which are whole, which may be deleted.
 
     <storage_path>/<name>/checkpoint_00000123/
         __0_0.distcp …    tensors, written by the stage actors in parallel (torch.distributed.checkpoint)
         .metadata         which tensor is where in these files
         checkpoint.json   the manifest: step, plan, position in the data, history of metrics, the model's names in
-                          their order; size and SHA-256 of the files above; its own SHA-256
+                          order; size and SHA-256 of the files above; its own SHA-256
 
-The manifest is written last, so a checkpoint that was cut off at any byte has none, or one that does not
-fit its files, and is passed over. This needs no rename, which object stores do not have.
+The manifest is written last, so a checkpoint that was truncated at any byte has none, or one that does not match its
+files, and is skipped. This needs no rename, which object stores do not have.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NAME = re.compile(r"checkpoint_(\d{8})(?:_(\d+))?")
 def free_path(storage: Storage, step: int) -> str:
     """A path that no checkpoint has yet: a step can be saved again, at another position in the data.
 
-    Raises CheckpointError where the store cannot be reached."""
+    Raises CheckpointError if the store cannot be reached."""
     try:
         taken = {os.path.basename(path) for path in list_checkpoints(storage)}
     except RunError as error:
@@ -54,42 +54,44 @@ def cannot_write(step: int, path: str, reason: object) -> CheckpointError:
 
 
 def _cannot_read(path: str, error: OSError) -> RunError:
-    """Of a store that fails: whether the checkpoint is whole it does not say, so nobody may pass it over."""
+    """For a failing store. It says nothing about the checkpoint, so the checkpoint must not be skipped."""
     return RunError(f"{path} cannot be read: {error}. Needed: a folder in a store that can be reached")
 
 
 def list_checkpoints(storage: Storage) -> list[str]:
-    """The paths of all checkpoints of a run, whole or not, oldest first. Raises RunError where the store fails."""
+    """The paths of all checkpoints of a run, whole or not, oldest first. Raises RunError if the store fails."""
     selector = pafs.FileSelector(storage.path, allow_not_found=True)
     try:
         entries = storage.filesystem.get_file_info(selector)
     except OSError as error:
         raise _cannot_read(storage.path, error) from error
-    found = []
+    checkpoints = []
     for entry in entries:
         match = _NAME.fullmatch(entry.base_name)
         if match and entry.type == pafs.FileType.Directory:
-            found.append((int(match[1]), int(match[2] or 0), entry.path))
-    return [path for _, _, path in sorted(found)]
+            checkpoints.append((int(match[1]), int(match[2] or 0), entry.path))
+    return [path for _, _, path in sorted(checkpoints)]
 
 
 def newest_checkpoint(storage: Storage) -> str | None:
-    """The path of the newest checkpoint whose manifest is there and fits the sizes of its files."""
+    """The path of the newest checkpoint whose manifest exists and matches the sizes of its files."""
     return next((path for path in reversed(list_checkpoints(storage)) if _is_whole(path, storage.filesystem)), None)
 
 
 def checkpoint_to_resume(storage: Storage) -> str | None:
-    """The path of the newest checkpoint of which every byte is as it was written; reads whole files. A newer one that
-    is cut off or damaged is passed over with a warning that names what is wrong with it. Raises RunError where the
-    store cannot be reached, and OtherFormatError for one that another version of raypar has written: a run that went
-    on without it would in time delete it."""
+    """The path of the newest checkpoint whose every byte is as it was written; reads whole files.
+
+    A newer one that is truncated or damaged is skipped, with a warning that says what is wrong with it. Raises RunError
+    if the store cannot be reached, and OtherFormatError for a checkpoint that another version of raypar has written: a
+    run that continued without it would in time delete it.
+    """
     for path in reversed(list_checkpoints(storage)):
         try:
             verify(path, storage.filesystem)
         except OtherFormatError:
             raise
         except CheckpointError as error:
-            logger.warning("Passed over, in search of the newest checkpoint that is whole: %s", error)
+            logger.warning("Skipped, in search of the newest whole checkpoint: %s", error)
         else:
             return path
     return None
@@ -106,19 +108,21 @@ def _is_whole(path: str, filesystem: pafs.FileSystem) -> bool:
 
 
 def keep_newest(storage: Storage, count: int | None, written: str | None = None) -> None:
-    """Delete all but the newest `count` whole checkpoints (None: keep all). The one that was `written` just now stays
-    in any case: behind a damaged checkpoint of a later step it is not the newest."""
+    """Delete all but the newest `count` whole checkpoints (None: keep all).
+
+    `written`, the path of the newest one, is always kept: a damaged checkpoint of a later step may sort after it.
+    """
     if count is None:
         return
-    kept = 0
+    kept = 0  # whole checkpoints
     for path in reversed(list_checkpoints(storage)):
         if kept < max(count, 1) and _is_whole(path, storage.filesystem):
             kept += 1
         elif path != written:
             try:
                 storage.filesystem.delete_dir(path)
-            except OSError as error:  # what was to be written is written, and the next time it may go
-                logger.warning("An old checkpoint could not be deleted, and stays: %s", error)
+            except OSError as error:  # the new one is written, and the next call may succeed
+                logger.warning("An old checkpoint could not be deleted: %s", error)
 
 
 # ---------------------------------------------------------------- the manifest
@@ -127,54 +131,54 @@ def keep_newest(storage: Storage, count: int | None, written: str | None = None)
 def write_manifest(
     path: str, filesystem: pafs.FileSystem, fields: dict[str, Any], files: dict[str, dict[str, Any]]
 ) -> None:
-    """Write the manifest, which makes a checkpoint whole. files: {"bytes", "sha256"} of each by its name."""
+    """Write the manifest, which makes a checkpoint whole. files: {"bytes", "sha256"} of each file, by name."""
     manifest = {"format": FORMAT, **fields, "files": files}
     with filesystem.open_output_stream(f"{path}/{MANIFEST}") as stream:
         stream.write(json.dumps({**manifest, "sha256": _hash(manifest)}, indent=1).encode())
 
 
 def read_manifest(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises CheckpointError where it is missing, cut off or damaged, OtherFormatError
-    where another version of raypar has written it, and RunError where the store fails."""
+    """The manifest of a checkpoint. Raises CheckpointError if it is missing, truncated or damaged, OtherFormatError if
+    another version of raypar has written it, and RunError if the store fails."""
     try:
         with filesystem.open_input_stream(f"{path}/{MANIFEST}") as stream:
             manifest: dict[str, Any] = json.loads(stream.read())
-        number, written = manifest["format"], manifest.pop("sha256")
+        number, expected = manifest["format"], manifest.pop("sha256")
     except OSError as error:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise _cannot_read(path, error) from error
-        raise CheckpointError(f"{path} is no whole checkpoint: its {MANIFEST} cannot be read ({error})") from error
+        raise CheckpointError(f"{path} is not a complete checkpoint: its {MANIFEST} cannot be read ({error})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no whole checkpoint: its {MANIFEST} cannot be read ({error})") from error
+        raise CheckpointError(f"{path} is not a complete checkpoint: its {MANIFEST} cannot be read ({error})") from error
     if isinstance(number, int) and number > FORMAT:
         raise OtherFormatError(
             f"{path} was written by a newer raypar: found format {number}, this one reads {FORMAT}; update raypar, or "
             "give the run another name"
         )
-    if written != _hash(manifest):
-        raise CheckpointError(f"{path}/{MANIFEST} is damaged: its SHA-256 differs from the one written in it")
+    if expected != _hash(manifest):
+        raise CheckpointError(f"{path}/{MANIFEST} is damaged: its SHA-256 differs from the one stored in it")
     if number != FORMAT:
         raise OtherFormatError(
             f"{path} was written by an earlier raypar: found format {number}, this one reads format {FORMAT}; its "
-            "model.pt is a plain state dict, with which a new run can begin: parallelize(…, weights='…/model.pt')"
+            "model.pt is a plain state dict, from which a new run can start: parallelize(…, weights='…/model.pt')"
         )
     return manifest
 
 
 def verify(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
-    """Read every byte of a checkpoint, little of it at a time, and return its manifest. Raises CheckpointError where
-    one is not what was written, and RunError where the store fails."""
+    """Read every byte of a checkpoint, in small pieces, and return its manifest. Raises CheckpointError if any is not
+    what was written, and RunError if the store fails."""
     manifest = read_manifest(path, filesystem)
     _check_sizes(path, manifest, filesystem)
     for name, entry in manifest["files"].items():
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         try:
             with filesystem.open_input_stream(f"{path}/{name}") as stream:
                 while piece := stream.read(1 << 24):
-                    found.update(piece)
+                    digest.update(piece)
         except OSError as error:
             raise _cannot_read(f"{path}/{name}", error) from error
-        if found.hexdigest() != entry["sha256"]:
+        if digest.hexdigest() != entry["sha256"]:
             raise CheckpointError(f"{path}/{name} is damaged: its SHA-256 differs from the one in {MANIFEST}")
     return manifest
 
@@ -187,8 +191,8 @@ def _check_sizes(path: str, manifest: dict[str, Any], filesystem: pafs.FileSyste
         raise _cannot_read(path, error) from error
     for info, (name, entry) in zip(infos, files.items(), strict=True):
         if info.size != entry["bytes"]:
-            there = "is missing" if info.size is None else f"has {info.size} bytes"
-            raise CheckpointError(f"{path}/{name} {there}, needed {entry['bytes']}: the checkpoint is not whole")
+            problem = "is missing" if info.size is None else f"has {info.size} bytes"
+            raise CheckpointError(f"{path}/{name} {problem}, needed {entry['bytes']}: the checkpoint is not whole")
 
 
 def _hash(manifest: dict[str, Any]) -> str:

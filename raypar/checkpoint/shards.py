@@ -1,7 +1,7 @@
 """torch.distributed.checkpoint on any pyarrow file system, with a checksum of every file.
 
-Its own FileSystemWriter and FileSystemReader do the work; here they are given the files to do it on. `FileSystemBase`,
-which stands for those, is not among the names that torch exports, and torch's own fsspec storage leans on it likewise.
+torch's FileSystemWriter and FileSystemReader do the work; this module gives them the files to work on. Their interface
+for files, `FileSystemBase`, is not among the names that torch exports, but torch's own fsspec storage uses it too.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _HashingStream(io.RawIOBase):
 class _ArrowFiles(FileSystemBase):
     """The files of a checkpoint on a pyarrow file system.
 
-    written: {"bytes", "sha256"} of each file written so far, by its name.
+    written: {"bytes", "sha256"} of each file written so far, by name.
     """
 
     def __init__(self, filesystem: pafs.FileSystem) -> None:
@@ -86,7 +86,7 @@ class _ArrowFiles(FileSystemBase):
                     raise
                 raise hashing.failure from None
         self.written[os.path.basename(text)] = {"bytes": hashing.size, "sha256": hashing.hash.hexdigest()}
-        if isinstance(self.filesystem, pafs.LocalFileSystem):  # other stores keep what they have confirmed
+        if isinstance(self.filesystem, pafs.LocalFileSystem):  # other stores have kept what they confirm
             with open(text, "rb") as file:
                 os.fsync(file.fileno())
 
@@ -115,19 +115,19 @@ class _ArrowFiles(FileSystemBase):
 
 
 class ShardWriter(dcp.FileSystemWriter):
-    """Writes what one process holds, and on the first process of the group the manifest, when all have written.
+    """Writes what one process holds; the first process of the group also writes the manifest, when all have written.
 
-    manifest: its fields, without the files; those of the first process count.
+    manifest: its fields, without the files; the first process's are the ones written.
     """
 
     def __init__(self, path: str, filesystem: pafs.FileSystem, manifest: dict[str, Any]) -> None:
-        super().__init__(path, sync_files=False)  # _ArrowFiles does that
+        super().__init__(path, sync_files=False)  # _ArrowFiles syncs
         self.files = _ArrowFiles(filesystem)
-        self.fs, self.path = self.files, path  # type: ignore[assignment]  # torch's are for local files
+        self.fs, self.path = self.files, path  # type: ignore[assignment]  # torch's types are for local files
         self.manifest = manifest
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        # The results travel to the first process: the checksums travel with them.
+        # The results are sent to the first process: the checksums are sent with them.
         results = super().write_data(plan, planner).wait()
         sums = [WriteResult(MetadataIndex(name), sums["bytes"], sums) for name, sums in self.files.written.items()]
         future: Future[list[WriteResult]] = Future()
@@ -135,25 +135,29 @@ class ShardWriter(dcp.FileSystemWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files = {r.index.fqn: r.storage_data for each in results for r in each if isinstance(r.storage_data, dict)}
-        super().finish(metadata, [[r for r in each if not isinstance(r.storage_data, dict)] for each in results])
+        files = {r.index.fqn: r.storage_data for process in results for r in process if _is_checksum(r)}
+        super().finish(metadata, [[r for r in process if not _is_checksum(r)] for process in results])
         write_manifest(os.fspath(self.path), self.files.filesystem, self.manifest, {**files, **self.files.written})
+
+
+def _is_checksum(result: WriteResult) -> bool:
+    return isinstance(result.storage_data, dict)
 
 
 @contextmanager
 def in_one_process() -> Iterator[None]:
-    """Around calls with no_dist=True: torch warns that torch.distributed is not used, which is meant."""
+    """For calls with no_dist=True: torch warns that torch.distributed is not used, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
 
 
 class SavedTensors:
-    """The tensors of a checkpoint by their paths; read when they are asked for.
+    """The tensors of a checkpoint by their paths, read on request.
 
-    shapes: of all of them.
+    shapes: the shape of each tensor.
 
-    Raises CheckpointError where there is none that can be read.
+    Raises CheckpointError if there is no checkpoint that can be read.
     """
 
     def __init__(self, path: str, filesystem: pafs.FileSystem) -> None:
@@ -170,7 +174,7 @@ class SavedTensors:
 
     def _entry(self, where: Path) -> TensorStorageMetadata:
         entry = self._metadata[self._names[where]]
-        assert isinstance(entry, TensorStorageMetadata), f"{where} is no tensor"
+        assert isinstance(entry, TensorStorageMetadata), f"{where} is not a tensor"
         return entry
 
     def dtype(self, where: Path) -> torch.dtype:
@@ -180,16 +184,16 @@ class SavedTensors:
         return math.prod(self.shapes[where]) * self.dtype(where).itemsize
 
     def below(self, *prefix: str) -> list[Path]:
-        """The paths that begin with `prefix`."""
+        """The paths that start with `prefix`."""
         return [where for where in self._names if where[: len(prefix)] == prefix]
 
     def empty(self, where: Path) -> torch.Tensor:
-        """A tensor on the CPU with room for the one that is saved there."""
+        """A tensor on the CPU with room for the saved one."""
         entry = self._entry(where)
         return torch.empty(entry.size, dtype=entry.properties.dtype)
 
     def load_into(self, targets: Mapping[Path, torch.Tensor]) -> None:
-        """Read tensors into those given, on whatever device; of a DTensor the part that is here."""
+        """Read tensors into `targets`, on any device; of a DTensor only this process's shard."""
         flat: dict[str, Any] = {self._names[where]: tensor for where, tensor in targets.items()}
         if not flat:
             return
@@ -202,6 +206,6 @@ class SavedTensors:
 
     def load(self, wanted: list[Path]) -> dict[Path, torch.Tensor]:
         """The tensors at these paths, on the CPU."""
-        found = {where: self.empty(where) for where in wanted}
-        self.load_into(found)
-        return found
+        tensors = {where: self.empty(where) for where in wanted}
+        self.load_into(tensors)
+        return tensors

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from raypar.checkpoint.contents import MODEL, model_shapes
 from raypar.checkpoint.manifest import verify
 from raypar.checkpoint.shards import SavedTensors
 from raypar.errors import CheckpointError
@@ -77,9 +78,9 @@ def _checkpoint(storage: Storage) -> Iterator[tuple[Shapes, Read]]:
     saved = SavedTensors(storage.path, storage.filesystem)
 
     def read(names: Sequence[str]) -> Tensors:
-        return {name: tensor for (_, name), tensor in saved.load([("model", name) for name in names]).items()}
+        return {name: tensor for (_, name), tensor in saved.load([(MODEL, name) for name in names]).items()}
 
-    yield {name: saved.shapes["model", name] for _, name in saved.below("model")}, read
+    yield model_shapes(saved), read
 
 
 @contextmanager
@@ -177,5 +178,5 @@ def read_state_dict(path: Any) -> Tensors:
     storage = Storage.open(path, label=str(path), error=CheckpointError)
     manifest = verify(storage.path, storage.filesystem)
     saved = SavedTensors(storage.path, storage.filesystem)
-    tensors = saved.load(saved.below("model"))
-    return {name: tensors["model", name] for name in manifest["names"]}
+    tensors = saved.load(saved.below(MODEL))
+    return {name: tensors[MODEL, name] for name in manifest["names"]}

@@ -1,19 +1,4 @@
-"""What an actor saves and takes over again, under names that no plan decides.
-
-    ("model", name)           parameters, and buffers of the first replica
-    ("buffers", r, name)      buffers of replica r > 0
-    ("optimizer", name, key)  the optimizer's tensors for the parameter `name`, such as its "exp_avg"
-    ("training", actor)       packed: everything else of the optimizer by parameter name, scheduler, loss scale
-    ("random", r)             packed: the random generators of the train loop of replica r
-
-All replicas save what they hold alike under the same names, and torch.distributed.checkpoint shares it out among them.
-Where they train apart (local SGD), that is the state of the averages alone; replica r > 0 has what is above of its own:
-
-    ("replicas", r, "model" | "optimizer" | "training", …)
-    ("anchor", name)          the weights at the last average, where there is an outer optimizer
-    ("outer", name, key)      its tensors
-    ("average", actor)        packed: everything else of it, and what each replica has trained on since then
-"""
+"""What an actor saves and loads; under which names says raypar.checkpoint.contents."""
 
 from __future__ import annotations
 
@@ -22,7 +7,21 @@ from typing import Any
 import torch
 
 from raypar import tree
-from raypar.checkpoint.contents import _without_empty, pack, unpack
+from raypar.checkpoint.contents import (
+    ANCHOR,
+    AVERAGE,
+    BUFFERS,
+    MODEL,
+    OPTIMIZER,
+    OUTER,
+    RANDOM,
+    REPLICAS,
+    TRAINING,
+    model_shapes,
+    pack,
+    unpack,
+    without_empty,
+)
 from raypar.checkpoint.saver import SaveRequest, State
 from raypar.checkpoint.shards import Path, SavedTensors
 from raypar.checkpoint.weights import check_fits, shapes_of
@@ -31,30 +30,28 @@ from raypar.errors import CheckpointError
 from raypar.stages.dtensors import as_parts_of, is_shard, whole
 
 
-def state_to_save(engine: Engine, order: SaveRequest) -> State:
+def state_to_save(engine: Engine, request: SaveRequest) -> State:
     """What this actor holds, as it is: tensors are not copied."""
     part, replica, actor = engine.part, str(engine.replica), str(engine.actor)
     learned = engine.learner.state()
     tensors, rest = _split_entries(learned["optimizer"])
     state: State = {
-        "model": {
-            name: t.detach() for name, t in part.module.state_dict(keep_vars=True).items() if not part.is_copy(t)
-        },
-        "optimizer": tensors,
-        "training": {actor: pack(learned | {"optimizer": rest})},
+        MODEL: {name: t.detach() for name, t in part.module.state_dict(keep_vars=True).items() if not part.is_copy(t)},
+        OPTIMIZER: tensors,
+        TRAINING: {actor: pack(learned | {"optimizer": rest})},
     }
     if engine.replica and engine.averaging is not None:
-        state = {"replicas": {replica: state}}
+        state = {REPLICAS: {replica: state}}
     elif engine.replica:
-        state["buffers"] = {replica: {name: state["model"].pop(name) for name in _persistent_buffers(engine)}}
+        state[BUFFERS] = {replica: {name: state[MODEL].pop(name) for name in _persistent_buffers(engine)}}
     if engine.averaging is not None:
         average = engine.averaging.state()
-        state["outer"], outer = _split_entries(average["outer"])
-        state["anchor"] = average["anchor"]
-        state["average"] = {actor: pack({"trained": average["trained"], "outer": outer})}
-    if order.random is not None:
-        state["random"] = {replica: pack(order.random)}
-    return _without_empty(state)
+        state[OUTER], outer = _split_entries(average["outer"])
+        state[ANCHOR] = average["anchor"]
+        state[AVERAGE] = {actor: pack({"trained": average["trained"], "outer": outer})}
+    if request.random is not None:
+        state[RANDOM] = {replica: pack(request.random)}
+    return without_empty(state)
 
 
 def _split_entries(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,31 +87,31 @@ def restore(engine: Engine, saved: SavedTensors) -> None:
     scheduler, loss scale. Raises CheckpointError where it is of another model or optimizer."""
     check_fits(
         saved.path,
-        {where[1]: saved.shapes[where] for where in saved.below("model")},
+        model_shapes(saved),
         engine.part.names,
         advice=". Needed: build_model() as it was, or a run of another name, which starts anew",
     )
     replica = str(engine.replica)
-    own: Path = ("replicas", replica) if engine.averaging is not None and saved.below("replicas", replica) else ()
+    own: Path = (REPLICAS, replica) if engine.averaging is not None and saved.below(REPLICAS, replica) else ()
     targets: dict[Path, torch.Tensor] = {}
     buffers = _persistent_buffers(engine)
     for name, tensor in engine.part.module.state_dict().items():
-        of_replica = [("buffers", replica, name), ("replicas", replica, "model", name)] if name in buffers else []
-        targets[next((each for each in of_replica if each in saved.shapes), (*own, "model", name))] = tensor
+        of_replica = [(BUFFERS, replica, name), (REPLICAS, replica, MODEL, name)] if name in buffers else []
+        targets[next((each for each in of_replica if each in saved.shapes), (*own, MODEL, name))] = tensor
     saved.load_into(targets)
     parameters = {name for name, _ in engine.part.module.named_parameters()}
     learned: dict[str, Any] = {"optimizer": {}, "scheduler": None, "loss_scale": None}
-    for of_actor in _packed(saved, (*own, "training")):
+    for of_actor in _packed(saved, (*own, TRAINING)):
         learned["optimizer"].update(of_actor["optimizer"])
         for key in ("scheduler", "loss_scale"):
             learned[key] = learned[key] if learned[key] is not None else of_actor[key]
-    _give_tensors(learned["optimizer"], saved, (*own, "optimizer"), parameters)
+    _give_tensors(learned["optimizer"], saved, (*own, OPTIMIZER), parameters)
     engine.learner.load_state(learned)
     if engine.averaging is not None:
-        averages = _packed(saved, ("average",))
+        averages = _packed(saved, (AVERAGE,))
         outer = {name: entry for of_actor in averages for name, entry in of_actor["outer"].items()}
-        _give_tensors(outer, saved, ("outer",), parameters)
-        anchors = saved.load([where for where in saved.below("anchor") if where[1] in parameters])
+        _give_tensors(outer, saved, (OUTER,), parameters)
+        anchors = saved.load([where for where in saved.below(ANCHOR) if where[1] in parameters])
         anchor = {name: tensor for (_, name), tensor in anchors.items()}
         trained = averages[0]["trained"] if averages else []
         engine.averaging.load_state({"trained": trained, "anchor": anchor, "outer": outer})

@@ -109,11 +109,11 @@ class _LocalSaver:
         self.session = session
         self.failure: CheckpointError | None = None
 
-    def start(self, order: SaveRequest, state: State) -> None:
+    def start(self, request: SaveRequest, state: State) -> None:
         states = self.session.gather(state)
         if self.session.replica == 0:
             try:
-                save(self.session.storage, order, merge_states(states))
+                save(self.session.storage, request, merge_states(states))
             except CheckpointError as error:
                 self.failure = error
 

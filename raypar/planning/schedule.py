@@ -68,19 +68,19 @@ class Schedule:
             csv.writer(file, lineterminator="\n").writerows(_ticks(self))
 
     @cached_property
-    def split(self) -> frozenset[tuple[int, int]]:
-        """(stage, micro-batch) of each backward pass that is cut into I and W."""
+    def two_part(self) -> frozenset[tuple[int, int]]:
+        """(stage, micro-batch) of each backward pass that is split into I and W."""
         return frozenset((action.stage, action.microbatch) for row in self.rows for action in row if action.kind == "I")
 
 
 # ---------------------------------------------------------------- what must come before what
 
 
-def dependencies(action: Action, stages: int, split: Container[tuple[int, int]] = ()) -> list[Action]:
+def dependencies(action: Action, stages: int, two_part: Container[tuple[int, int]] = ()) -> list[Action]:
     """The actions that must end before `action` starts.
 
-    split: (stage, micro-batch) of each backward pass that is cut into I and W, as `Schedule.split` says; the stage
-           before waits for such a one's I alone.
+    two_part: (stage, micro-batch) of each backward pass that is split into I and W, as `Schedule.two_part` says; the
+              stage before waits for the I alone.
 
     Stages are numbered along the flow of data, so a chain of all stages is at least as strict as any
     graph of them: what holds for the chain holds for skip edges too.
@@ -92,7 +92,7 @@ def dependencies(action: Action, stages: int, split: Container[tuple[int, int]] 
         return [Action(stage, "I", microbatch)]
     before = [Action(stage, "F", microbatch)]
     if stage + 1 < stages:
-        before.append(Action(stage + 1, "I" if (stage + 1, microbatch) in split else "B", microbatch))
+        before.append(Action(stage + 1, "I" if (stage + 1, microbatch) in two_part else "B", microbatch))
     return before
 
 
@@ -113,7 +113,7 @@ def start_times(schedule: Schedule, duration: Callable[[Action], float], message
         for actor, row in enumerate(schedule.rows):
             while position[actor] < len(row):
                 action = row[position[actor]]
-                before = dependencies(action, stages, schedule.split)
+                before = dependencies(action, stages, schedule.two_part)
                 if any(other not in ends for other in before):
                     break
                 there = (ends[other] + message * (placement[other.stage] != actor) for other in before)

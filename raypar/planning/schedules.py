@@ -59,11 +59,12 @@ def fill(
     microbatches: int,
     kinds: str,
     choose: Choice,
-    split: Callable[[int, int], bool] | None = None,
+    two_part: Callable[[int, int], bool] | None = None,
 ) -> Schedule:
     """Fill a table tick by tick: each free actor takes the action that `choose` picks among the ready ones.
 
-    kinds: "F", "FB" or "FIW". `split(stage, m)`: whether that backward pass is cut into I and W; None: as in `kinds`.
+    kinds:    "F", "FB" or "FIW".
+    two_part: (stage, micro-batch) -> whether that backward pass is split into I and W; None: as in `kinds`.
 
     A stage goes through the micro-batches in their order, in each kind, so that gradients are added in the order of a
     plain loop. `choose(ready, now)` may answer None, which leaves the actor idle for a tick; where that leaves all of
@@ -72,7 +73,7 @@ def fill(
     placement = tuple(placement)
     stages = range(len(placement))
     everything = {(stage, number) for stage in stages for number in range(microbatches)}
-    in_two = {each for each in everything if (split(*each) if split is not None else "I" in kinds)}
+    in_two = {work for work in everything if (two_part(*work) if two_part is not None else "I" in kinds)}
 
     def queue(stage: int, kind: str) -> list[Action]:  # the last one comes first
         numbers = reversed(range(microbatches))

@@ -163,7 +163,7 @@ def test_a_run_never_begins_anew_in_place_of_checkpoints_of_another_raypar(stora
 def test_a_manifest_of_another_form_is_no_checkpoint(storage: Storage, text: str):
     path = write(storage, 2)
     Path(path, "checkpoint.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"is no whole checkpoint: its checkpoint\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"is not a complete checkpoint: its checkpoint\.json cannot be read"):
         verify(path, storage.filesystem)
     assert newest_checkpoint(storage) is None
 
@@ -254,4 +254,4 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stays_and_the_log_says_so(
         write(storage, step)
     keep_newest(Storage(storage.path, _Failing("delete_dir", PermissionError("not allowed"))), 1)
     assert len(names(storage)) == 3
-    assert "could not be deleted, and stays: not allowed" in caplog.text
+    assert "could not be deleted: not allowed" in caplog.text

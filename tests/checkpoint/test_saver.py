@@ -177,7 +177,7 @@ def test_a_store_that_stands_still_is_given_up_after_the_limit_and_not_written_t
     with pytest.raises(CheckpointError, match=r"step 1 could not be written to there: not done after 0\.01 s"):
         saver.wait()
     saver.start(SaveRequest(2, "there"), {})
-    with pytest.raises(CheckpointError, match=r"of step 2 could not .*: the one before it is still being written"):
+    with pytest.raises(CheckpointError, match=r"of step 2 could not .*: the previous one is still being written"):
         saver.wait()
 
 
@@ -202,7 +202,7 @@ def test_a_process_that_dies_while_it_writes_ends_the_wait_of_the_others(pool: P
 
 
 def test_a_path_without_a_checkpoint_is_told(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="nowhere is no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="nowhere is not a complete checkpoint"):
         read_state_dict(tmp_path / "nowhere")
 
 

@@ -82,7 +82,7 @@ def failing(fault: Fault, plan: Plan = SPLIT) -> Training:
 
 def splits(plan: Plan, stage: int) -> bool:
     """Whether backward passes of a stage are cut in two, all of them."""
-    return all((stage, number) in schedule_of(plan).split for number in range(plan.microbatch_count))
+    return all((stage, number) in schedule_of(plan).two_part for number in range(plan.microbatch_count))
 
 
 @pytest.mark.parametrize("what", ["backward_inputs", "backward_weights", "commit"])
@@ -121,7 +121,7 @@ ADDRESS = (
 def test_a_stage_that_is_stuck_in_one_of_them_ends_all_waits_with_an_address(
     pool: Processes, plan: Plan, stage: int, what: str
 ) -> None:
-    microbatch = min(number for s, number in schedule_of(plan).split if s == stage)
+    microbatch = min(number for s, number in schedule_of(plan).two_part if s == stage)
     training = failing(Fault("stick", stage=stage, step=2, what=what, microbatch=microbatch), plan)
     calls = pool.begin(plan.pipeline, train, training, timeouts=Timeouts(start=LIMIT, peer=5))
     stuck = plan.actor_of_stage[stage]

@@ -62,7 +62,7 @@ def test_a_file_is_read_when_the_plan_is_made_since_the_workers_do_not_have_it(t
 
 def test_a_table_may_split_some_backward_passes_and_not_others(tmp_path: Path):
     plan = Plan(pipeline=2, placement=[0, 1, 1, 0], schedule=written(tmp_path, TORCH))
-    assert schedule_of(plan).split == {(stage, number) for stage in (1, 2, 3) for number in (0, 1)}
+    assert schedule_of(plan).two_part == {(stage, number) for stage in (1, 2, 3) for number in (0, 1)}
     assert words(schedule_of(plan, 1)) == ["0F0 3F0 3I0 3W0 0B0", "1F0 2F0 2I0 1I0 2W0 1W0"]
 
 

@@ -91,9 +91,9 @@ def test_a_backward_pass_waits_for_the_first_part_alone_of_one_that_is_split():
 
 def test_a_schedule_knows_which_of_its_backward_passes_are_split():
     mixed = Schedule("mixed", (0, 1), 2, parsed("0F0 0F1 0B0 0B1", "1F0 1I0 1W0 1F1 1B1"))
-    assert mixed.split == {(1, 0)}
+    assert mixed.two_part == {(1, 0)}
     assert start_times(mixed, lambda action: 1.0)[Action(0, "B", 0)] == 3  # one tick before 1W0 ends
-    assert gpipe((0, 1), 2).split == frozenset()
+    assert gpipe((0, 1), 2).two_part == frozenset()
 
 
 def test_each_action_starts_as_early_as_its_actor_and_its_inputs_allow():
