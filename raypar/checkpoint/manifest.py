@@ -144,12 +144,12 @@ def read_manifest(path: str, filesystem: pafs.FileSystem) -> dict[str, Any]:
         with filesystem.open_input_stream(f"{path}/{MANIFEST}") as stream:
             manifest: dict[str, Any] = json.loads(stream.read())
         number, expected = manifest["format"], manifest.pop("sha256")
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise _cannot_read(path, error) from error
-        raise CheckpointError(f"{path} is not a complete checkpoint: its {MANIFEST} cannot be read ({error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint: its {MANIFEST} cannot be read ({error})") from error
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint: its {MANIFEST} cannot be read ({error})"
+        ) from error
     if isinstance(number, int) and number > FORMAT:
         raise OtherFormatError(
             f"{path} was written by a newer raypar: found format {number}, this one reads {FORMAT}; update raypar, or "
