@@ -55,3 +55,18 @@ def leaves(tree: Tree) -> list[Any]:
 def map_tensors(function: Callable[[torch.Tensor], Any], tree: Tree) -> Tree:
     """The same tree with each tensor replaced; other leaves stay."""
     return _pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def same(one: Tree, other: Tree) -> bool:
+    """Whether two trees have the same structure and the same leaves: tensors of one type, shape and values, where NaN
+    equals NaN; other leaves that are one object, or equal and of one type."""
+    (leaves_of_one, structure), (leaves_of_other, other_structure) = flatten(one), flatten(other)
+    return structure == other_structure and all(map(_same_leaf, leaves_of_one, leaves_of_other))
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        return bool(((one == other) | (one != one) & (other != other)).all())
+    return one is other or (type(one) is type(other) and bool(one == other))

@@ -55,3 +55,31 @@ def test_two_trees_of_different_form_have_different_structures():
     forms: list[Any] = [1, (1,), [1], {"a": 1}, {"b": 1}, (1, 1), Pair(1, 1)]
     structures = [tree.flatten(form)[1] for form in forms]
     assert all(one != other for i, one in enumerate(structures) for other in structures[:i])
+
+
+@each_example
+def test_a_tree_is_the_same_as_its_copy(example: Any):
+    assert tree.same(example, tree.map_tensors(torch.clone, example))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_same"),
+    [
+        (torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN]), True),
+        (torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0]), False),
+        (torch.ones(2), torch.ones(2, dtype=torch.float64), False),
+        (torch.ones(1), torch.ones(2), False),
+        (torch.ones(1), 1.0, False),
+        (1, True, False),
+        ((1, "a"), (1, "a"), True),
+        ((1, "a"), [1, "a"], False),
+        ({"a": 1}, {"b": 1}, False),
+        (None, 0, False),
+    ],
+)
+def test_trees_that_are_the_same(one: Any, other: Any, are_same: bool):
+    assert tree.same(one, other) == are_same
+    assert tree.same(other, one) == are_same

@@ -1,7 +1,12 @@
-"""Whether a batch has the form for which an exported graph was made.
+"""Whether a batch is one that an exported graph was made for.
 
 torch.export assumes things about its inputs, from what the forward asks: that two lengths are equal, that one is not 1.
 They are checked here on each batch of new shapes, before the graph runs.
+
+    example_inputs of 4 rows    export: "L['tensors'][0].size()[0] != 1"   (the forward has asked for x.shape[0] == 1)
+    a batch of 4, 2, 7 rows     the guard holds
+    a last batch of 1 row       the guard does not hold; but if the answer makes no difference to what is computed
+                                (broadcasting, say), `allow_one_row` lets the graph take one row too
 """
 
 from __future__ import annotations
@@ -9,16 +14,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 
-from raypar import tree
-from raypar.errors import ModelError
+from raypar import randomness, tree
+from raypar.errors import ModelError, SplitError
 from raypar.splitting.opaque_modules import Call, Slot
 from raypar.tree import Tree
+
+CHECK = "check_inputs"
+"""The name of the check in a graph."""
 
 
 def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -31,31 +40,29 @@ def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return called
 
 
-def is_same(value: Any, other: Any) -> bool:
-    """Whether two values that are no tensors are the same."""
-    return value is other or (type(value) is type(other) and bool(value == other))
+# ---------------------------------------------------------------- the guards
 
 
 class InputGuards:
     """What the values of `arguments`, in their order, must be.
 
-    guards:      what torch.export has assumed: Python expressions of L['tensors'][i], the i-th tensor.
-    for_one_row: where the graph is right for one row as well (see below), what must hold of that row;
-                 the guards must then hold of two rows.
+    guards:         what torch.export has assumed: Python expressions of L['tensors'][i], the i-th tensor.
+    one_row_guards: what must hold of a batch of one row, if the graph is right for that too (see `allow_one_row`); the
+                    guards must then hold of the same batch with two rows.
     """
 
     def __init__(self, guards: Sequence[str], arguments: Mapping[str, Tree]) -> None:
         self.guards = guards
-        self.for_one_row: Sequence[str] | None = None
+        self.one_row_guards: Sequence[str] | None = None
         self.names = list(arguments)
-        self.needed, self.structure = tree.flatten(dict(arguments))
-        self.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in self.needed]
-        self.tensors = [leaf for leaf in self.needed if isinstance(leaf, torch.Tensor)]
+        self.leaves, self.structure = tree.flatten(dict(arguments))
+        self.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in self.leaves]
+        self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
         self.paths = _paths(arguments)
-        self.passed: set[Any] = set()
+        self.checked: set[Any] = set()  # shapes and types of the tensors for which all guards hold
 
     def check(self, *values: Any) -> None:
-        """Raise ModelError for values of another form."""
+        """Raise ModelError for values that the graph was not made for."""
         why = self._difference(values)
         if why is not None:
             raise ModelError(
@@ -64,40 +71,44 @@ class InputGuards:
                 "stays 1), or such code in a module of its own (modules are not looked into)"
             )
 
-    def holds_for_one_row(self) -> bool:
-        """Whether the guards hold of a batch like the example's, but of one row."""
-        return self._broken(self.guards, self._with_rows(self.tensors, 1)) is None
+    def refuse_one_row(self) -> bool:
+        """Whether a batch like the example, but of one row, would be refused."""
+        first = self.tensors[0] if self.tensors else None
+        if first is None or not first.dim() or first.shape[0] <= 1:
+            return False
+        return self._broken(self.guards, self._with_rows(self.tensors, 1)) is not None
 
     def _difference(self, values: tuple[Any, ...]) -> str | None:
-        found, structure = tree.flatten(dict(zip(self.names, values, strict=True)))
-        if structure != self.structure or [isinstance(leaf, torch.Tensor) for leaf in found] != self.is_tensor:
+        leaves, structure = tree.flatten(dict(zip(self.names, values, strict=True)))
+        if structure != self.structure or [isinstance(leaf, torch.Tensor) for leaf in leaves] != self.is_tensor:
             return "its tensors come in another form"
-        for one, other, is_one in zip(found, self.needed, self.is_tensor, strict=True):
-            if not is_one and not is_same(one, other):
-                return f"it holds {one!r}, in example_inputs that was {other!r}"
-        tensors = [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
+        for leaf, example, is_tensor in zip(leaves, self.leaves, self.is_tensor, strict=True):
+            if not is_tensor and not tree.same(leaf, example):
+                return f"it holds {leaf!r}, in example_inputs that was {example!r}"
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        why = None if key in self.passed else self._wrong(tensors)
+        why = None if key in self.checked else self._wrong_shape(tensors)
         if why is None:
-            self.passed.add(key)
+            self.checked.add(key)
         return why
 
-    def _wrong(self, found: list[torch.Tensor]) -> str | None:
+    def _wrong_shape(self, tensors: list[torch.Tensor]) -> str | None:
         """Why the graph is not for tensors of these shapes and types, or None."""
-        for path, one, other in zip(self.paths, found, self.tensors, strict=True):
-            if one.dtype != other.dtype or one.dim() != other.dim():
-                example = f"in example_inputs {other.dim()} of {other.dtype}"
-                return f"{path} has {one.dim()} dimensions of {one.dtype}, {example}"
-            for dimension, size in enumerate(other.shape):
-                if size <= 1 and one.shape[dimension] != size:
-                    return f"{path} is of shape {tuple(one.shape)}, in example_inputs {tuple(other.shape)}"
-        broken = self._broken(self.guards, found)
-        if broken is not None and self.for_one_row is not None and found[0].shape[:1] == (1,):
-            broken = self._broken(self.guards, self._with_rows(found, 2)) or self._broken(self.for_one_row, found)
+        for path, tensor, example in zip(self.paths, tensors, self.tensors, strict=True):
+            if tensor.dtype != example.dtype or tensor.dim() != example.dim():
+                expected = f"in example_inputs {example.dim()} of {example.dtype}"
+                return f"{path} has {tensor.dim()} dimensions of {tensor.dtype}, {expected}"
+            for dimension, size in enumerate(example.shape):
+                if size <= 1 and tensor.shape[dimension] != size:
+                    return f"{path} is of shape {tuple(tensor.shape)}, in example_inputs {tuple(example.shape)}"
+        broken = self._broken(self.guards, tensors)
+        if broken is not None and self.one_row_guards is not None and tensors[0].shape[:1] == (1,):
+            of_two = self._with_rows(tensors, 2)
+            broken = self._broken(self.guards, of_two) or self._broken(self.one_row_guards, tensors)
         if broken is None:
             return None
-        pairs = zip(self.paths, found, strict=True)
-        shapes = ", ".join(f"{path} is of shape {tuple(one.shape)}" for path, one in pairs)
+        pairs = zip(self.paths, tensors, strict=True)
+        shapes = ", ".join(f"{path} is of shape {tuple(tensor.shape)}" for path, tensor in pairs)
         return f"{shapes}, and the forward was traced for {_in_words(broken, self.paths)}"
 
     def _broken(self, guards: Sequence[str], tensors: list[torch.Tensor]) -> str | None:
@@ -109,13 +120,11 @@ class InputGuards:
         """Tensors without values and with `rows` rows, where those of the example have as many as its first one."""
         first = self.tensors[0].shape[:1]
         return [
-            torch.empty((rows, *one.shape[1:]), dtype=one.dtype, device="meta") if like.shape[:1] == first else one
-            for one, like in zip(tensors, self.tensors, strict=True)
+            torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+            if example.shape[:1] == first
+            else tensor
+            for tensor, example in zip(tensors, self.tensors, strict=True)
         ]
-
-
-CHECK = "check_inputs"
-"""The name of the check in a graph."""
 
 
 def _paths(arguments: Mapping[str, Tree]) -> list[str]:
@@ -133,38 +142,75 @@ def _in_words(guard: str, paths: list[str]) -> str:
     return re.sub(r"\.size\(\)\[(\d+)\]", r".shape[\1]", words)
 
 
+# ---------------------------------------------------------------- a batch of one row
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What torch.export has made of a model.
+
+    graph:     over the modules, parameters and buffers of the model; its first call is `guards.check`.
+    guards:    what the graph assumes about its inputs.
+    calls:     the calls of opaque modules in the graph, in order.
+    arguments: of forward, by name, for which it was made.
+    """
+
+    graph: fx.Graph
+    guards: InputGuards
+    calls: list[Call]
+    arguments: dict[str, Tree]
+
+
 TRIALS = 2
+"""How often two graphs are compared on random numbers."""
 
 
-def graphs_agree_for_one_row(
-    model: nn.Module, graph: fx.Graph, of_one_row: fx.Graph, calls: list[Call], inputs: list[Tree]
-) -> bool:
-    """Whether two graphs do the same for one row. `calls` are those of the second one, `inputs` have its shapes."""
+def allow_one_row(model: nn.Module, exported: Exported, export_one_row: Callable[[], Exported]) -> None:
+    """Let a graph that was made for several rows take a single row too, if it is right for one: if the graph that
+    `export_one_row` makes, for one row, does the same on random numbers."""
+    if not exported.guards.refuse_one_row():
+        return
+    with randomness.kept():
+        try:
+            of_one_row = export_one_row()
+        except SplitError:
+            return
+        if _agree(model, exported.graph, of_one_row):
+            exported.guards.one_row_guards = of_one_row.guards.guards
+
+
+def _agree(model: nn.Module, graph: fx.Graph, of_one_row: Exported) -> bool:
+    """Whether two graphs do the same for one row: give their modules the same, and return the same."""
+    inputs = list(of_one_row.arguments.values())
     for seed in range(TRIALS):
         try:
-            first, second = (_Trial(model, each, calls, seed).outcome(inputs) for each in (graph, of_one_row))
+            one, other = (
+                _Trial(model, candidate, of_one_row.calls, seed).outcome(inputs)
+                for candidate in (graph, of_one_row.graph)
+            )
         except Exception:  # whatever it is that the graph cannot do with one row
             return False
-        if not _is_alike(first, second):
+        if not tree.same(one, other):
             return False
     return True
 
 
 class _Trial(fx.Interpreter):
-    """Runs a graph, its leaves, parameters and buffers replaced by random numbers. Notes what the leaves are given."""
+    """Runs a graph with random numbers for its inputs, parameters, buffers and what its modules return. Notes what the
+    modules are given."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, calls: list[Call], seed: int) -> None:
         super().__init__(model, graph=graph)
         self.numbers = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        self.returns = [_returned(call, self.numbers) for call in calls]
+        self.returns = [_random_results(call, self.numbers) for call in calls]
         self.seed = seed
         self.seen: list[Any] = []
 
     def outcome(self, inputs: list[Tree]) -> Any:
-        given = tree.map_tensors(lambda tensor: _random(tensor, self.numbers), inputs)
+        values = tree.map_tensors(lambda tensor: _random(tensor, self.numbers), inputs)
         with torch.no_grad():
-            output = self.run(*given)
+            output = self.run(*values)
         return self.seen, output
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -179,9 +225,9 @@ class _Trial(fx.Interpreter):
         return _random(tensor, torch.Generator().manual_seed(self.seed + sum(map(ord, target))))
 
 
-def _returned(call: Call, numbers: torch.Generator) -> Tree:
-    made = iter([_random(output, numbers) for output in call.outputs])
-    return tree.unflatten([next(made) if slot is Slot.TENSOR else slot for slot in call.found], call.returns)
+def _random_results(call: Call, numbers: torch.Generator) -> Tree:
+    tensors = iter([_random(output, numbers) for output in call.outputs])
+    return tree.unflatten([next(tensors) if slot is Slot.TENSOR else slot for slot in call.results], call.returns)
 
 
 def _random(like: torch.Tensor, numbers: torch.Generator) -> torch.Tensor:
@@ -190,14 +236,3 @@ def _random(like: torch.Tensor, numbers: torch.Generator) -> torch.Tensor:
     if like.dtype.is_floating_point or like.dtype.is_complex:
         return (torch.rand(shape, generator=numbers) + 0.5).to(like.dtype)
     return torch.randint(0, 2, shape, generator=numbers).to(like.dtype)
-
-
-def _is_alike(one: Tree, other: Tree) -> bool:
-    (found, structure), (needed, needed_structure) = tree.flatten(one), tree.flatten(other)
-    return structure == needed_structure and all(_is_equal(a, b) for a, b in zip(found, needed, strict=True))
-
-
-def _is_equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
-    return is_same(one, other)

@@ -125,7 +125,7 @@ class _GraphCode(StageCode):
     def _used_inputs(self, inputs: Tree) -> list[Any]:
         bound = self._bind(inputs)
         for name in self._fixed.keys() & bound.keys():
-            if not _is_default(bound[name], self._fixed[name]):
+            if not tree.same(bound[name], self._fixed[name]):
                 raise ModelError(
                     f"this batch passes the argument {name!r} of the model's forward, which was traced with its "
                     f"default {self._fixed[name]!r}, so that it would be ignored: give parallelize example_inputs of "
@@ -153,12 +153,6 @@ class _GraphCode(StageCode):
                     "too and would not see changed: choose `split` so that both are in one stage, or do not work in "
                     "place there"
                 )
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    """Whether an argument is what it is when it is not passed."""
-    plain = isinstance(default, bool | int | float | str) and type(value) is type(default)
-    return value is default or (plain and value == default)
 
 
 def versions(value: Tree) -> list[int]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from raypar import randomness
+from raypar import randomness, tree
 from raypar.errors import SplitError
 
 
@@ -76,7 +76,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.opened = opened
         self.modes = modes()
-        self.random = _generators() if watch_random else None
+        self.random = randomness.plain_state() if watch_random else None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_opaque(m, module_qualified_name, self.opened)
@@ -95,7 +95,7 @@ class _Tracer(fx.Tracer):
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if kind.startswith("call_"):
             check_modes(self.modes)
-        if self.random is not None and self.random != _generators():
+        if self.random is not None and not tree.same(self.random, randomness.plain_state()):
             raise Lost("a random number is drawn, which would be the same in every step", may_export=True)
         return super().create_node(kind, *args, **kwargs)
 
@@ -115,18 +115,6 @@ def check_modes(before: dict[str, Any]) -> None:
     changed = [name for name, mode in before.items() if now[name] != mode]
     if changed:
         raise Lost(f"code runs inside a change of torch's {' and '.join(changed)}")
-
-
-def _generators() -> tuple[Any, ...]:
-    """The state of all random generators, in a form that can be compared."""
-    cpu, cuda, numpy, python = randomness.save_state()
-    return (
-        cpu.tolist(),
-        None if cuda is None else cuda.tolist(),
-        [str(item) for item in numpy],
-        numpy[1].tolist(),
-        python,
-    )
 
 
 def plain_attributes(model: nn.Module, opened: Collection[str]) -> dict[str, str]:
@@ -193,11 +181,12 @@ def trace(model: nn.Module, arguments: Collection[str] | None = None, opened: Co
 
 def _traced(model: nn.Module, opened: Collection[str], fixed: dict[str, Any]) -> fx.Graph:
     """What torch.fx records, unless the forward does something that the graph would lose."""
-    state, generators, attributes = randomness.save_state(), _generators(), plain_attributes(model, opened)
+    generators, attributes = randomness.plain_state(), plain_attributes(model, opened)
     try:
         graph = _Tracer(opened).trace(model, concrete_args=fixed or None)
-        if _generators() != generators:  # once more, to find the line; another thread may have drawn as well
-            randomness.restore_state(state)
+        if not tree.same(generators, randomness.plain_state()):
+            # Once more, to find the line. It may be that only another thread has drawn: then nothing is found.
+            randomness.restore_plain_state(generators)
             graph = _Tracer(opened, watch_random=True).trace(model, concrete_args=fixed or None)
     except Lost as lost:
         raise SplitError(

@@ -27,10 +27,6 @@ from raypar.stages.two_backward import DeferredWeightGradients, backward_to_inpu
 from raypar.tree import Tree
 
 
-def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and bool(((one == other) | (one != one) & (other != other)).all())
-
-
 def _require_grad(value: Tree) -> bool:
     return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree.leaves(value))
 
@@ -122,7 +118,7 @@ class Stage:
         changed = {
             name: copies[id(buffer)]
             for name, buffer in before.items()
-            if name in now and not _are_equal(now[name], copies[id(buffer)])
+            if name in now and not tree.same(now[name], copies[id(buffer)])
         }
         self.arrived[microbatch] = _Arrived(inputs, received, targets, rows, changed)
         return sends, loss
