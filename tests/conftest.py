@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from raypar.loop import local
+from raypar.stages.measure import measure_units
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -39,6 +42,16 @@ def is_of_cluster(nodeid: str) -> bool:
 def one_thread() -> None:
     """Additions in one order, and no fight for the cores with the processes that a test starts."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def even_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All units of a model take as long as each other, whatever this machine finds when local mode measures them."""
+
+    def measured(*arguments: Any) -> list[float]:
+        return [1.0 for _ in measure_units(*arguments)]
+
+    monkeypatch.setattr(local, "measure_units", measured)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from raypar.checkpoint.manifest import newest_checkpoint
 from raypar.checkpoint.weights import read_state_dict
 from raypar.engine.microbatch import shared
 from raypar.errors import CheckpointError, DataError, ModelError, NonFiniteError, SplitError, UsageError, UserCodeError
+from raypar.loop import local
 from raypar.loop.batches import batches
 from raypar.loop.local import run_local
 from raypar.loop.parallelize import parallelize
@@ -546,17 +547,20 @@ def test_each_actor_tells_which_modules_it_holds(new_runs: Callable[[Plan], Runs
     assert found == [{0: ["conv1"], 2: ["fc2"]}, {1: ["conv2", "fc1"]}] * 2
 
 
-@pytest.mark.filterwarnings("ignore:the stages are far from balanced")  # times of a busy machine
-def test_without_names_the_cnn_is_cut_between_its_convolutions(new_runs: Callable[[Plan], Runs]):
+def test_without_names_measured_times_decide_the_split(
+    new_runs: Callable[[Plan], Runs], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(local, "measure_units", lambda *_: [4.0, 4.0, 1.0, 1.0])
     found = list(holders(new_runs, Plan(pipeline=2), split=None, example_inputs=torch.zeros(64, 1, 28, 28)))
     assert found == [{0: ["conv1"]}, {1: ["conv2", "fc1", "fc2"]}]
 
 
-@pytest.mark.filterwarnings("ignore:the stages are far from balanced")  # times of a busy machine
-def test_all_replicas_cut_alike_though_only_one_of_them_measures(new_runs: Callable[[Plan], Runs]):
+def test_one_replica_measures_for_all(new_runs: Callable[[Plan], Runs], monkeypatch: pytest.MonkeyPatch):
+    times = iter([[1.0, 1.0, 1.0, 3.0]])
+    monkeypatch.setattr(local, "measure_units", lambda *_: next(times))
     plan = Plan(data=2, pipeline=2)
     found = list(holders(new_runs, plan, split=None, example_inputs=torch.zeros(16, 1, 28, 28)))
-    assert found[:2] == found[2:]
+    assert found == [{0: ["conv1", "conv2", "fc1"]}, {1: ["fc2"]}] * 2
 
 
 class WithTable(nn.Module):
@@ -568,7 +572,7 @@ class WithTable(nn.Module):
         return self.b(torch.tanh(self.a(x)) @ table)  # type: ignore[no-any-return]
 
 
-@pytest.mark.filterwarnings("ignore:the stages are far from balanced")  # times of a busy machine
+@pytest.mark.usefixtures("even_times")
 @pytest.mark.parametrize("split", [None, ["b"]])
 @pytest.mark.parametrize("arrays", [False, True])
 def test_example_inputs_may_be_all_that_a_batch_may_be(

@@ -293,7 +293,7 @@ def train_gpt2(config: dict[str, Any]) -> None:
     config["weights"].update(replica.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:the stages are far from balanced")  # times of a busy machine
+@pytest.mark.usefixtures("even_times")
 def test_gpt2_is_split_and_trained_by_nothing_but_example_inputs(tmp_path: Any) -> None:
     config: dict[str, Any] = {"losses": [], "weights": {}, "split": None}
     Trainer(train_gpt2, plan=Plan(pipeline=2, microbatches=2), train_loop_config=config, local=True).fit()

@@ -324,8 +324,10 @@ def test_code_that_looks_at_values_has_its_borders_checked_at_the_first_step_ins
 # ---------------------------------------------------------------- real measurements
 
 
-@pytest.mark.filterwarnings("ignore:the stages are far from balanced")  # times of a busy machine
-def test_the_convolutions_are_measured_to_take_most_of_the_time_and_are_what_a_cut_separates():
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the stages are far from balanced")
+def test_measured_times_separate_the_convolutions():
+    """The only test that the times of this machine decide."""
     images = torch.zeros(64, 1, 28, 28)  # as many as make the convolutions far slower than anything else
 
     def measure(units: Split) -> list[float]:
@@ -338,7 +340,7 @@ def test_the_convolutions_are_measured_to_take_most_of_the_time_and_are_what_a_c
 def test_every_unit_takes_time():
     times = measure_units(spec(CNN), Split(("conv2", "fc1", "fc2")), IMAGES, CPU)
     assert len(times) == 4
-    assert all(0 < seconds < 1 for seconds in times)
+    assert all(seconds > 0 for seconds in times)
 
 
 def test_units_with_skips_dictionaries_and_outputs_without_a_gradient_can_be_measured():
