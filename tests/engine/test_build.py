@@ -68,8 +68,9 @@ def test_what_is_no_module_is_refused():
         build_whole(spec(lambda: {"weights": 1}))  # type: ignore[arg-type, return-value]
 
 
-def test_a_module_that_was_returned_before_is_refused_since_each_actor_keeps_a_part_of_its_own():
-    """In local mode all replicas would train one and the same weights, and the second stage found the first one's."""
+def test_a_module_returned_twice_is_refused():
+    """Each actor keeps a part of its own. In local mode all replicas would train one and the same weights, and the
+    second stage found the first one's."""
     model = CNN()
     build_whole(spec(lambda: model))
     with pytest.raises(ModelError, match="returned before; needed a new one at each call"):
@@ -256,7 +257,8 @@ def test_each_actor_takes_its_own_weights_from_a_file(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("name", ["cnn.safetensors", "cnn.pt"])
-def test_weights_of_another_model_are_refused_by_every_actor_and_name_what_does_not_fit(tmp_path: Path, name: str):
+def test_weights_of_another_model_are_refused(tmp_path: Path, name: str):
+    """Every actor refuses them, with the names that do not fit."""
     state = CNN().state_dict()
     state["head.weight"] = state.pop("fc2.weight")
     made = spec(CNN, ("conv2",), write(tmp_path / name, state))

@@ -102,7 +102,8 @@ def test_the_times_of_a_stage_are_averaged_over_the_replicas():
     assert found.forward == (2000.0, 1000.0)
 
 
-def test_with_more_actors_than_cores_on_a_node_nothing_is_simulated_and_the_reason_is_said():
+def test_more_actors_than_cores_are_not_simulated():
+    """The reason is given."""
     found = bubble_of(TWO_STAGES, [times(0), times(1)], [actor(1, cores=1), actor(2, cores=1)])
     assert found is not None
     assert (found.simulated, found.note) == (None, "2 actors share 1 cores")

@@ -291,7 +291,8 @@ class Broken(nn.Module):
         return x * float("inf") if self.training else x
 
 
-def test_the_first_stage_that_is_not_finite_is_named_though_it_is_so_only_in_training() -> None:
+def test_the_first_stage_not_finite_is_named() -> None:
+    """Also one that is so only in training."""
     engines = Engines(PLANS["1x3-1f1b"], spec_of(lambda: three_stages(Broken()), ("2", "4")))
     (batch,) = reference.images(1, 16)
     with pytest.raises(NonFiniteError, match="come out of stage 1") as caught:

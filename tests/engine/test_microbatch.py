@@ -27,9 +27,8 @@ def rows(count: int, width: int = 2) -> torch.Tensor:
     ("count", "microbatches", "sizes"),
     [(8, 4, [2, 2, 2, 2]), (10, 4, [3, 3, 2, 2]), (2, 4, [1, 1]), (1, 4, [1]), (0, 4, []), (5, 1, [5])],
 )
-def test_rows_are_shared_as_equally_as_can_be_and_a_short_batch_uses_fewer_micro_batches(
-    count: int, microbatches: int, sizes: list[int]
-):
+def test_rows_are_shared_equally(count: int, microbatches: int, sizes: list[int]):
+    """As equally as can be; a short batch uses fewer micro-batches."""
     assert microbatch.sizes(count, microbatches) == sizes
 
 
@@ -151,7 +150,8 @@ def test_arrays_that_may_be_written_to_become_tensors_without_a_copy():
     assert tensor[0, 0] == 5
 
 
-def test_arrays_that_ray_shares_between_processes_are_copied_since_they_are_read_only():
+def test_read_only_arrays_are_copied():
+    """Ray shares them between processes."""
     array = np.arange(3)
     array.flags.writeable = False
     tensor = microbatch.to_tensors((array, shared(array)), CPU)

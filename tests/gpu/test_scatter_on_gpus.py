@@ -15,8 +15,8 @@ from models import CNN
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs that CUDA can use")
 
 
-def test_rows_are_cut_over_the_gpus_of_a_worker_and_training_is_that_of_plain_pytorch(tmp_path: Path) -> None:
-    """Batches that two devices share unequally."""
+def test_a_workers_gpus_train_as_plain_pytorch(tmp_path: Path) -> None:
+    """The rows are split over the GPUs. Batches that two devices share unequally."""
 
     def train_loop() -> None:
         replica = raypar.parallelize(

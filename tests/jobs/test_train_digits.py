@@ -52,9 +52,8 @@ def test_it_ends_with_the_plan_the_table_and_the_checkpoint(base: list[str], cap
     assert raypar.read_state_dict(path)["1.weight"].shape == (512, 784)
 
 
-def test_replicas_that_train_apart_for_20_steps_learn_the_digits_as_well_as_those_that_do_not(
-    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_local_sgd_learns_the_digits_as_well(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Replicas that train apart for 20 steps."""
     accuracy = []
     for number, strategy in enumerate(("ddp", "local_sgd --sync-every 20")):
         words = f"--data 2 --batch-size 64 --epochs 8 --storage {tmp_path / str(number)} --data-strategy {strategy}"

@@ -196,9 +196,10 @@ def test_the_order_of_an_epoch_is_the_same_whatever_the_batch_size(tmp_path: Pat
     assert orders[0] == orders[1] == orders[2]
 
 
-def test_a_data_set_that_is_larger_than_a_window_has_the_same_global_batches_whatever_the_number_of_replicas(
+def test_windows_give_every_number_of_replicas_the_same_global_batches(
     tmp_path: Path,
 ):
+    """Of a data set that is larger than a window."""
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"row": range(100)}), path, row_group_size=10)
     ((first, second),) = shares(path, passes=2, batch_size=16, window=30)
@@ -321,7 +322,9 @@ def test_columns_are_a_list_of_names(tmp_path: Path, columns: Any):
         shares(numbered(tmp_path / "t.parquet", 1), batch_size=1, columns=columns)
 
 
-def test_what_is_wrong_is_said_when_batches_is_called_not_when_the_first_batch_is_asked_for(tmp_path: Path):
+def test_wrong_arguments_are_refused_at_the_call(tmp_path: Path):
+    """They are not refused only when the first batch is asked for."""
+
     def read(name: str, **options: Any) -> Batches:
         with pytest.raises(DataError):
             batches(name, batch_size=1, columns=["nosuch"])

@@ -64,10 +64,9 @@ def three_layers() -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "frozen", "refused"), [("0", False, False), ("head", False, True), ("head", True, False)]
 )
-def test_an_optimizer_that_selects_nothing_on_any_actor_is_refused_where_there_is_something_to_train(
-    name: str, frozen: bool, refused: bool
-):
-    """A misspelt name in `optimizer=` trained nothing, without a word."""
+def test_an_optimizer_that_selects_nothing_is_refused(name: str, frozen: bool, refused: bool):
+    """One that selects nothing on any actor, where there is something to train. A misspelt name in `optimizer=`
+    trained nothing, without a word."""
 
     def loop() -> None:
         parallelize(
@@ -125,7 +124,8 @@ def test_the_order_of_turns_is_the_same_each_time():
     assert turns() == turns()
 
 
-def test_a_single_replica_runs_in_the_thread_that_called_so_that_a_debugger_stops_in_it():
+def test_a_single_replica_runs_in_the_calling_thread():
+    """So that a debugger stops in it."""
     threads: list[threading.Thread] = []
     run(lambda: threads.append(threading.current_thread()), replicas=1)
     assert threads == [threading.current_thread()]

@@ -396,9 +396,8 @@ def test_weights_of_another_model_are_refused(new_runs: Callable[[Plan], Runs]):
 
 
 @each_plan
-def test_a_loss_that_becomes_nan_saves_the_last_committed_step_and_the_run_goes_on_from_there(
-    new_runs: Callable[[Plan], Runs], plan: Plan
-):
+def test_a_run_resumes_from_before_a_nan_loss(new_runs: Callable[[Plan], Runs], plan: Plan):
+    """A loss that becomes NaN saves the last committed step."""
     whole, broken = new_runs(plan), new_runs(plan)
     whole.train()
 

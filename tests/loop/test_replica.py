@@ -236,9 +236,8 @@ def test_a_batch_without_a_row_is_handed_on_too(replica: Replica, actors: FakeAc
 @pytest.mark.parametrize(
     "call", [lambda replica: replica.train_step(X, Y[:2]), lambda replica: replica.eval_step(X, Y[:2])]
 )
-def test_inputs_and_targets_with_different_numbers_of_rows_are_refused_and_nothing_is_started(
-    replica: Replica, log: Log, call: Callable[[Replica], Any]
-):
+def test_inputs_and_targets_of_different_rows_are_refused(replica: Replica, log: Log, call: Callable[[Replica], Any]):
+    """Nothing is started."""
     with pytest.raises(DataError, match="found 3 rows of inputs and 2 rows of targets, needed as many of both"):
         call(replica)
     assert log == []
@@ -352,9 +351,8 @@ def test_a_checkpoint_is_published_before_the_next_one_is_begun(inside: FakeSess
     assert [str(path)[-9:] for _, path in inside.published] == ["_00000001", "_00000002", "None"]
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_once_at_the_next_report_and_the_run_goes_on(
-    inside: FakeSession, replica: Replica, actors: FakeActors
-):
+def test_a_failed_checkpoint_is_told_at_the_next_report(inside: FakeSession, replica: Replica, actors: FakeActors):
+    """It is told once, and the run continues."""
     folder = Path(inside.storage.path)
     replica.train_step(X, Y)
     folder.write_text("a file where a folder is needed")
@@ -416,14 +414,15 @@ def test_a_metric_that_a_checkpoint_cannot_hold_is_refused(inside: FakeSession, 
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_a_loss_that_is_not_finite_saves_the_last_committed_step_and_names_the_checkpoint(
+def test_a_loss_not_finite_names_the_checkpoint(
     session: FakeSession,
     actors: FakeActors,
     errors: dict[int, Exception],
     at_once: bool,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """ReplicaActors in this process have ended a step when `train_step` returns, and raise its error there."""
+    """That of the last committed step, which it saves. ReplicaActors in this process have ended a step when
+    `train_step` returns, and raise its error there."""
     errors[3] = NonFiniteError("the loss became nan at step 3.", step=3, stage=1)
     if at_once:
         later = actors.train_step

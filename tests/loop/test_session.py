@@ -214,9 +214,8 @@ def test_an_inner_loop_over_the_same_data_set_does_not_end_the_outer_one(run: An
 
 
 @pytest.mark.parametrize(("saved_behind", "left"), [(2, 2), (4, 0)])
-def test_without_epochs_each_loop_gets_all_batches_but_for_the_first_one_after_a_resume(
-    run: Any, saved_behind: int, left: int
-):
+def test_without_epochs_each_loop_gets_all_batches(run: Any, saved_behind: int, left: int):
+    """All but the first loop after a resume."""
     found: list[int] = []
 
     def loop() -> None:
@@ -371,8 +370,9 @@ def test_the_next_epoch_may_have_other_batches(run: Any):
     assert crash_and_go_on(run, body) == ([2, 2, 2, 1], [3, 3, 1])
 
 
-def test_a_loop_that_evaluates_first_does_not_use_up_what_the_training_one_passes_over(run: Any):
-    """It did, and the resumed run trained on the batches of the epoch a second time."""
+def test_evaluating_first_uses_up_nothing(run: Any):
+    """Of what the training loop skips after a resume: it did, and the resumed run trained on the batches of the epoch
+    a second time."""
 
     def body(replica: Replica, seen: list[Any], crash: bool) -> None:
         for _ in epochs(1):
@@ -387,8 +387,9 @@ def test_a_loop_that_evaluates_first_does_not_use_up_what_the_training_one_passe
     assert crash_and_go_on(run, body) == ([0, 2], [4, 6])
 
 
-def test_a_second_pass_outside_epochs_is_warned_of_once_since_it_has_the_order_of_the_first(run: Any):
-    """With `for epoch in range(5)` all epochs have the same order of rows, and nothing said so."""
+def test_a_second_pass_outside_epochs_is_warned_of(run: Any):
+    """The warning comes once: the pass has the order of the first. With `for epoch in range(5)` all epochs have the
+    same order of rows, and nothing said so."""
 
     def loop(**options: Any) -> Callable[[], None]:
         def train() -> None:

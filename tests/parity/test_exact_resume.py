@@ -58,9 +58,7 @@ def end_of(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
-    tmp_path: Path, whole: dict[Plan, Any], seed: int
-):
+def test_a_killed_run_ends_with_the_bits_of_a_whole_one(tmp_path: Path, whole: dict[Plan, Any], seed: int):
     """SIGKILL at a random step, or in the midst of a random checkpoint. The weights could not be equal if a row were
     lost or trained on twice; the history could not, if a step were."""
     plan, death = PLANS[seed % len(PLANS)], Death.drawn(seed)
@@ -83,7 +81,7 @@ def test_a_run_that_was_killed_three_times_too(tmp_path: Path, whole: dict[Plan,
     assert same_values(end_of(tmp_path), whole[plan])
 
 
-def test_a_run_whose_newest_checkpoint_was_lost_goes_on_from_the_one_before(tmp_path: Path, whole: dict[Plan, Any]):
+def test_without_its_newest_checkpoint_a_run_resumes_from_the_one_before(tmp_path: Path, whole: dict[Plan, Any]):
     plan = PLANS[0]
     write_rows(tmp_path / "rows.parquet")
     assert in_a_process(plan, tmp_path, Death(step=7)) == -signal.SIGKILL

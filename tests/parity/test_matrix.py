@@ -87,9 +87,8 @@ def splits(plan: Plan, stage: int) -> bool:
 
 @pytest.mark.parametrize("what", ["backward_inputs", "backward_weights", "commit"])
 @pytest.mark.parametrize("dead", [1, 2])
-def test_when_a_stage_dies_in_either_part_of_a_backward_pass_all_others_notice(
-    pool: Processes, dead: int, what: str
-) -> None:
+def test_all_others_notice_a_stage_that_dies(pool: Processes, dead: int, what: str) -> None:
+    """In either part of a backward pass, or before the commit."""
     assert splits(SPLIT, dead)
     found = pool.run(3, train, failing(Fault("kill", stage=dead, step=2, what=what, microbatch=1)))
     for stage, each in enumerate(found):
@@ -118,9 +117,8 @@ ADDRESS = (
         ),
     ],
 )
-def test_a_stage_that_is_stuck_in_one_of_them_ends_all_waits_with_an_address(
-    pool: Processes, plan: Plan, stage: int, what: str
-) -> None:
+def test_a_stuck_stage_ends_all_waits_with_an_address(pool: Processes, plan: Plan, stage: int, what: str) -> None:
+    """In either part of a backward pass."""
     microbatch = min(number for s, number in schedule_of(plan).two_part if s == stage)
     training = failing(Fault("stick", stage=stage, step=2, what=what, microbatch=microbatch), plan)
     calls = pool.begin(plan.pipeline, train, training, timeouts=Timeouts(start=LIMIT, peer=5))

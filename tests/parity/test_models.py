@@ -72,9 +72,8 @@ def halves(tree: Any, index: int, size: int) -> Any:
 @pytest.mark.parametrize("rules", ["memory", "nccl"])
 @pytest.mark.parametrize("form", ["dict", "tuple", "list"])
 @pytest.mark.parametrize("plan", SKIPPING_PLANS, ids=name_of)
-def test_dicts_tuples_shared_inputs_and_values_that_skip_stages_go_where_they_are_used(
-    plan: Plan, form: str, rules: str
-) -> None:
+def test_values_go_where_they_are_used(plan: Plan, form: str, rules: str) -> None:
+    """Dicts, tuples, shared inputs and values that skip stages."""
     inputs, targets = batch_of_skips()
     model = reference.seeded(Skips)
     optimizer = adamw(model)

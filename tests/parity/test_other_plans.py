@@ -124,10 +124,11 @@ def diloco(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     ],
     ids=["1x1", "2x2", "3x1", "local SGD", "DiLoCo", "DiLoCo 2x2"],
 )
-def test_a_run_that_is_resumed_at_any_step_ends_with_the_bits_of_one_that_never_stopped(
+def test_a_resumed_run_ends_with_the_bits_of_a_whole_one(
     tmp_path: Path, rows: Path, plan: Plan, options: dict[str, Any], crash_after: int
 ):
-    """The loop draws random numbers of its own before, between and within epochs; the replicas have buffers and, in
+    """Resumed at any step. The loop draws random numbers of its own before, between and within epochs; the replicas
+    have buffers and, in
     local SGD, weights of their own."""
     whole = run(tmp_path / "whole", rows, plan, build=with_buffers, **options)
     run(tmp_path / "broken", rows, plan, build=with_buffers, crash_after=crash_after, **options)
@@ -150,9 +151,9 @@ def test_a_run_that_is_resumed_at_any_step_ends_with_the_bits_of_one_that_never_
     ],
     ids=["1x1", "1x3", "4x1", "010", "3x2 zbv"],
 )
-def test_a_run_of_20_steps_goes_on_under_another_plan_as_if_it_had_always_been_that_one(
-    tmp_path: Path, rows: Path, after: Plan
-):
+def test_a_run_resumes_under_another_plan(tmp_path: Path, rows: Path, after: Plan):
+    """As if it had been that one for all of its 20 steps."""
+
     def optimizer(module: nn.Module) -> torch.optim.Optimizer:
         biases = [p for name, p in module.named_parameters() if name.endswith("bias")]
         others = [p for name, p in module.named_parameters() if not name.endswith("bias")]
@@ -171,9 +172,8 @@ def test_a_run_of_20_steps_goes_on_under_another_plan_as_if_it_had_always_been_t
             torch.testing.assert_close(end[name], value, rtol=0, atol=1e-5)
 
 
-def test_what_replicas_had_for_themselves_is_there_for_those_that_come_after_under_another_strategy(
-    tmp_path: Path, rows: Path
-):
+def test_replicas_own_state_survives_another_strategy(tmp_path: Path, rows: Path):
+    """What replicas had for themselves is there for those that come after."""
     apart = Plan(data=2, data_strategy="local_sgd", sync_every=3)
     run(tmp_path, rows, apart, build=with_buffers, crash_after=5)
     saved = saved_values(newest(tmp_path))

@@ -157,9 +157,8 @@ def case_name(case: Any) -> str:
 
 
 @pytest.mark.parametrize(("build", "plan"), CASES, ids=case_name)
-def test_a_language_model_of_transformers_trains_as_a_plain_loop_does_with_batches_of_any_size_and_length(
-    build: Callable[[], nn.Module], plan: Plan
-) -> None:
+def test_a_language_model_trains_as_a_plain_loop_does(build: Callable[[], nn.Module], plan: Plan) -> None:
+    """Models of transformers, with batches of any size and length."""
     batches = [sentences(*size, seed=n) for n, size in enumerate([(6, 8), (4, 12), (6, 5), (1, 7)])]
     split = language_split(build, plan.pipeline)
     assert split.example is not None
@@ -197,7 +196,9 @@ def test_a_stage_of_a_language_model_may_have_no_parameters() -> None:
     assert_equal(engines, losses, plain_training(gpt2, batches, 2))
 
 
-def test_dropout_of_a_language_model_draws_in_training_from_the_step_and_micro_batch_and_stops_in_evaluation() -> None:
+def test_dropout_of_a_language_model_draws_by_step_and_microbatch() -> None:
+    """In training; it stops in evaluation."""
+
     def build() -> nn.Module:
         return gpt2(dropout=0.3, attn_implementation="eager")
 

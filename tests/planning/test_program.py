@@ -215,9 +215,11 @@ def test_each_value_that_crosses_actors_is_made_posted_sent_used_and_released_on
 
 @settings(deadline=None)
 @given(any_maker, any_graph, any_microbatches)
-def test_a_receive_is_posted_one_action_before_its_use_so_that_two_actions_values_are_all_the_room_it_takes(
+def test_receives_are_posted_ahead_by_a_fixed_distance(
     make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int
 ):
+    """`AHEAD` actions before their use, so that the values of one more than that many actions are all the room they
+    take."""
     placement, edges = graph
     for program in programs(make(placement, microbatches), edges):
         needs = [len(i.needs) for i in program if isinstance(i, Compute)]

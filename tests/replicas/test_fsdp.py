@@ -214,9 +214,10 @@ def test_two_replicas_hold_half_of_parameters_gradients_and_optimizer_state_each
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 @pytest.mark.parametrize("microbatches", [1, 4])
-def test_weights_are_gathered_and_gradients_reduced_once_a_step_whatever_the_micro_batches(
+def test_weights_are_gathered_and_gradients_reduced_once_a_step(
     pool: Processes, microbatches: int, pipeline: int
 ) -> None:
+    """Whatever the number of micro-batches."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=microbatches)
     training = sharded(Training(plan, "mlp", "adamw", ("2",)[: pipeline - 1], rows=((8, 8),) * 3))
     for found in run_all(pool, count_bytes, training):
@@ -263,9 +264,8 @@ def steps(engine: Engine, training: Training, numbers: range) -> list[float]:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_checkpoint_goes_on_to_the_bit_and_under_another_plan_as_ddp_would(
-    pool: Processes, pipeline: int, optimizer: str, tmp_path: Path
-) -> None:
+def test_a_checkpoint_resumes_to_the_bit(pool: Processes, pipeline: int, optimizer: str, tmp_path: Path) -> None:
+    """Without a pipeline it continues as it would under ddp."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)
     training = sharded(Training(plan, "small", optimizer, ("3",)[: pipeline - 1], rows=((4, 3),) * 4))
     found = run_all(pool, evaluate_and_go_on, training, str(tmp_path))
@@ -299,9 +299,8 @@ def go_on(me: Me, training: Training, path: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("data", "pipeline"), [(3, 1), (2, 2), (3, 2)])
-def test_a_checkpoint_of_two_replicas_goes_on_under_other_numbers_of_replicas_and_stages(
-    pool: Processes, data: int, pipeline: int, tmp_path: Path
-) -> None:
+def test_a_checkpoint_resumes_under_another_plan(pool: Processes, data: int, pipeline: int, tmp_path: Path) -> None:
+    """One of two replicas under other numbers of replicas and stages."""
     before = sharded(Training(Plan(data=2, microbatches=2), "small", "sgd", rows=((4, 3),) * 4))
     needed = run_all(pool, evaluate_and_go_on, before, str(tmp_path))[0]["models"][2]
     plan = Plan(data=data, pipeline=pipeline, microbatches=2)

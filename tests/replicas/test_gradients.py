@@ -74,7 +74,7 @@ def test_adamw_over_two_replicas_equals_a_loop_over_the_same_microbatches(
 
 
 @each_way
-def test_what_no_replica_uses_keeps_no_gradient_and_what_one_uses_counts_everywhere(pool: Processes, ddp: bool) -> None:
+def test_what_no_replica_uses_keeps_no_gradient(pool: Processes, ddp: bool) -> None:
     """AdamW lets a parameter decay whose gradient is zero, not one whose gradient is None. `never` is used nowhere,
     also not by a replica that has no row; `rare` only in the first micro-batch of one replica."""
     training = Training(
@@ -138,7 +138,8 @@ def test_gradients_are_reduced_once_a_step_whatever_the_number_of_microbatches(
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_in_memory_too_each_stage_sends_its_gradients_once_a_step_whatever_the_microbatches(pipeline: int) -> None:
+def test_in_memory_too_gradients_are_sent_once_a_step(pipeline: int) -> None:
+    """By each stage, whatever the number of micro-batches."""
     per_step = []
     for microbatches in (1, 4, 8):
         plan = Plan(data=2, pipeline=pipeline, microbatches=microbatches)
@@ -223,7 +224,8 @@ def test_each_bucket_is_one_reduction_with_a_count_for_each_parameter() -> None:
         assert parameter.grad.tolist() == [3.0] * parameter.numel()
 
 
-def test_a_gradient_that_one_replica_lacks_is_zero_there_and_one_that_all_lack_stays_none() -> None:
+def test_a_gradient_that_all_replicas_lack_stays_none() -> None:
+    """One that a single replica lacks is zero there."""
     one, other = parameters(2, 2), parameters(2, 2)
     one[0].grad = torch.tensor([1.0, 2.0])
     add([one, other])

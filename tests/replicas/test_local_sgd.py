@@ -148,7 +148,8 @@ def test_replicas_train_apart_and_are_averaged_as_in_a_plain_loop(
 
 
 @each_plan
-def test_behind_an_average_all_replicas_are_equal_to_the_bit_and_before_it_they_are_not(plan: Plan) -> None:
+def test_after_an_average_replicas_are_bitwise_identical(plan: Plan) -> None:
+    """Before it they are not."""
     engines = Engines(plan, spec_of(small, small_split(plan), outer_optimizer=diloco))
     differences = []
     for step, shares in enumerate(data_of(ROWS[plan.data]), start=1):
@@ -254,7 +255,8 @@ def test_a_step_that_is_not_finite_in_one_replica_is_dropped_in_all() -> None:
         assert worst_difference(found, needed) == 0.0
 
 
-def test_an_overflow_of_float16_in_one_replica_skips_the_step_in_all_and_not_the_average() -> None:
+def test_an_overflow_skips_the_step_and_not_the_average() -> None:
+    """Of float16 in one replica; the step is skipped in all."""
     engines = Engines(apart(2, 2, precision="fp16"), spec_of(small))
     first, second = data_of([(4, 4), (4, 4)])
     engines.train_step(1, first)

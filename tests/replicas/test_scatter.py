@@ -51,7 +51,9 @@ def test_on_a_cpu_the_model_runs_as_it_is_and_the_run_says_so_once(caplog: pytes
     assert "Plan(data_strategy='scatter') runs as the plain module: found cpu; needed several GPUs" in record.message
 
 
-def test_a_value_that_all_rows_share_is_refused_since_devices_get_rows_of_every_tensor() -> None:
+def test_a_value_that_all_rows_share_is_refused() -> None:
+    """Devices get rows of every tensor."""
+
     def loop(replica: Any) -> None:
         replica.train_step((torch.ones(2, 784), raypar.shared(torch.ones(2))), torch.zeros(2, dtype=torch.long))
 

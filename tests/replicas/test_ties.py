@@ -382,8 +382,9 @@ def test_a_state_that_is_loaded_is_there_on_all_actors(tmp_path: Path) -> None:
     assert reference.worst_difference(found, needed.weights) <= TOLERANCE
 
 
-def test_where_a_state_that_is_loaded_has_several_values_of_one_the_last_counts_on_all_actors() -> None:
-    """As in plain PyTorch. Each actor took the last of the names that it knows itself, and they differed."""
+def test_of_several_loaded_values_of_a_tie_the_last_counts() -> None:
+    """On all actors. As in plain PyTorch. Each actor took the last of the names that it knows itself, and they
+    differed."""
     whole = InThreeStages().state_dict()
     whole = {name: torch.full_like(tensor, number) for number, (name, tensor) in enumerate(whole.items())}
     model = InThreeStages()

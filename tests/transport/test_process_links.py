@@ -101,6 +101,7 @@ def test_when_a_stage_dies_all_others_notice(pool: Processes, dead: int, schedul
 def test_neighbours_of_a_dead_stage_name_their_wait(
     pool: Processes,
 ) -> None:
+    """Replica, stage, micro-batch, and what they waited for."""
     fault = Fault("kill", stage=1, step=2, what="forward", microbatch=2)
     gpipe = Plan(pipeline=3, microbatches=4, schedule="gpipe")
     before, _, behind = pool.run(3, train, failing(fault, gpipe))
