@@ -20,8 +20,9 @@ from pipeline import ACTORS, PLACEMENTS, Processes, plan_of, port, torch_pipelin
 from torch.autograd.graph import saved_tensors_hooks
 from transformer import batch, transformer
 
-from raypar.engine.build import build_part, make_engine
+from raypar.engine.build import build_engine
 from raypar.engine.engine import Engine
+from raypar.engine.microbatch import ReplicaBatch
 from raypar.engine.step import StepRequest
 from raypar.planning.plan import Plan
 from raypar.splitting.model import ModelSpec, Split
@@ -65,7 +66,7 @@ def engines_of(plan: Plan) -> list[Engine]:
     )
     world = MemoryWorld(plan)
     return [
-        make_engine(spec, plan, 0, actor, build_part(spec, plan, actor, CPU), world.transport(0, actor), CPU)
+        build_engine(spec, plan, 0, actor, [CPU], lambda _, actor=actor: world.transport(0, actor))  # type: ignore[misc]
         for actor in range(plan.pipeline)
     ]
 
@@ -78,7 +79,7 @@ def train(plan: Plan, engines: list[Engine], saved: list[Counter] | None = None)
             for stage in engine.part.stages.values():
                 stage.forward = counted_forward(stage.forward, counter)  # type: ignore[method-assign]
     for step in range(1, 4):
-        take_turns([engine.train_step(StepRequest(step, len(inputs), "same", inputs, targets)) for engine in engines])
+        take_turns([engine.train_step(StepRequest(step, ReplicaBatch.of(inputs, targets))) for engine in engines])
 
 
 def counted_forward(forward: Callable[..., Any], counter: Counter) -> Callable[..., Any]:
@@ -94,12 +95,14 @@ def receive_buffers(plan: Plan) -> list[int]:
     engines = engines_of(plan)
     most = [0] * len(engines)
     for engine in engines:
-        for inbox in engine._inboxes.values():
+        for inbox in engine.passes.inboxes.values():
             post = inbox.post
 
             def counted(*arguments: Any, post: Any = post, engine: Engine = engine) -> None:
                 post(*arguments)
-                leaves = [leaf for each in engine._inboxes.values() for p in each.posted.values() for leaf in p.leaves]
+                leaves = [
+                    leaf for each in engine.passes.inboxes.values() for p in each.posted.values() for leaf in p.leaves
+                ]
                 count = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
                 most[engine.actor] = max(most[engine.actor], count)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,28 @@ def flatten(tree: Tree) -> tuple[list[Any], Structure]:
 
 def unflatten(leaves: list[Any], structure: Structure) -> Tree:
     return _pytree.tree_unflatten(leaves, structure)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A tree that was taken apart once, so that what is done to each leaf needs no walk of its own."""
+
+    leaves: list[Any]
+    structure: Structure
+
+    @staticmethod
+    def of(tree: Tree) -> Flat:
+        return Flat(*flatten(tree))
+
+    def map(self, function: Callable[[Any], Any]) -> Flat:
+        """The same tree with each leaf replaced."""
+        return Flat([function(leaf) for leaf in self.leaves], self.structure)
+
+    def tree(self) -> Tree:
+        return unflatten(self.leaves, self.structure)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Flat.of, (self.tree(),)  # torch's own class of structures warns when it is unpickled
 
 
 def pack(structure: Structure, also: Any) -> bytes:

@@ -29,7 +29,7 @@ DOORS = {
     "transport": {"interface", "channel", "memory_links", "process_links"},
     "splitting": {"model", "choose", "split", "stage_code", "trace", "wired"},
     "stages": {"stage", "model_part", "learner", "optimizer_state", "precision", "dtensors", "measure"},
-    "replicas": {"strategies", "ties", "fsdp", "gradients", "local_sgd", "scatter"},
+    "replicas": {"strategies", "sync", "ties"},
     "engine": {"build", "engine", "step", "actor_state", "microbatch", "faults", "clock"},
     "loop": {"parallelize", "batches", "replica", "session", "local", "in_process", "actors"},
     "workers": {"train_worker", "stage_actor", "ray_errors"},

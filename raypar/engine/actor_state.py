@@ -40,12 +40,12 @@ def state_to_save(engine: Engine, request: SaveRequest) -> State:
         OPTIMIZER: tensors,
         TRAINING: {actor: pack(learned | {"optimizer": rest})},
     }
-    if engine.replica and engine.averaging is not None:
+    if engine.replica and engine.sync.trains_apart:
         state = {REPLICAS: {replica: state}}
     elif engine.replica:
         state[BUFFERS] = {replica: {name: state[MODEL].pop(name) for name in _persistent_buffers(engine)}}
-    if engine.averaging is not None:
-        average = engine.averaging.state()
+    if engine.sync.trains_apart:
+        average = engine.sync.state()
         state[OUTER], outer = _split_entries(average["outer"])
         state[ANCHOR] = average["anchor"]
         state[AVERAGE] = {actor: pack({"trained": average["trained"], "outer": outer})}
@@ -92,7 +92,7 @@ def restore(engine: Engine, saved: SavedTensors) -> None:
         advice=". Needed: build_model() as it was, or a run of another name, which starts anew",
     )
     replica = str(engine.replica)
-    own: Path = (REPLICAS, replica) if engine.averaging is not None and saved.below(REPLICAS, replica) else ()
+    own: Path = (REPLICAS, replica) if engine.sync.trains_apart and saved.below(REPLICAS, replica) else ()
     targets: dict[Path, torch.Tensor] = {}
     buffers = _persistent_buffers(engine)
     for name, tensor in engine.part.module.state_dict().items():
@@ -107,14 +107,14 @@ def restore(engine: Engine, saved: SavedTensors) -> None:
             learned[key] = learned[key] if learned[key] is not None else of_actor[key]
     _give_tensors(learned["optimizer"], saved, (*own, OPTIMIZER), parameters)
     engine.learner.load_state(learned)
-    if engine.averaging is not None:
+    if engine.sync.trains_apart:
         averages = _packed(saved, (AVERAGE,))
         outer = {name: entry for of_actor in averages for name, entry in of_actor["outer"].items()}
         _give_tensors(outer, saved, (OUTER,), parameters)
         anchors = saved.load([where for where in saved.below(ANCHOR) if where[1] in parameters])
         anchor = {name: tensor for (_, name), tensor in anchors.items()}
         trained = averages[0]["trained"] if averages else []
-        engine.averaging.load_state({"trained": trained, "anchor": anchor, "outer": outer})
+        engine.sync.load_state({"trained": trained, "anchor": anchor, "outer": outer})
 
 
 def _packed(saved: SavedTensors, below: Path) -> list[Any]:
@@ -143,8 +143,7 @@ def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
             for name, tensor in mine.items()
         }
     )
-    if engine.averaging is not None:
-        engine.averaging.restart()
+    engine.sync.restart()
 
 
 def model_of(engine: Engine) -> dict[str, torch.Tensor]:

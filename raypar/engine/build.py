@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -11,11 +11,11 @@ from raypar.checkpoint.shards import SavedTensors
 from raypar.checkpoint.weights import read_tensors
 from raypar.engine.actor_state import restore
 from raypar.engine.engine import Engine
+from raypar.engine.passes import pairs
 from raypar.errors import ModelError
 from raypar.planning.plan import Plan
-from raypar.replicas.gradients import GradientSum
-from raypar.replicas.local_sgd import Averaging
-from raypar.replicas.strategies import bucket_sums
+from raypar.replicas.strategies import sync_of
+from raypar.replicas.sync import ReplicaSync
 from raypar.splitting.model import ModelSpec, build_whole, one_process_a_node
 from raypar.splitting.split import edges_of, holders, split_model
 from raypar.splitting.stage_code import StageCode
@@ -25,6 +25,37 @@ from raypar.stages.model_part import ModelPart
 from raypar.stages.precision import LossScale, autocast_of
 from raypar.stages.stage import Stage
 from raypar.transport.interface import Transport
+
+Connect = Callable[[set[tuple[int, int]]], Transport]
+"""Connects an actor, given the ordered pairs of actors of its replica that exchange messages."""
+Strategy = Callable[[Plan, int, ModelPart, ModelSpec, Transport, Sequence[torch.device]], ReplicaSync]
+"""Chooses how the replicas of an actor stay equal: `sync_of`, but in tests."""
+
+
+def build_engine(
+    spec: ModelSpec,
+    plan: Plan,
+    replica: int,
+    actor: int,
+    devices: Sequence[torch.device],
+    connect: Connect,
+    saved: SavedTensors | None = None,
+    *,
+    strategy: Strategy = sync_of,
+) -> Engine:
+    """One actor, ready for steps: its part of the model built, connected, and restored if there is a checkpoint. All
+    actors of all replicas call it alike.
+
+    devices: the first one holds the part; only data_strategy="scatter" uses others.
+    """
+    part = build_part(spec, plan, actor, devices[0])
+    transport = connect(pairs(plan, part))
+    sync = strategy(plan, replica, part, spec, transport, devices)  # before the optimizer: fsdp replaces parameters
+    learner = Learner(part, spec, LossScale() if plan.precision == "fp16" else None)
+    engine = Engine(plan, replica, actor, part, learner, sync, transport, devices[0], spec.seed, trace=spec.trace)
+    if saved is not None:
+        restore(engine, saved)
+    return engine
 
 
 @one_process_a_node()  # memory holds whole models of one process at a time
@@ -124,35 +155,3 @@ def _drop_others(model: nn.Module, others: set[str], called: set[str]) -> None:
             held_others = any(other.startswith(full + ".") for other in others)
             if held_others and not any(own.startswith(full + ".") for own in [*kept, *(f"{c}." for c in called)]):
                 delattr(module, name)
-
-
-def make_engine(
-    spec: ModelSpec,
-    plan: Plan,
-    replica: int,
-    actor: int,
-    part: ModelPart,
-    transport: Transport,
-    device: torch.device,
-    sums: dict[int, GradientSum] | None = None,
-    saved: SavedTensors | None = None,
-) -> Engine:
-    """The engine of one actor over its part of the model, restored where there is a checkpoint."""
-    learner = Learner(part, spec, LossScale() if plan.precision == "fp16" else None)
-    averaging = Averaging(plan, replica, part, spec, transport) if plan.data_strategy == "local_sgd" else None
-    engine = Engine(
-        plan,
-        replica,
-        actor,
-        part,
-        learner,
-        sums or bucket_sums(part, plan, transport),
-        transport,
-        device,
-        spec.seed,
-        averaging=averaging,
-        trace=spec.trace,
-    )
-    if saved is not None:
-        restore(engine, saved)
-    return engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +20,14 @@ KEPT_STEPS = 20
 class Clock:
     """Measures passes; on a GPU with events in its stream, read only when somebody asks.
 
-    trace: keep also when each pass, wait and send was, of the last KEPT_STEPS steps.
+    trace:     keep also when each pass, wait and send was, of the last KEPT_STEPS steps.
+    on_action: called when one of them begins, with its kind, stage and micro-batch (-1: of none).
     """
 
     def __init__(self, device: torch.device, *, trace: bool = False) -> None:
         self.cuda = device.type == "cuda"
         self.trace = trace
+        self.on_action: Callable[[str, int, int], None] | None = None
         self.steps: deque[tuple[int, list[tuple[Any, Any, str, int, int]]]] = deque(maxlen=KEPT_STEPS)
         self.origin: tuple[Any, float] | None = None  # a time of this clock, and the same moment since the epoch
         self.marks: list[tuple[Any, Any, int, str]] = []
@@ -42,6 +44,7 @@ class Clock:
     @contextmanager
     def measure(self, stage: int, kind: str, microbatch: int = -1) -> Iterator[None]:
         """Count what runs inside as a pass (of a kind of schedule.Action) of a stage."""
+        self._notify(kind, stage, microbatch)
         start = self._now()
         yield
         end = self._now()
@@ -51,7 +54,8 @@ class Clock:
 
     @contextmanager
     def traced(self, kind: str, stage: int, microbatch: int = -1) -> Iterator[None]:
-        """Keep when what runs inside was, where the run is traced."""
+        """Keep when what runs inside was, if the run is traced."""
+        self._notify(kind, stage, microbatch)
         if not self.trace or not self.steps:
             yield
             return
@@ -60,6 +64,10 @@ class Clock:
             yield
         finally:  # also what failed: how long an actor waited for a message that never came
             self.steps[-1][1].append((start, self._now(), kind, stage, microbatch))
+
+    def _notify(self, kind: str, stage: int, microbatch: int) -> None:
+        if self.on_action is not None:
+            self.on_action(kind, stage, microbatch)
 
     def begin_step(self, step: int = 0) -> None:
         if self.trace:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from raypar import tree
 from raypar.errors import DataError
-from raypar.tree import Tree
+from raypar.tree import Flat, Tree
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,58 @@ def shared(tensor: Any) -> Any:
     return Shared(tensor)
 
 
-def rows_of(batch: Tree) -> int:
-    """The number of rows (the size of dimension 0) of a batch. Raises DataError when its tensors differ."""
-    sizes: dict[int, tuple[int, ...]] = {}
-    for leaf in tree.leaves(batch):
+@dataclass(frozen=True)
+class ReplicaBatch:
+    """A replica's share of a global batch, taken apart once per step.
+
+    rows:            of the share; may be 0.
+    form:            everything about its shape but the rows: structure, trailing shapes, types. Hashable.
+    inputs, targets: tensors, NumPy arrays, `Shared` or plain values; None for an actor that needs none of them.
+    """
+
+    rows: int
+    form: Hashable
+    inputs: Flat | None
+    targets: Flat | None
+
+    @staticmethod
+    def of(inputs: Tree, targets: Tree = None) -> ReplicaBatch:
+        """Raises DataError if the tensors differ in their number of rows, or if there is none."""
+        flat = Flat.of(inputs)
+        rows, flat_targets = _rows(flat), None
+        if targets is not None:
+            flat_targets = Flat.of(targets)
+            if _rows(flat_targets) != rows:
+                raise DataError(
+                    f"found {rows} rows of inputs and {_rows(flat_targets)} rows of targets, needed as many of both"
+                )
+        return ReplicaBatch(rows, (_form(flat), _form(flat_targets)), flat, flat_targets)
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether it holds a tensor that is not cut into micro-batches."""
+        return any(isinstance(leaf, Shared) for flat in (self.inputs, self.targets) if flat for leaf in flat.leaves)
+
+    def to_arrays(self) -> ReplicaBatch:
+        """The same with NumPy views of its tensors, to travel through Ray."""
+        inputs, targets = (flat.map(_to_array) if flat else None for flat in (self.inputs, self.targets))
+        return replace(self, inputs=inputs, targets=targets)
+
+    def without(self, *, inputs: bool, targets: bool) -> ReplicaBatch:
+        """The same for an actor that does not use its inputs, or its targets."""
+        return replace(self, inputs=None if inputs else self.inputs, targets=None if targets else self.targets)
+
+    def cut(self, sizes: list[int], device: torch.device) -> tuple[list[Tree], list[Tree]]:
+        """Inputs and targets on `device`, as one tree per micro-batch of so many rows; None in place of what the actor
+        does not use. Tensors are views of the batch's, not copies."""
+        inputs, targets = (_cut(flat, sizes, device) for flat in (self.inputs, self.targets))
+        return inputs, targets
+
+
+def _rows(batch: Flat) -> int:
+    """The number of rows (the size of dimension 0)."""
+    shapes: dict[int, tuple[int, ...]] = {}
+    for leaf in batch.leaves:
         if isinstance(leaf, Shared) or not hasattr(leaf, "shape"):
             continue
         if len(leaf.shape) == 0:
@@ -39,29 +88,44 @@ def rows_of(batch: Tree) -> int:
                 "a batch holds a tensor without dimensions, needed batch first: dimension 0 counts the rows; "
                 "mark a tensor that belongs to all rows with raypar.shared(tensor)"
             )
-        sizes[int(leaf.shape[0])] = tuple(leaf.shape)
-    if len(sizes) > 1:
+        shapes[int(leaf.shape[0])] = tuple(leaf.shape)
+    if len(shapes) > 1:
         raise DataError(
-            f"a batch holds tensors with different numbers of rows, found shapes {sorted(sizes.values())}, needed "
+            f"a batch holds tensors with different numbers of rows, found shapes {sorted(shapes.values())}, needed "
             "the same size of dimension 0; mark a tensor that belongs to all rows with raypar.shared(tensor)"
         )
-    if not sizes:
+    if not shapes:
         raise DataError("a batch holds no tensor with rows, needed at least one")
-    return min(sizes)
+    return min(shapes)
 
 
-def describe(batch: Tree) -> Any:
-    """A hashable key of everything but the number of rows: structure, trailing shapes, dtypes."""
-    found, structure = tree.flatten(batch)
-    parts: list[tuple[str, Any, str]] = []
-    for leaf in found:
+def _form(batch: Flat | None) -> Hashable:
+    if batch is None:
+        return None
+    leaves: list[tuple[str, Any, str]] = []
+    for leaf in batch.leaves:
         if isinstance(leaf, Shared):
-            parts.append(("shared", tuple(leaf.value.shape), str(leaf.value.dtype)))
+            leaves.append(("shared", tuple(leaf.value.shape), str(leaf.value.dtype)))
         elif hasattr(leaf, "shape"):
-            parts.append(("rows", tuple(leaf.shape[1:]), str(leaf.dtype)))
+            leaves.append(("rows", tuple(leaf.shape[1:]), str(leaf.dtype)))
         else:
-            parts.append(("plain", repr(leaf), ""))
-    return str(structure), tuple(parts)
+            leaves.append(("plain", repr(leaf), ""))
+    return str(batch.structure), tuple(leaves)
+
+
+def _cut(batch: Flat | None, sizes: list[int], device: torch.device) -> list[Tree]:
+    if batch is None:
+        return [None] * len(sizes)
+    columns: list[list[Any]] = []
+    for leaf in batch.leaves:
+        on_device = _to_tensor(leaf, device)
+        if isinstance(on_device, Shared):
+            columns.append([on_device.value] * len(sizes))
+        elif isinstance(on_device, torch.Tensor):
+            columns.append(list(on_device.split(sizes)) if sizes else [])
+        else:
+            columns.append([on_device] * len(sizes))
+    return [tree.unflatten([column[index] for column in columns], batch.structure) for index in range(len(sizes))]
 
 
 def sizes(rows: int, microbatches: int) -> list[int]:
@@ -71,75 +135,53 @@ def sizes(rows: int, microbatches: int) -> list[int]:
     return [rows // count + (index < rows % count) for index in range(count)] if count else []
 
 
-def cut(batch: Tree, rows: list[int]) -> list[Tree]:
-    """The batch as one tree a micro-batch. Tensors are views of the batch's, not copies."""
-    found, structure = tree.flatten(batch)
-    columns: list[list[Any]] = []
-    for leaf in found:
-        if isinstance(leaf, Shared):
-            columns.append([leaf.value] * len(rows))
-        elif isinstance(leaf, torch.Tensor):
-            columns.append(list(leaf.split(rows)) if rows else [])
-        else:
-            columns.append([leaf] * len(rows))
-    return [tree.unflatten([column[index] for column in columns], structure) for index in range(len(rows))]
-
-
 def join(outputs: list[Tree]) -> Tree:
     """The outputs of micro-batches as one output of the whole batch: tensors are joined along dimension 0."""
     assert outputs, "nothing to join"
-    found = [tree.flatten(output) for output in outputs]
-    structure = found[0][1]
-    columns = zip(*(leaves for leaves, _ in found), strict=True)
+    flat = [Flat.of(output) for output in outputs]
+    columns = zip(*(output.leaves for output in flat), strict=True)
     joined = [
         torch.cat(list(column)) if isinstance(column[0], torch.Tensor) and column[0].dim() else column[0]
         for column in columns
     ]
-    return tree.unflatten(joined, structure)
+    return tree.unflatten(joined, flat[0].structure)
 
 
 ALIGNMENT = 64
 """Of torch's own allocations on the CPU, in bytes."""
 
 
-def to_tensors(batch: Tree, device: torch.device) -> Tree:
+def to_tensors(values: Tree, device: torch.device) -> Tree:
     """NumPy arrays and tensors as tensors on `device`; on the CPU at addresses that are multiples of 64 bytes, as torch
     allocates: elsewhere a product of matrices may round otherwise, and a step could not be repeated to the bit."""
-
-    def convert(leaf: Any) -> Any:
-        if isinstance(leaf, Shared):
-            return Shared(convert(leaf.value))
-        if isinstance(leaf, np.ndarray):
-            leaf = torch.from_numpy(leaf) if leaf.flags.writeable else torch.tensor(leaf)  # which copies
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        leaf = leaf.to(device, non_blocking=True)
-        return leaf.clone() if device.type == "cpu" and leaf.data_ptr() % ALIGNMENT else leaf
-
-    found, structure = tree.flatten(batch)
-    return tree.unflatten([convert(leaf) for leaf in found], structure)
+    return Flat.of(values).map(lambda leaf: _to_tensor(leaf, device)).tree()
 
 
-def to_arrays(batch: Tree) -> Tree:
-    """CPU tensors as NumPy views, which travel through Ray's shared memory without a copy a reader."""
+def to_arrays(values: Tree) -> Tree:
+    """CPU tensors as NumPy views, which travel through Ray's shared memory without a copy per reader."""
+    return Flat.of(values).map(_to_array).tree()
 
-    def convert(leaf: Any) -> Any:
-        if isinstance(leaf, Shared):
-            return Shared(convert(leaf.value))
-        if isinstance(leaf, torch.Tensor) and leaf.dtype != torch.bfloat16:
-            return leaf.detach().cpu().numpy()
+
+def _to_tensor(leaf: Any, device: torch.device) -> Any:
+    if isinstance(leaf, Shared):
+        return Shared(_to_tensor(leaf.value, device))
+    if isinstance(leaf, np.ndarray):
+        leaf = torch.from_numpy(leaf) if leaf.flags.writeable else torch.tensor(leaf)  # which copies
+    if not isinstance(leaf, torch.Tensor):
         return leaf
+    leaf = leaf.to(device, non_blocking=True)
+    return leaf.clone() if device.type == "cpu" and leaf.data_ptr() % ALIGNMENT else leaf
 
-    found, structure = tree.flatten(batch)
-    return tree.unflatten([convert(leaf) for leaf in found], structure)
 
-
-def has_shared(batch: Tree) -> bool:
-    """Whether a batch holds a tensor that is not cut into micro-batches."""
-    return any(isinstance(leaf, Shared) for leaf in tree.leaves(batch))
+def _to_array(leaf: Any) -> Any:
+    if isinstance(leaf, Shared):
+        return Shared(_to_array(leaf.value))
+    if isinstance(leaf, torch.Tensor) and leaf.dtype != torch.bfloat16:
+        return leaf.detach().cpu().numpy()
+    return leaf
 
 
 def is_finite(values: Any) -> bool:
     """Whether all floating-point tensors in a tree are finite."""
-    found = [leaf for leaf in tree.leaves(values) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    return all(bool(torch.isfinite(leaf).all()) for leaf in found)
+    tensors = [leaf for leaf in tree.leaves(values) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 
+from raypar.engine.microbatch import ReplicaBatch
 from raypar.errors import NonFiniteError
-from raypar.tree import Tree
 
 
 @dataclass(frozen=True)
 class StepRequest:
     """What a replica asks of its actors: one batch, and what is to be done with it.
 
-    step:    number of the optimizer step, from 1.
-    rows:    of this replica's share of the batch; may be 0.
-    key:     describes everything about the batch's shape but the rows.
-    inputs, targets: tensors or NumPy arrays; None for an actor that needs none of them.
+    step:    number of the optimizer step, from 1; in an evaluation that of the newest one.
     is_last: whether the batch is the last one of a loop over a data set.
     """
 
     step: int
-    rows: int
-    key: Hashable
-    inputs: Tree
-    targets: Tree
+    batch: ReplicaBatch
     is_last: bool = False
 
 
@@ -63,6 +56,18 @@ class StepTotals:
     samples: int
     of_replica: tuple[tuple[float, float], ...] = ()
 
+    @staticmethod
+    def share(loss: float, weight: float, squared: float, samples: int, replica: int, apart: int) -> list[float]:
+        """What one actor adds to the sum. `apart`: the number of replicas if they train apart, else 0."""
+        of_replica = [(weight, squared) if other == replica else (0.0, 0.0) for other in range(apart)]
+        return [loss, weight, squared, float(samples), *(number for pair in of_replica for number in pair)]
+
+    @staticmethod
+    def from_sum(numbers: list[float]) -> StepTotals:
+        """The shares of all actors, added up."""
+        loss, weight, squared, samples, *pairs = numbers
+        return StepTotals(loss, weight, squared, int(samples), tuple(zip(pairs[::2], pairs[1::2], strict=True)))
+
     @property
     def mean(self) -> float:
         return self.loss / self.weight if self.weight else math.nan
@@ -76,18 +81,7 @@ class StepTotals:
         return self.of_replica[replica] if self.of_replica else (self.weight, self.squared)
 
 
-def numbers(loss: float, weight: float, squared: float, samples: int, replica: int, apart: int) -> list[float]:
-    """One actor's share of the sum. `apart`: the number of replicas where they train apart, else 0."""
-    own = [number for other in range(apart) for number in ((weight, squared) if other == replica else (0.0, 0.0))]
-    return [loss, weight, squared, float(samples), *own]
-
-
-def totals(summed: list[float]) -> StepTotals:
-    loss, weight, squared, samples, *own = summed
-    return StepTotals(loss, weight, squared, int(samples), tuple(zip(own[::2], own[1::2], strict=True)))
-
-
-def total(values: list[torch.Tensor]) -> float:
+def sum_scalars(values: list[torch.Tensor]) -> float:
     """The sum of scalars in their order, with one wait for the device."""
     return math.fsum(torch.stack([v.reshape(()).double() for v in values]).tolist()) if values else 0.0
 

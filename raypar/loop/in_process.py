@@ -52,7 +52,7 @@ class InProcessActors:
 
     def predict(self, request: StepRequest) -> Tree:
         outputs = self._run([engine.predict(request) for engine in self.engines])
-        holder = self.engines[0].placement[-1]
+        holder = self.engines[0].plan.actor_of_stage[-1]
         return microbatch.to_tensors(outputs[holder], torch.device("cpu"))
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -24,14 +24,13 @@ from raypar.checkpoint.contents import merge_states
 from raypar.checkpoint.manifest import checkpoint_to_resume, keep_newest
 from raypar.checkpoint.saver import SaveRequest, State, save
 from raypar.checkpoint.shards import SavedTensors
-from raypar.engine.build import build_part, make_engine
+from raypar.engine.build import Connect, build_engine
 from raypar.errors import CheckpointError
 from raypar.loop.in_process import InProcessActors
 from raypar.loop.session import RunSpec, Session, enter
 from raypar.loop.turns import Stopped, Turns
 from raypar.observe.progress import schedule_text
 from raypar.observe.timeline import write_timeline
-from raypar.replicas.scatter import scatter_over
 from raypar.splitting.model import ModelSpec, Split
 from raypar.stages.measure import measure_units
 from raypar.transport.interface import Waiting, take_turns
@@ -71,15 +70,15 @@ class LocalSession(Session):
 
     def start_actors(self, spec: ModelSpec) -> InProcessActors:
         saved = SavedTensors(self.restored, self.storage.filesystem) if self.restored else None
-        engines = []
         with randomness.kept():
-            for actor in range(self.plan.pipeline):
-                part = build_part(spec, self.plan, actor, CPU)
-                if self.plan.data_strategy == "scatter":
-                    scatter_over(part, [CPU])
-                transport = self.shared.world.transport(self.replica, actor)
-                engines.append(make_engine(spec, self.plan, self.replica, actor, part, transport, CPU, saved=saved))
+            engines = [
+                build_engine(spec, self.plan, self.replica, actor, [CPU], self._connect(actor), saved)
+                for actor in range(self.plan.pipeline)
+            ]
         return InProcessActors(engines, _LocalSaver(self), self._step_of_all)
+
+    def _connect(self, actor: int) -> Connect:
+        return lambda _: self.shared.world.transport(self.replica, actor)
 
     def _step_of_all(self, calls: Sequence[Waiting]) -> list[Any]:
         def run_all(of_replicas: list[Sequence[Waiting]]) -> list[list[Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from raypar.checkpoint.weights import check_fits, shapes_of
-from raypar.engine import microbatch
+from raypar.engine.microbatch import ReplicaBatch
 from raypar.engine.step import StepRequest, StepResult
 from raypar.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from raypar.loop.actors import ReplicaActors
@@ -129,7 +129,7 @@ class Replica:
         self.wait()
         request = self._request(self._step, inputs, targets)
         loss, weight = self._actors.eval_step(request)
-        total = self._session.sum(torch.tensor([loss, weight, request.rows], dtype=torch.float64)).tolist()
+        total = self._session.sum(torch.tensor([loss, weight, request.batch.rows], dtype=torch.float64)).tolist()
         return EvalOutput(total[0] / total[1] if total[1] else float("nan"), int(total[2]))
 
     def predict(self, inputs: Any) -> Any:
@@ -221,18 +221,13 @@ class Replica:
         return bool(is_last)
 
     def _request(self, step: int, inputs: Any, targets: Any, *, is_last: bool = False) -> StepRequest:
-        rows = microbatch.rows_of(inputs)
-        if targets is not None and microbatch.rows_of(targets) != rows:
-            raise DataError(
-                f"found {rows} rows of inputs and {microbatch.rows_of(targets)} rows of targets, needed as many of both"
-            )
-        if self._session.plan.data_strategy == "scatter" and microbatch.has_shared([inputs, targets]):
+        batch = ReplicaBatch.of(inputs, targets)
+        if self._session.plan.data_strategy == "scatter" and batch.has_shared:
             raise DataError(
                 "found raypar.shared(…) with Plan(data_strategy='scatter'), which cuts the rows of every tensor over "
                 "the devices; needed: the values repeated for each row, or another data_strategy"
             )
-        key = (microbatch.describe(inputs), microbatch.describe(targets))
-        return StepRequest(step, rows, key, inputs, targets, is_last)
+        return StepRequest(step, batch, is_last)
 
 
 def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:

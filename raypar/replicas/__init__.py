@@ -1,4 +1,4 @@
 """How copies of the same weights stay equal: ddp, fsdp, scatter, local SGD, ties.
 
-Enter by: strategies, ties, fsdp, gradients, local_sgd, scatter.
+Enter by: strategies, sync, ties.
 """

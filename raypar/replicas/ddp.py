@@ -12,12 +12,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raypar.replicas.gradients import GradientSum
+from raypar.replicas.sync import ReplicaSync
 from raypar.splitting.model import call
 from raypar.splitting.stage_code import StageCode
 from raypar.stages.model_part import ModelPart
 from raypar.transport.interface import Waiting
-from raypar.transport.process_links import ProcessCollective
 from raypar.tree import Tree
 
 
@@ -36,16 +35,16 @@ class _Whole(nn.Module):
         return call(self.model, inputs)
 
 
-class DDPSum:
+class DdpSync(ReplicaSync):
     """DistributedDataParallel around a whole model: reduces during the last micro-batch's backward pass.
 
     A communication hook adds without DDP's own division by the number of replicas, since raypar divides once,
     by the weight of the global batch.
     """
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
+    def __init__(self, part: ModelPart, group: dist.ProcessGroup) -> None:
         self.ddp = DistributedDataParallel(
-            _Whole(model),
+            _Whole(part.module),
             process_group=group,
             init_sync=False,  # every replica builds the same weights from the same seed, or the same checkpoint
             forward_sync_buffers=False,  # buffers belong to the replica
@@ -54,9 +53,7 @@ class DDPSum:
         )
         self.failures = _Failures()
         self.ddp.register_comm_hook(_Reduction(group, self.failures), _add_only)
-
-    def call(self, inputs: Tree) -> Any:
-        return self.ddp(inputs)
+        part.stages[0].codes["train"] = StageCode.of_forward(self.ddp)  # training forward passes go through it
 
     @contextmanager
     def around(self, is_last: bool) -> Iterator[None]:
@@ -68,8 +65,8 @@ class DDPSum:
                     raise dist.DistError(str(error)) from error
                 raise
 
-    def start(self, rows: int) -> Waiting:
-        if not rows:
+    def reduce(self, stage: int, microbatches: int) -> Waiting:
+        if not microbatches:  # this replica takes part with nothing
             self.ddp(None).backward()
         yield from ()
 
@@ -114,10 +111,3 @@ def _add_only(reduction: _Reduction, bucket: dist.GradBucket) -> torch.futures.F
 
 # DDP compares the annotations of a hook with the types themselves, where this module has them as text.
 _add_only.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
-
-
-def ddp_sum(part: ModelPart, group: ProcessCollective) -> dict[int, GradientSum]:
-    """Gradients summed by DDP around the whole model, whose forward goes through it in training."""
-    ddp = DDPSum(part.module, group.group)
-    part.stages[0].codes["train"] = StageCode.of_forward(ddp.call)
-    return {0: ddp}

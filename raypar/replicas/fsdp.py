@@ -14,13 +14,13 @@ parameters are gathered once a step, not once a micro-batch, and in between stag
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from raypar.replicas.gradients import BucketSum
+from raypar.replicas.buckets import add_up, buckets_of
+from raypar.replicas.sync import ReplicaSync
 from raypar.stages.model_part import ModelPart
 from raypar.transport.interface import Waiting
 from raypar.transport.process_links import ProcessCollective
@@ -37,12 +37,14 @@ class _Held(nn.Module):
         return mark.clone()
 
 
-class ShardedSum:
+class FsdpSync(ReplicaSync):
     """All parameters of one actor, in parts over the replicas along their first dimension, whatever its size.
 
     Parameters become DTensors, so the optimizer is made behind it. What FSDP2 cannot cut stays whole and is summed in
     buckets: parameters without a dimension, those that are not contiguous, and types other than that of most.
     """
+
+    gathers = True
 
     def __init__(self, part: ModelPart, replicas: ProcessCollective, device: torch.device) -> None:
         from torch.distributed.fsdp import fully_shard  # takes a second, and only this strategy needs it
@@ -52,7 +54,7 @@ class ShardedSum:
         cut = _that_can_be_cut(list(parameters.values()))
         own = {id(p) for stage in part.stages for p in part.trainable(stage)}
         self.names = [name for name, p in parameters.items() if id(p) in own and p in cut]
-        self.rest = BucketSum([p for p in parameters.values() if id(p) in own and p not in cut], replicas)
+        self.rest = buckets_of([p for p in parameters.values() if id(p) in own and p not in cut])
         codes = [code.module for stage in part.stages.values() for code in stage.codes.values()]
         # The traced code of a stage holds the weights that forward uses by hand beside the model.
         held = _Held([part.module, *(code for code in codes if code is not None)])
@@ -67,22 +69,21 @@ class ShardedSum:
         self.held.set_force_sum_reduction_for_comms(True)
         self.mark: torch.Tensor | None = None
 
-    def gather(self, *, trains: bool) -> None:
-        """Make all parameters whole, before the first pass of a step or of an evaluation."""
+    def begin(self, *, trains: bool) -> None:
+        """Make all parameters whole."""
         if trains:
             self.mark = self.call(torch.zeros((), device=self.device, requires_grad=True))
         else:
             self.held.unshard()
 
-    def release(self) -> None:
-        """Go back to parts, behind the last pass of an evaluation; in training `start` does it."""
+    def end(self) -> None:
+        """Go back to parts; in training `reduce` does it."""
         self.mark = None
         self.held.reshard()
 
-    def around(self, is_last: bool) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def start(self, rows: int) -> Waiting:
+    def reduce(self, stage: int, microbatches: int) -> Waiting:
+        if stage != self.part.first_stage:  # one call does it for all stages of the actor
+            return
         for copy in self.part.all_copies():  # of tied weights: their gradients are with the owners by now
             copy.grad = None
         parameters = [self.part.module.get_parameter(name) for name in self.names]
@@ -96,7 +97,7 @@ class ShardedSum:
         assert self.mark is not None, "gradients summed in a step that has not begun"
         self.mark.backward()
         self.mark = None
-        yield from self.rest.start(rows)
+        yield from add_up(self.rest, self.replicas)
 
 
 def _that_can_be_cut(parameters: list[nn.Parameter]) -> set[nn.Parameter]:

@@ -11,29 +11,34 @@ https://arxiv.org/abs/2311.08105), there with Nesterov momentum. That step is th
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from raypar.planning.plan import Plan
-from raypar.replicas.gradients import buckets_of
+from raypar.replicas.buckets import buckets_of
+from raypar.replicas.sync import ReplicaSync
 from raypar.splitting.model import ModelSpec
 from raypar.stages.model_part import ModelPart
 from raypar.stages.optimizer_state import checked_optimizer, entries_of, load_entries
-from raypar.transport.interface import Transport, Waiting
+from raypar.transport.interface import Collective, Waiting
 
 
-class Averaging:
+class LocalSgdSync(ReplicaSync):
     """One actor's share in the averages of its replica: of the parameters that it trains, stage by stage.
 
     trained: the weight (rows, or valid tokens) that each replica has trained on since the last average.
     anchor:  the weights at the last average by name; only with an outer optimizer.
     """
 
-    def __init__(self, plan: Plan, replica: int, part: ModelPart, spec: ModelSpec, transport: Transport) -> None:
-        self.every, self.replica = plan.sync_every, replica
-        self.collectives = {stage: transport.same_stage(stage) for stage in part.stages}
+    trains_apart = True
+
+    def __init__(
+        self, plan: Plan, replica: int, part: ModelPart, spec: ModelSpec, collectives: Mapping[int, Collective | None]
+    ) -> None:
+        self.every, self.replica, self.collectives = plan.sync_every, replica, collectives
         self.buckets = {stage: buckets_of(part.trainable(stage)) for stage in part.stages}
         self.parameters = [p for buckets in self.buckets.values() for bucket in buckets for p in bucket]
         self.trained = [0.0] * plan.data
@@ -45,16 +50,14 @@ class Averaging:
             made = spec.outer_optimizer(list(self.anchor.values()))
             self.outer = checked_optimizer(made, "outer_optimizer(parameters)")
 
-    def count(self, totals: Any) -> None:
-        """Count what the replicas have trained on in a step that was committed."""
-        self.trained = [before + weight for before, (weight, _) in zip(self.trained, totals.of_replica, strict=True)]
+    def count(self, weights: Sequence[float]) -> None:
+        self.trained = [before + weight for before, weight in zip(self.trained, weights, strict=True)]
 
-    def is_due(self, order: Any) -> bool:
-        """Whether the parameters are averaged behind this step; the same on all actors of all replicas."""
-        is_time = order.is_last if isinstance(self.every, str) else order.step % (self.every or 1) == 0
+    def is_due(self, step: int, *, is_last: bool) -> bool:
+        is_time = is_last if isinstance(self.every, str) else step % (self.every or 1) == 0
         return is_time and sum(self.trained) > 0.0
 
-    def mean(self) -> Waiting:
+    def average(self) -> Waiting:
         """The mean of the parameters over the replicas, by what each has trained on."""
         share = self.trained[self.replica] / sum(self.trained)
         flats, works = [], []

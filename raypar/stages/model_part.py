@@ -36,6 +36,11 @@ class ModelPart:
     lent: dict[int, list[str]] = field(default_factory=dict)
     same: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def first_stage(self) -> int:
+        """The first of the actor's stages."""
+        return next(iter(self.stages))
+
     def all_copies(self) -> list[nn.Parameter]:
         """The parameters here that other actors own."""
         return [self.module.get_parameter(name) for names in self.copies.values() for name in names]

@@ -150,7 +150,7 @@ def leave_world(error: BaseException | None = None) -> None:
         pass
 
 
-class _WorkerTransport:
+class WorkerTransport:
     """The connections of the one actor of a replica without a pipeline: the group of the train workers."""
 
     def __init__(self, plan: Plan, control: dist.ProcessGroup | None) -> None:

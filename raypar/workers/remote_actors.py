@@ -99,15 +99,11 @@ class RemoteActors:
 
     def _start(self, method: str, request: StepRequest) -> list[Any]:
         """Send a request to all actors, each with the arrays that it uses."""
-        inputs, targets = microbatch.to_arrays(request.inputs), microbatch.to_arrays(request.targets)
+        arrays = request.batch.to_arrays()
         calls = []
         for actor, handle in enumerate(self.handles):
-            part = replace(
-                request,
-                inputs=inputs if self._uses_inputs[actor] else None,
-                targets=targets if actor == self._last else None,
-            )
-            calls.append(getattr(handle, method).remote(part))
+            batch = arrays.without(inputs=not self._uses_inputs[actor], targets=actor != self._last)
+            calls.append(getattr(handle, method).remote(replace(request, batch=batch)))
         return calls
 
     def _call(self, method: str, *arguments: Any, limit: str = "peer") -> list[Any]:

@@ -19,9 +19,9 @@ from raypar.checkpoint.saver import SaveRequest, SharedSaver
 from raypar.checkpoint.shards import SavedTensors
 from raypar.engine import microbatch
 from raypar.engine.actor_state import load_model, model_of, state_to_save
-from raypar.engine.build import build_part, make_engine
+from raypar.engine.build import build_engine
 from raypar.engine.clock import Clock
-from raypar.engine.engine import Engine, pairs
+from raypar.engine.engine import Engine
 from raypar.engine.faults import failed_wait, user_code
 from raypar.engine.step import StepRequest, StepResult
 from raypar.errors import NonFiniteError, RayparError
@@ -31,7 +31,6 @@ from raypar.observe.bubble import Timing
 from raypar.observe.timeline import Event
 from raypar.planning.place import Place
 from raypar.planning.plan import Plan, Timeouts
-from raypar.replicas.strategies import sums_in_processes
 from raypar.splitting.model import ModelSpec, Split
 from raypar.stages.measure import measure_units
 from raypar.storage import Storage
@@ -105,18 +104,18 @@ class StageActor:
     def build(self, spec: ModelSpec, storage: Storage, restored: str | None) -> Built:
         """Build this actor's part, fresh or from a checkpoint. Returns what the worker needs to know of it."""
         with user_code(self.place, "building the model and its optimizer"):
-            part = build_part(spec, self.plan, self.actor, self.device)
             saved = SavedTensors(restored, storage.filesystem) if restored is not None else None
-            transport = ProcessTransport(self.plan, self.replica, self.actor, pairs(self.plan, part), self.timeouts)
-            sums = sums_in_processes(part, self.plan, transport, self.device)
-            self.engine = make_engine(
-                spec, self.plan, self.replica, self.actor, part, transport, self.device, sums, saved
-            )
+            self.engine = build_engine(spec, self.plan, self.replica, self.actor, [self.device], self._transport, saved)
+        part, transport = self.engine.part, self.engine.transport
+        assert isinstance(transport, ProcessTransport)
         self.clock = self.engine.clock
         assert transport.saving is not None
         self.saver = SharedSaver(storage, transport.saving, self.timeouts.peer)
         uses_inputs = any(stage.uses_inputs for stage in part.stages.values())
         return Built(part.names, uses_inputs, steps_of(self.engine), self.describe())
+
+    def _transport(self, pairs: set[tuple[int, int]]) -> ProcessTransport:
+        return ProcessTransport(self.plan, self.replica, self.actor, pairs, self.timeouts)
 
     # ------------------------------------------------------------ steps
 

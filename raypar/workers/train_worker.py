@@ -23,7 +23,7 @@ from raypar.checkpoint.manifest import checkpoint_to_resume
 from raypar.checkpoint.saver import SharedSaver
 from raypar.checkpoint.shards import SavedTensors
 from raypar.engine import microbatch
-from raypar.engine.build import build_part, make_engine
+from raypar.engine.build import build_engine
 from raypar.errors import PeerLostError, TimeoutExceededError
 from raypar.loop.actors import ReplicaActors
 from raypar.loop.in_process import InProcessActors
@@ -31,12 +31,10 @@ from raypar.loop.session import RunSpec, Session, enter
 from raypar.observe.timeline import write_timeline
 from raypar.planning.place import Place
 from raypar.planning.plan import Timeouts
-from raypar.replicas.scatter import scatter_over
-from raypar.replicas.strategies import sums_in_processes
 from raypar.splitting.model import ModelSpec, Split
 from raypar.stages.measure import measure_units
 from raypar.transport.interface import drive
-from raypar.transport.process_links import _WorkerTransport
+from raypar.transport.process_links import WorkerTransport
 from raypar.workers.malloc import keep_freed_memory
 from raypar.workers.ray_errors import as_raypar_error, unwrapped
 from raypar.workers.remote_actors import RemoteActors
@@ -131,13 +129,11 @@ class WorkerSession(Session):
         device = _device()
         if device.type == "cpu":
             keep_freed_memory()
-        part = build_part(spec, self.plan, 0, device)
+        several = self.plan.data_strategy == "scatter" and device.type == "cuda"
+        devices = ray.train.torch.get_devices() if several else [device]
         saved = SavedTensors(self.restored, self.storage.filesystem) if self.restored is not None else None
-        transport = _WorkerTransport(self.plan, self.control)
-        sums = sums_in_processes(part, self.plan, transport, device)
-        if self.plan.data_strategy == "scatter":
-            scatter_over(part, ray.train.torch.get_devices() if device.type == "cuda" else [device])
-        engine = make_engine(spec, self.plan, self.replica, 0, part, transport, device, sums, saved)
+        transport = WorkerTransport(self.plan, self.control)
+        engine = build_engine(spec, self.plan, self.replica, 0, devices, lambda _: transport, saved)
         saver = SharedSaver(self.storage, _group(self.timeouts), self.timeouts.peer)
         return InProcessActors([engine], saver, lambda calls: [drive(call) for call in calls])
 

@@ -24,7 +24,7 @@ from raypar.storage import Storage
 from raypar.workers.remote_actors import RemoteActors
 from raypar.workers.stage_actor import Built
 from support import reference
-from support.engines import order_of
+from support.engines import request_of
 
 STEPS, ROWS, LR = 5, 32, 0.1
 
@@ -96,11 +96,11 @@ class Silent:
     def build(self, *arguments: Any) -> Built:
         return Built({}, True, self.steps, ActorInfo(0, 0, "cpu", pid=1, cores=1))
 
-    def model(self) -> None:
+    def state_dict(self) -> None:
         threading.Event().wait()
 
-    def eval_step(self, order: StepRequest) -> tuple[float, float]:
-        if order.targets is not None:  # the last stage, for which nobody waits
+    def eval_step(self, request: StepRequest) -> tuple[float, float]:
+        if request.batch.targets is not None:  # the last stage, for which nobody waits
             threading.Event().wait()
         return 0.0, 0.0
 
@@ -114,9 +114,9 @@ def test_an_actor_that_stands_still_is_named_when_its_state_is_asked_for(tmp_pat
     plan = Plan(pipeline=2, placement=[0, 1, 0])
     actors = RemoteActors(handles, plan, 3, Timeouts(peer=1, stop=1), spec, storage, None)
     with pytest.raises(
-        TimeoutExceededError, match=r"replica 3, stage 0, 2, 1: no answer to 'model'.*Timeouts\(peer=…\)"
+        TimeoutExceededError, match=r"replica 3, stage 0, 2, 1: no answer to 'state_dict'.*Timeouts\(peer=…\)"
     ):
-        actors.model()
+        actors.state_dict()
     for handle in handles:
         ray.kill(handle)
 
@@ -133,7 +133,7 @@ def test_an_actor_that_stands_still_in_a_step_that_others_have_ended_is_named(
     with pytest.raises(
         TimeoutExceededError, match=r"replica 1, stage 1: no answer to a step that others have ended within the 2 s"
     ):
-        actors.evaluate(order_of(1, (torch.zeros(1), torch.zeros(1))))
+        actors.eval_step(request_of(1, (torch.zeros(1), torch.zeros(1))))
     for handle in handles:
         ray.kill(handle)
 

@@ -36,7 +36,7 @@ def write(folder: Path, sizes: list[int], files: int = 1) -> RowGroups:
     return groups
 
 
-def order_of(groups: RowGroups, batch_size: int = 4, window: int = 10, **options: int | None) -> RowOrder:
+def request_of(groups: RowGroups, batch_size: int = 4, window: int = 10, **options: int | None) -> RowOrder:
     return RowOrder(groups.sizes, batch_size, window, **{"seed": 0} | options)  # type: ignore[arg-type]
 
 
@@ -93,7 +93,7 @@ def test_each_row_comes_once_an_epoch_in_the_same_global_batches_whatever_the_nu
     shuffle: bool,
 ):
     groups = write(tmp_path_factory.mktemp("d"), sizes, files=min(files, len(sizes)))
-    order = order_of(groups, batch_size, window, seed=3 if shuffle else None)
+    order = request_of(groups, batch_size, window, seed=3 if shuffle else None)
     alone = read(groups, order)
     assert sorted(chain(*alone)) == list(range(sum(sizes)))
     assert [len(batch) for batch in alone[:-1]] == [batch_size] * (len(alone) - 1)
@@ -105,7 +105,7 @@ def test_each_row_comes_once_an_epoch_in_the_same_global_batches_whatever_the_nu
 
 def test_a_batch_may_be_put_together_from_several_windows(tmp_path: Path):
     groups = write(tmp_path, [3] * 7)
-    found = read(groups, order_of(groups, batch_size=10, window=3))
+    found = read(groups, request_of(groups, batch_size=10, window=3))
     assert [len(batch) for batch in found] == [10, 10, 1]
     assert sorted(chain(*found)) == list(range(21))
 
@@ -115,7 +115,7 @@ def test_a_batch_may_be_put_together_from_several_windows(tmp_path: Path):
 
 def test_a_resumed_epoch_reads_nothing_that_lies_before_its_next_batch(tmp_path: Path, reads: Reads):
     groups = write(tmp_path, [5] * 20)
-    order = order_of(groups, batch_size=5, window=10)
+    order = request_of(groups, batch_size=5, window=10)
     whole = read(groups, order)
     assert sorted(reads.groups) == list(range(20))
     reads.groups.clear()
@@ -126,7 +126,7 @@ def test_a_resumed_epoch_reads_nothing_that_lies_before_its_next_batch(tmp_path:
 
 def test_only_the_row_groups_that_hold_rows_of_the_replica_are_read(tmp_path: Path, reads: Reads):
     groups = write(tmp_path, [5] * 20)
-    order = order_of(groups, batch_size=50, window=10, seed=None)
+    order = request_of(groups, batch_size=50, window=10, seed=None)
     assert read(groups, order, replica=1, replicas=2) == [list(range(25, 50)), list(range(75, 100))]
     assert sorted(reads.groups) == [*range(5, 10), *range(15, 20)]
 
@@ -135,7 +135,7 @@ def test_a_data_set_of_one_window_is_read_once_for_all_epochs(tmp_path: Path, re
     """Each epoch and each evaluation read and decoded the whole file again."""
     groups = write(tmp_path, [5] * 4)
     for epoch in range(3):
-        assert sorted(chain(*read(groups, order_of(groups, window=20, epoch=epoch)))) == list(range(20))
+        assert sorted(chain(*read(groups, request_of(groups, window=20, epoch=epoch)))) == list(range(20))
     assert sorted(reads.groups) == list(range(4))
     assert not readers()
 
@@ -156,15 +156,15 @@ def test_the_rows_of_two_windows_are_in_memory_and_of_those_only_the_replicas_ow
     monkeypatch.setattr(windows, "load", watched)
     for replicas in (1, 2):
         buffers.clear()
-        assert len(read(groups, order_of(groups, batch_size=10, window=20), replicas=replicas)) == 20
+        assert len(read(groups, request_of(groups, batch_size=10, window=20), replicas=replicas)) == 20
         assert len(buffers) <= 2 * 2  # of two columns
         assert {len(values) for values in buffers.values()} == {20 // replicas}
 
 
 def test_no_more_than_the_window_ahead_is_read(tmp_path: Path, reads: Reads):
     groups = write(tmp_path, [5] * 40)
-    window_of = {group: at for at, each in enumerate(order_of(groups, 5, 20).windows()) for group in each.groups}
-    with closing(windows.batches(groups, order_of(groups, 5, 20), 0, 0, 1)) as found:
+    window_of = {group: at for at, each in enumerate(request_of(groups, 5, 20).windows()) for group in each.groups}
+    with closing(windows.batches(groups, request_of(groups, 5, 20), 0, 0, 1)) as found:
         for index, _ in enumerate(found):
             assert max(window_of[group] for group in reads.groups) <= index // 4 + 1
 
@@ -172,11 +172,11 @@ def test_no_more_than_the_window_ahead_is_read(tmp_path: Path, reads: Reads):
 def test_a_batch_is_the_loops_own_to_change(tmp_path: Path):
     groups = write(tmp_path, [5] * 8)
     for window in (10, 40):
-        kept = list(windows.batches(groups, order_of(groups, window=window), 0, 0, 1))
+        kept = list(windows.batches(groups, request_of(groups, window=window), 0, 0, 1))
         for batch in kept:
             batch["row"] += 100
         assert sorted(chain(*(batch["row"].tolist() for batch in kept))) == list(range(100, 140))
-        assert sorted(chain(*read(groups, order_of(groups, window=window)))) == list(range(40))
+        assert sorted(chain(*read(groups, request_of(groups, window=window)))) == list(range(40))
 
 
 # ---------------------------------------------------------------- how it ends
@@ -184,15 +184,15 @@ def test_a_batch_is_the_loops_own_to_change(tmp_path: Path):
 
 def test_the_threads_end_with_the_epoch_with_a_break_and_with_an_error_of_the_loop(tmp_path: Path):
     groups = write(tmp_path, [5] * 20)
-    assert len(read(groups, order_of(groups))) == 25
+    assert len(read(groups, request_of(groups))) == 25
     assert not readers()
-    for _ in windows.batches(groups, order_of(groups), 0, 0, 1):
+    for _ in windows.batches(groups, request_of(groups), 0, 0, 1):
         assert readers()
         break
     assert not readers()
 
     def fail() -> None:
-        for _ in windows.batches(groups, order_of(groups), 0, 0, 1):
+        for _ in windows.batches(groups, request_of(groups), 0, 0, 1):
             raise KeyError("the loop's own")
 
     with pytest.raises(KeyError, match="the loop's own"):
@@ -205,7 +205,7 @@ def test_a_loop_that_is_left_does_not_wait_for_a_window_that_is_being_read(
 ):
     """The thread went on until the window was whole, which takes long where the store is slow."""
     groups = write(tmp_path, [5] * 4)
-    order = order_of(groups, batch_size=5, window=5)
+    order = request_of(groups, batch_size=5, window=5)
     second = [window.groups[0] for window in order.windows()][1]
     original, in_second = RowGroups.read, threading.Event()
 
@@ -231,7 +231,7 @@ def test_an_error_of_the_reading_thread_is_raised_in_the_loop(
 ):
     """A store that fails may answer again, so that the run may be tried again; what cannot be decoded stays so."""
     groups = write(tmp_path, [5] * 8)
-    order = order_of(groups, batch_size=5, window=5)
+    order = request_of(groups, batch_size=5, window=5)
     third = [window.groups[0] for window in order.windows()][2]
     original = pq.ParquetFile.iter_batches
 

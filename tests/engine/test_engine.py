@@ -63,21 +63,20 @@ def test_weights_change_only_after_every_backward_pass_of_every_replica(plan: Pl
     engines = Engines(plan, spec_of(three_stages, split_of(plan)), world, world.drive)
     events: list[str] = []
 
-    def spy(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*args: Any, **options: Any) -> Any:
-            events.append(name)
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def committed(*args: Any, **options: Any) -> Any:
+            events.append("commit")
             return call(*args, **options)
 
-        return noted
+        return committed
 
     for engine in engines.all:
-        for stage in engine.part.stages.values():
-            stage.backward = spy("backward", stage.backward)  # type: ignore[method-assign]
-        engine.learner.commit = spy("commit", engine.learner.commit)  # type: ignore[method-assign]
+        engine.clock.on_action = lambda kind, stage, microbatch: events.append(kind) if kind == "B" else None
+        engine.learner.commit = noted(engine.learner.commit)  # type: ignore[method-assign]
     (batch,) = reference.images(1, 16)
     train_step(engines, 1, batch)
     commits = plan.data * plan.pipeline
-    assert events == ["backward"] * (len(events) - commits) + ["commit"] * commits
+    assert events == ["B"] * (len(events) - commits) + ["commit"] * commits
     assert len(events) - commits == plan.data * len(plan.actor_of_stage) * plan.microbatch_count
 
 
@@ -113,7 +112,7 @@ def test_activations_and_receive_buffers_stay_within_what_the_check_has_counted(
         return counted
 
     for engine in engines.all:
-        stages, inboxes = engine.part.stages.values(), engine._inboxes.values()
+        stages, inboxes = engine.part.stages.values(), engine.passes.inboxes.values()
 
         def saved(stages: Any = stages) -> int:
             return sum(len(stage.saved) for stage in stages)
@@ -143,8 +142,8 @@ def test_nothing_is_held_between_steps(plan: Plan) -> None:
         train_step(engines, step, batch)
         for engine in engines.all:
             assert not any(stage.saved for stage in engine.part.stages.values())
-            assert not any(inbox.posted or inbox.waiting for inbox in engine._inboxes.values())
-            assert not any(outbox.under_way for outbox in engine._outboxes.values())
+            assert not any(inbox.posted or inbox.waiting for inbox in engine.passes.inboxes.values())
+            assert not any(outbox.under_way for outbox in engine.passes.outboxes.values())
             assert all(parameter.grad is None for parameter in engine.part.module.parameters())
 
 

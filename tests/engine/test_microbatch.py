@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from raypar import tree
 from raypar.engine import microbatch
-from raypar.engine.microbatch import Shared, shared
+from raypar.engine.microbatch import ReplicaBatch, Shared, shared
 from raypar.errors import DataError
 
 CPU = torch.device("cpu")
@@ -18,6 +19,18 @@ CPU = torch.device("cpu")
 
 def rows(count: int, width: int = 2) -> torch.Tensor:
     return torch.arange(count * width, dtype=torch.float32).reshape(count, width)
+
+
+def cut(batch: Any, sizes: list[int]) -> list[Any]:
+    return ReplicaBatch.of(batch).cut(sizes, CPU)[0]
+
+
+def rows_of(batch: Any) -> int:
+    return ReplicaBatch.of(batch).rows
+
+
+def form_of(batch: Any) -> Hashable:
+    return ReplicaBatch.of(batch).form
 
 
 # ---------------------------------------------------------------- sizes
@@ -50,7 +63,7 @@ def test_no_micro_batch_is_empty_and_none_is_larger_than_the_one_before(count: i
 @given(st.integers(1, 20), st.integers(1, 6))
 def test_a_batch_that_is_cut_and_joined_is_the_batch(count: int, microbatches: int):
     batch = {"x": rows(count), "deep": (rows(count, 3), [rows(count, 1)])}
-    parts = microbatch.cut(batch, microbatch.sizes(count, microbatches))
+    parts = cut(batch, microbatch.sizes(count, microbatches))
     again = microbatch.join(parts)
     assert tree.flatten(again)[1] == tree.flatten(batch)[1]
     assert all(map(torch.equal, tree.leaves(again), tree.leaves(batch)))
@@ -58,24 +71,24 @@ def test_a_batch_that_is_cut_and_joined_is_the_batch(count: int, microbatches: i
 
 def test_a_cut_is_a_view_not_a_copy():
     batch = rows(4)
-    parts = microbatch.cut(batch, [2, 2])
+    parts = cut(batch, [2, 2])
     assert parts[1].data_ptr() == batch[2:].data_ptr()
 
 
 def test_what_is_shared_goes_whole_to_each_micro_batch():
     mask = torch.ones(7, 7)
-    parts = microbatch.cut({"x": rows(3), "mask": shared(mask)}, [2, 1])
+    parts = cut({"x": rows(3), "mask": shared(mask)}, [2, 1])
     assert [part["mask"] is mask for part in parts] == [True, True]
     assert [len(part["x"]) for part in parts] == [2, 1]
 
 
 def test_plain_values_go_to_each_micro_batch():
-    parts = microbatch.cut((rows(2), 0.5, None, "text"), [1, 1])
+    parts = cut((rows(2), 0.5, None, "text"), [1, 1])
     assert [part[1:] for part in parts] == [(0.5, None, "text")] * 2
 
 
 def test_no_row_makes_no_micro_batch():
-    assert microbatch.cut(rows(0), microbatch.sizes(0, 4)) == []
+    assert cut(rows(0), microbatch.sizes(0, 4)) == []
 
 
 def test_outputs_are_joined_row_by_row_and_keep_their_form():
@@ -94,33 +107,33 @@ def test_outputs_are_joined_row_by_row_and_keep_their_form():
     [rows(3), np.zeros((3, 2)), (rows(3), rows(3, 5)), {"x": rows(3), "mask": shared(torch.ones(9)), "scale": 0.5}],
 )
 def test_dimension_zero_counts_the_rows(batch: Any):
-    assert microbatch.rows_of(batch) == 3
+    assert rows_of(batch) == 3
 
 
 def test_tensors_with_different_numbers_of_rows_are_refused():
     with pytest.raises(DataError, match=r"different numbers of rows, found shapes \[\(2, 2\), \(3, 2\)\], needed"):
-        microbatch.rows_of((rows(3), rows(2)))
+        rows_of((rows(3), rows(2)))
 
 
 def test_a_tensor_without_dimensions_is_refused_unless_it_is_shared():
     with pytest.raises(DataError, match=r"a tensor without dimensions, needed batch first.*raypar\.shared"):
-        microbatch.rows_of((rows(3), torch.tensor(1.0)))
-    assert microbatch.rows_of((rows(3), shared(torch.tensor(1.0)))) == 3
+        rows_of((rows(3), torch.tensor(1.0)))
+    assert rows_of((rows(3), shared(torch.tensor(1.0)))) == 3
 
 
 @pytest.mark.parametrize("batch", [(), {"scale": 1.0}, shared(rows(3)), None])
 def test_a_batch_without_a_row_tensor_is_refused(batch: Any):
     with pytest.raises(DataError, match="holds no tensor with rows, needed at least one"):
-        microbatch.rows_of(batch)
+        rows_of(batch)
 
 
 # ---------------------------------------------------------------- what fixes the shapes inside the model
 
 
 def test_the_description_of_a_batch_leaves_out_its_number_of_rows_alone():
-    described = microbatch.describe({"x": rows(3), "mask": shared(torch.ones(2))})
-    assert described == microbatch.describe({"x": rows(8), "mask": shared(torch.ones(2))})
-    assert hash(described) == hash(microbatch.describe({"x": rows(0), "mask": shared(torch.ones(2))}))
+    described = form_of({"x": rows(3), "mask": shared(torch.ones(2))})
+    assert described == form_of({"x": rows(8), "mask": shared(torch.ones(2))})
+    assert hash(described) == hash(form_of({"x": rows(0), "mask": shared(torch.ones(2))}))
     others: list[Any] = [
         {"x": rows(3, 3), "mask": shared(torch.ones(2))},
         {"x": rows(3).double(), "mask": shared(torch.ones(2))},
@@ -129,15 +142,15 @@ def test_the_description_of_a_batch_leaves_out_its_number_of_rows_alone():
         {"y": rows(3), "mask": shared(torch.ones(2))},
         (rows(3), shared(torch.ones(2))),
     ]
-    assert all(microbatch.describe(other) != described for other in others)
+    assert all(form_of(other) != described for other in others)
 
 
 def test_plain_values_are_part_of_the_description():
-    assert microbatch.describe((rows(1), 2)) != microbatch.describe((rows(1), 3))
+    assert form_of((rows(1), 2)) != form_of((rows(1), 3))
 
 
 def test_a_numpy_batch_is_described_like_itself_whatever_its_rows():
-    assert microbatch.describe(np.zeros((2, 3))) == microbatch.describe(np.ones((5, 3)))
+    assert form_of(np.zeros((2, 3))) == form_of(np.ones((5, 3)))
 
 
 # ---------------------------------------------------------------- arrays and tensors

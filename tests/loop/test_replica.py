@@ -41,19 +41,19 @@ class FakeActors:
             self.log.append(f"end {request.step}")
             if request.step in self.errors:
                 raise self.errors[request.step]
-            return StepResult(request.step, 1.0 / request.step, 2.0, 2 * request.rows, 0.1, skipped=False)
+            return StepResult(request.step, 1.0 / request.step, 2.0, 2 * request.batch.rows, 0.1, skipped=False)
 
         return wait
 
     def eval_step(self, request: StepRequest) -> tuple[float, float]:
         self.log.append("evaluate")
         self.requests.append(request)
-        return 6.0, float(request.rows)
+        return 6.0, float(request.batch.rows)
 
     def predict(self, request: StepRequest) -> Any:
         self.log.append("predict")
         self.requests.append(request)
-        return request.inputs
+        return request.batch.inputs.tree()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         self.log.append("model")
@@ -223,9 +223,9 @@ def test_the_order_of_a_batch_has_its_rows_and_a_key_that_depends_on_everything_
     replica.train_step(X[:1], Y[:1])
     replica.train_step(X.double(), Y)
     replica.train_step({"x": X, "mask": shared(torch.ones(9))}, (Y,))
-    assert [request.rows for request in actors.requests] == [3, 1, 3, 3]
-    assert actors.requests[0].key == actors.requests[1].key
-    assert len({request.key for request in actors.requests}) == 3
+    assert [request.batch.rows for request in actors.requests] == [3, 1, 3, 3]
+    assert actors.requests[0].batch.form == actors.requests[1].batch.form
+    assert len({request.batch.form for request in actors.requests}) == 3
 
 
 def test_a_batch_without_a_row_is_handed_on_too(replica: Replica, actors: FakeActors):

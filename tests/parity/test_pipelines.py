@@ -16,7 +16,7 @@ from raypar.engine.microbatch import Shared, cut, rows_of, shared, sizes
 from raypar.planning.plan import Plan
 from raypar.planning.schedules import zero_bubble_h1
 from raypar.tree import Tree
-from support.engines import TOLERANCE, Engines, order_of, spec_of
+from support.engines import TOLERANCE, Engines, request_of, spec_of
 from support.nccl_rules import NcclWorld
 
 MICROBATCHES, WIDTH = 4, 8
@@ -210,7 +210,7 @@ def train(
     engines = Engines(plan, spec, world, world.drive) if world is not None else Engines(plan, spec)
     losses: list[float] = []
     for step, (inputs, targets) in enumerate(batches_of(case), start=1):
-        results = engines.drive([engine.train_step(order_of(step, (inputs, targets))) for engine in engines.all])
+        results = engines.drive([engine.train_step(request_of(step, (inputs, targets))) for engine in engines.all])
         assert len({result.loss for result in results}) == 1
         losses.append(results[0].loss)
     return engines, losses

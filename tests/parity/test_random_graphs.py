@@ -20,7 +20,7 @@ from raypar.engine.microbatch import sizes
 from raypar.planning.plan import Plan
 from raypar.planning.schedule import Action, dependencies
 from raypar.stages import two_backward
-from support.engines import Engines, order_of, spec_of
+from support.engines import Engines, request_of, spec_of
 from support.nccl_rules import NcclWorld
 
 SEEDS, CASES_A_SEED, WIDTH = 12, 25, 4  # twice: 600 cases, but for those without a row
@@ -181,7 +181,7 @@ def test_a_step_of_a_random_pipeline_is_that_of_the_plain_model(seed: int):
         world = NcclWorld(plan, seed=number) if chance.random() < 0.5 else None
         spec = spec_of(build, split, loss_fn=F.mse_loss)
         engines = Engines(plan, spec, world, world.drive) if world is not None else Engines(plan, spec)
-        results = engines.drive([engine.train_step(order_of(1, shares[engine.replica])) for engine in engines.all])
+        results = engines.drive([engine.train_step(request_of(1, shares[engine.replica])) for engine in engines.all])
         loss, needed = plain_step(build, shares, plan.microbatch_count)
         assert results[0].loss == pytest.approx(loss, abs=1e-6), (seed, number, plan)
         for engine in engines.all:

@@ -30,7 +30,7 @@ from raypar.storage import Storage
 from raypar.transport.interface import drive
 from support import reference
 from support.cases import OPTIMIZERS, name_of
-from support.engines import Engines, order_of, spec_of
+from support.engines import Engines, request_of, spec_of
 from support.processes import DIED, Me, Processes, processes
 from support.reference import worst_difference
 from support.work import MODELS, Failed, Fault, Trained, Training, engine_of, train
@@ -186,7 +186,7 @@ def count_bytes(me: Me, training: Training) -> dict[str, list[int]]:
     ):
         for number, batch in enumerate(training.batches(), start=1):
             shares = list(zip(*(tensor.split(training.rows[number - 1]) for tensor in batch), strict=True))
-            drive(engine.train_step(order_of(number, shares[engine.replica])))
+            drive(engine.train_step(request_of(number, shares[engine.replica])))
             for name, count in calls.items():
                 found[name].append(count)
                 calls[name] = 0
@@ -239,9 +239,9 @@ def evaluate_and_go_on(me: Me, training: Training, folder: str) -> dict[str, Any
     other = engine_of(me, training)
     restore(other, SavedTensors(order.path, storage.filesystem))
     inputs = training.batches()[0][0][:3]
-    outputs = [drive(each.predict(order_of(0, (inputs, None)))) for each in (one, other)]
+    outputs = [drive(each.predict(request_of(0, (inputs, None)))) for each in (one, other)]
     assert all(is_shard(p) for p in one.part.module.parameters())
-    losses = [drive(each.eval_step(order_of(0, training.batches()[0]))) for each in (one, other)]
+    losses = [drive(each.eval_step(request_of(0, training.batches()[0]))) for each in (one, other)]
     model = model_of(one)
     later = [steps(each, training, range(3, 5)) for each in (one, other)]
     load_model(one, model)
@@ -258,7 +258,7 @@ def steps(engine: Engine, training: Training, numbers: range) -> list[float]:
         inputs, targets = training.batches()[number - 1]
         rows = training.rows[number - 1]
         share = inputs.split(rows)[engine.replica], targets.split(rows)[engine.replica]
-        losses.append(drive(engine.train_step(order_of(number, share))).loss)
+        losses.append(drive(engine.train_step(request_of(number, share))).loss)
     return losses
 
 

@@ -332,11 +332,9 @@ def test_a_run_that_takes_over_the_state_goes_on_as_if_it_had_never_stopped(oute
     train_apart(whole, steps)
     train_apart(stopped, steps[:4])
     for old, new in zip(stopped.all, resumed.all, strict=True):
-        assert old.averaging is not None
-        assert new.averaging is not None
         new.part.module.load_state_dict(old.part.module.state_dict())
         new.learner.load_state(old.learner.state())
-        new.averaging.load_state(old.averaging.state())
+        new.sync.load_state(old.sync.state())
     train_apart(resumed, steps[4:], first=5)
     for found, needed in zip(all_weights(resumed), all_weights(whole), strict=True):
         assert worst_difference(found, needed) == 0.0
@@ -346,7 +344,7 @@ def test_the_state_is_plain_tensors_and_numbers_by_name_also_with_stages() -> No
     plan = apart(2, 3, pipeline=2)
     engines = Engines(plan, spec_of(small, ("3",), outer_optimizer=diloco))
     train_apart(engines, data_of(ROWS[2][:4]))
-    first, second = (engine.averaging.state() for engine in engines.all[:2] if engine.averaging is not None)
+    first, second = (engine.sync.state() for engine in engines.all[:2])
     assert first["trained"] == second["trained"] == [1.0, 6.0]
     assert list(first["anchor"]) == ["1.weight", "1.bias"]
     assert list(second["anchor"]) == ["3.weight", "3.bias", "5.weight", "5.bias"]
@@ -357,10 +355,8 @@ def test_the_state_is_plain_tensors_and_numbers_by_name_also_with_stages() -> No
 def test_the_state_of_another_outer_optimizer_is_refused() -> None:
     one = Engines(apart(2, 1), spec_of(small, outer_optimizer=diloco))
     other = Engines(apart(2, 1), spec_of(small, outer_optimizer=lambda p: torch.optim.Adam(p)))
-    assert one.all[0].averaging is not None
-    assert other.all[0].averaging is not None
     with pytest.raises(CheckpointError, match="is SGD, found Adam; needed: outer_optimizer= gives SGD again"):
-        other.all[0].averaging.load_state(one.all[0].averaging.state())
+        other.all[0].sync.load_state(one.all[0].sync.state())
 
 
 # ---------------------------------------------------------------- in a train loop

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raypar.engine import microbatch
-from raypar.engine.build import build_part, make_engine
+from raypar.engine.build import build_engine
 from raypar.engine.engine import Engine
+from raypar.engine.microbatch import ReplicaBatch
 from raypar.engine.step import StepRequest, StepResult
 from raypar.planning.plan import Plan
 from raypar.splitting.model import ModelSpec, Split
@@ -37,22 +37,15 @@ class Engines:
         self.drive = drive
         self.world = world if world is not None else MemoryWorld(plan)
         self.all: list[Engine] = [
-            make_engine(
-                spec,
-                plan,
-                replica,
-                actor,
-                build_part(spec, plan, actor, CPU),
-                self.world.transport(replica, actor),
-                CPU,
-            )
-            for replica in range(plan.data)
-            for actor in range(plan.pipeline)
+            self._build(spec, replica, actor) for replica in range(plan.data) for actor in range(plan.pipeline)
         ]
+
+    def _build(self, spec: ModelSpec, replica: int, actor: int) -> Engine:
+        return build_engine(spec, self.plan, replica, actor, [CPU], lambda _: self.world.transport(replica, actor))
 
     def train_step(self, step: int, shares: Sequence[Share]) -> list[StepResult]:
         """One step of all engines; the results in their order."""
-        return self.drive([engine.train_step(order_of(step, shares[engine.replica])) for engine in self.all])
+        return self.drive([engine.train_step(request_of(step, shares[engine.replica])) for engine in self.all])
 
     def train(self, batches: Sequence[Batch]) -> list[float]:
         """One step for each global batch; the losses, which all engines must agree on."""
@@ -65,12 +58,12 @@ class Engines:
 
     def eval_step(self, shares: Sequence[Share]) -> tuple[float, float]:
         """The loss's (sum, weight) over all replicas."""
-        found = self.drive([engine.eval_step(order_of(0, shares[engine.replica])) for engine in self.all])
+        found = self.drive([engine.eval_step(request_of(0, shares[engine.replica])) for engine in self.all])
         return sum(loss for loss, _ in found), sum(weight for _, weight in found)
 
     def predict(self, inputs: Sequence[Tree]) -> list[Tree]:
         """The model's output for the rows of each replica."""
-        found = self.drive([engine.predict(order_of(0, (inputs[engine.replica], None))) for engine in self.all])
+        found = self.drive([engine.predict(request_of(0, (inputs[engine.replica], None))) for engine in self.all])
         last = self.plan.actor_of_stage[-1]
         return [output for engine, output in zip(self.all, found, strict=True) if engine.actor == last]
 
@@ -107,10 +100,8 @@ def count_bytes(world: MemoryWorld) -> list[int]:
     return sizes
 
 
-def order_of(step: int, share: Share) -> StepRequest:
-    inputs, targets = share
-    key = (microbatch.describe(inputs), microbatch.describe(targets))
-    return StepRequest(step, microbatch.rows_of(inputs), key, inputs, targets)
+def request_of(step: int, share: Share) -> StepRequest:
+    return StepRequest(step, ReplicaBatch.of(*share))
 
 
 def spec_of(

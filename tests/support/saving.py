@@ -8,15 +8,13 @@ import signal
 
 from raypar.checkpoint.saver import SaveRequest, SharedSaver
 from raypar.engine.actor_state import model_of, state_to_save
-from raypar.engine.build import build_part, make_engine
-from raypar.engine.engine import pairs
 from raypar.errors import CheckpointError
 from raypar.storage import Storage
 from raypar.transport.interface import drive
 from raypar.transport.process_links import ProcessTransport
-from support.engines import CPU, order_of
+from support.engines import request_of
 from support.processes import Me
-from support.work import Training
+from support.work import Training, engine_of
 
 
 def save_behind_each_step(me: Me, training: Training, folder: str, fault: str | None = None) -> list[object]:
@@ -26,17 +24,15 @@ def save_behind_each_step(me: Me, training: Training, folder: str, fault: str | 
     Returns, of each step, this process's part of the weights, or the error with which the checkpoint ended.
     """
     plan, storage = training.plan, Storage.open(folder, "run")
-    replica, actor = divmod(me.rank, plan.pipeline)
-    part = build_part(training.spec, plan, actor, CPU)
-    transport = ProcessTransport(plan, replica, actor, pairs(plan, part), me.timeouts)
-    assert transport.saving is not None
-    engine = make_engine(training.spec, plan, replica, actor, part, transport, CPU)
-    saver = SharedSaver(storage, transport.saving, me.timeouts.peer)
+    engine = engine_of(me, training)
+    assert isinstance(engine.transport, ProcessTransport)
+    assert engine.transport.saving is not None
+    saver = SharedSaver(storage, engine.transport.saving, me.timeouts.peer)
     found: list[object] = []
     is_faulty = fault is not None and me.rank == me.size - 1
     for step, batch in enumerate(training.batches(), start=1):
         shares = list(zip(*(tensor.split(training.rows[step - 1]) for tensor in batch), strict=True))
-        drive(engine.train_step(order_of(step, shares[replica])))
+        drive(engine.train_step(request_of(step, shares[engine.replica])))
         if step > 1:
             try:
                 saver.wait()
@@ -47,10 +43,16 @@ def save_behind_each_step(me: Me, training: Training, folder: str, fault: str | 
             allow_files_of(64)
             if fault == "dies":
                 signal.signal(signal.SIGXFSZ, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        manifest = {"step": step, "plan": plan.as_dict(), "position": {}, "history": [], "names": list(part.names)}
-        order = SaveRequest(step, f"{storage.path}/checkpoint_{step:08d}", manifest)
+        manifest = {
+            "step": step,
+            "plan": plan.as_dict(),
+            "position": {},
+            "history": [],
+            "names": list(engine.part.names),
+        }
+        request = SaveRequest(step, f"{storage.path}/checkpoint_{step:08d}", manifest)
         found.append(model_of(engine))
-        saver.start(order, state_to_save(engine, order))
+        saver.start(request, state_to_save(engine, request))
     saver.wait()
     return found
 

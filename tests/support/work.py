@@ -17,18 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import CNN, mlp
-from raypar.engine.build import build_part, make_engine
-from raypar.engine.engine import Engine, pairs
+from raypar.engine.build import build_engine
+from raypar.engine.engine import Engine
 from raypar.errors import RayparError
 from raypar.planning.plan import Plan
-from raypar.replicas.strategies import sums_in_processes
+from raypar.replicas.buckets import BucketSync
+from raypar.replicas.strategies import sync_of
+from raypar.replicas.sync import ReplicaSync
 from raypar.splitting.model import ModelSpec, Split
 from raypar.stages.dtensors import whole
-from raypar.transport.interface import drive
+from raypar.stages.model_part import ModelPart
+from raypar.transport.interface import Transport, drive
 from raypar.transport.process_links import ProcessTransport, leave_world
 from support import reference
 from support.cases import OPTIMIZERS, small, with_batch_norm
-from support.engines import CPU, order_of
+from support.engines import CPU, request_of
 from support.processes import Me
 
 
@@ -193,10 +196,17 @@ class Failed:
 def engine_of(me: Me, training: Training) -> Engine:
     plan = training.plan
     replica, actor = divmod(me.rank, plan.pipeline)
-    part = build_part(training.spec, plan, actor, CPU)
-    transport = ProcessTransport(plan, replica, actor, pairs(plan, part), me.timeouts)
-    sums = sums_in_processes(part, plan, transport, CPU) if training.ddp or plan.data_strategy == "fsdp" else None
-    return make_engine(training.spec, plan, replica, actor, part, transport, CPU, sums)
+    strategy = sync_of if training.ddp or plan.data_strategy != "ddp" else in_buckets
+
+    def connect(pairs: set[tuple[int, int]]) -> ProcessTransport:
+        return ProcessTransport(plan, replica, actor, pairs, me.timeouts)
+
+    return build_engine(training.spec, plan, replica, actor, [CPU], connect, strategy=strategy)
+
+
+def in_buckets(plan: Plan, replica: int, part: ModelPart, spec: ModelSpec, transport: Transport, _: Any) -> ReplicaSync:
+    """The strategy of replicas in one process, in processes."""
+    return BucketSync(part, {stage: transport.same_stage(stage) for stage in part.stages})
 
 
 def train(me: Me, training: Training) -> Trained | Failed:
@@ -211,7 +221,7 @@ def _train(me: Me, training: Training, sizes: list[int]) -> Trained | Failed:
     assert engine is not None
     for step, batch in enumerate(training.batches(), start=1):
         shares = list(zip(*(tensor.split(training.rows[step - 1]) for tensor in batch), strict=True))
-        order = order_of(step, shares[engine.replica])
+        order = request_of(step, shares[engine.replica])
         if training.fault is not None and training.fault.step == step:
             prepare(training.fault, engine, me)
         try:
@@ -233,17 +243,13 @@ def prepare(fault: Fault, engine: Engine, me: Me) -> None:
     """Let a fault strike in the step that comes now."""
     if engine.replica != fault.replica or fault.stage not in engine.part.stages:
         return
-    in_commit = fault.what == "commit"
-    holder: Any = engine if in_commit else engine.part.stages[fault.stage]
-    name = "_sum_over_all" if in_commit else fault.what
-    call = getattr(holder, name)
+    where = {"forward": ("F", fault.stage, fault.microbatch), "backward": ("B", fault.stage, fault.microbatch)}
 
-    def faulty(*args: Any, **options: Any) -> Any:
-        if in_commit or args[0] == fault.microbatch:
+    def strike(kind: str, stage: int, microbatch: int) -> None:
+        if (kind, stage, microbatch) == where.get(fault.what) or kind == fault.what == "commit":
             fault.strike(me)
-        return call(*args, **options)
 
-    setattr(holder, name, faulty)
+    engine.clock.on_action = strike
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from torch import nn
 
 from raypar.errors import PeerLostError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts
-from raypar.replicas import gradients
-from raypar.replicas.gradients import BucketSum
+from raypar.replicas import buckets
+from raypar.replicas.buckets import add_up, buckets_of
 from raypar.transport.interface import take_turns
 from raypar.transport.memory_links import MemorySum, MemoryWorld
 from support import reference
@@ -192,7 +192,6 @@ def parameters(*sizes: int, dtype: torch.dtype = torch.float32) -> list[nn.Param
 def add(replicas: list[list[nn.Parameter]]) -> list[int]:
     """Sum the gradients of several replicas; the elements of each reduction of the first one."""
     whole = MemorySum(len(replicas))
-    sums = [BucketSum(each, whole.member(index)) for index, each in enumerate(replicas)]
     sizes: list[int] = []
     reduce = whole.add
 
@@ -202,15 +201,15 @@ def add(replicas: list[list[nn.Parameter]]) -> list[int]:
         return reduce(index, tensor)
 
     whole.add = counted  # type: ignore[method-assign, assignment]
-    take_turns([each.start(1) for each in sums])
+    take_turns([add_up(buckets_of(of_one), whole.member(index)) for index, of_one in enumerate(replicas)])
     return sizes
 
 
 def test_buckets_hold_parameters_of_one_kind_up_to_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "BUCKET_BYTES", 100 * 4)
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 100 * 4)
     mixed = [*parameters(60, 30), *parameters(7, dtype=torch.float64), *parameters(20, 500, 10)]
-    buckets = [[p.numel() for p in bucket] for bucket in BucketSum(mixed, None).buckets]
-    assert buckets == [[60, 30], [7], [20], [500], [10]]
+    sizes = [[p.numel() for p in bucket] for bucket in buckets_of(mixed)]
+    assert sizes == [[60, 30], [7], [20], [500], [10]]
 
 
 def test_each_bucket_is_one_reduction_with_a_count_for_each_parameter() -> None:
@@ -238,6 +237,6 @@ def test_a_gradient_that_all_replicas_lack_stays_none() -> None:
 def test_a_single_replica_reduces_nothing() -> None:
     (alone,) = parameters(2)
     alone.grad = torch.ones(2)
-    assert list(BucketSum([alone], None).start(1)) == []
-    assert list(BucketSum([alone], MemorySum(1).member(0)).start(1)) == []
+    assert list(add_up(buckets_of([alone]), None)) == []
+    assert list(add_up(buckets_of([alone]), MemorySum(1).member(0))) == []
     assert alone.grad.tolist() == [1.0, 1.0]
