@@ -32,7 +32,7 @@ DOORS = {
     "replicas": {"strategies", "sync", "ties"},
     "engine": {"build", "engine", "step", "actor_state", "microbatch", "faults", "clock"},
     "loop": {"parallelize", "batches", "replica", "session", "local", "in_process", "actors"},
-    "workers": {"train_worker", "stage_actor", "ray_errors"},
+    "workers": {"train_worker", "stage_actor", "ray_errors", "ray_private"},
     "cluster": {"launch", "placement", "shipping"},
 }
 """The modules of a room that others may import; the rest is the room's own."""

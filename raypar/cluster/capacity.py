@@ -1,8 +1,8 @@
 """What a Ray cluster offers now, and what its autoscaler may still add.
 
-Ray has no public call that says how far a cluster can grow, and a placement group that can never be
-placed waits for ever without an error. This is the one place that looks behind Ray's public surface to
-find out; each look says why it is needed, and where one fails the answer is "not known", never a guess.
+Ray has no public call that says how far a cluster can grow, and a placement group that can never be placed waits
+forever without an error. So the limits are looked for in three places; if none tells them, the answer is "not known",
+never a guess.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import ray
 import yaml
 
-Resources = dict[str, float]
+from raypar.workers import ray_private
+from raypar.workers.ray_private import Resources
 
 # The head node always offers this resource; asking for a little of it runs a task there.
 _HEAD = "node:__internal_head__"
@@ -32,7 +33,7 @@ class Machines:
     def slots(self, bundle: Mapping[str, float]) -> float:
         """How many bundles of this size fit on all of them together."""
         per_machine = [self.resources.get(name, 0.0) / amount for name, amount in bundle.items() if amount > 0]
-        # A hair's breadth forgives 0.1 + 0.2: Ray counts resources in steps of 0.0001.
+        # Tolerance for 0.1 + 0.2: Ray counts resources in steps of 0.0001.
         return self.count * math.floor(min(per_machine) + 1e-6) if per_machine else math.inf
 
 
@@ -86,7 +87,8 @@ def full_capacity(resource: str) -> Capacity:
     config = _autoscaler_config()
     if config is not None:
         return Capacity(now, grown(config, resource))
-    return Capacity(now, known=not _autoscaler_answers())
+    # An autoscaler that tells no limits may still say which placement groups it can never place (KubeRay's does).
+    return Capacity(now, known=ray_private.refused_placement_groups() is None)
 
 
 def grown(config: Mapping[str, Any], resource: str) -> tuple[Machines, ...]:
@@ -115,21 +117,16 @@ def _resources_of(node_type: Mapping[str, Any]) -> Resources:
 
 
 def _reported_groups() -> tuple[Machines, ...] | None:
-    """The limits that a managed platform reported to the GCS; None where nobody did.
-
-    Private because Ray Train, which checks its workers against the same record, has no public way either.
-    """
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    if config is None or not config.node_group_configs:
+    """The limits that a managed platform reported; None where nobody did."""
+    groups = ray_private.node_groups()
+    if groups is None:
         return None
     return tuple(
         Machines(
             {name: math.inf if amount == -1 else amount for name, amount in group.resources.items()},
             math.inf if group.max_count == -1 else group.max_count,
         )
-        for group in config.node_group_configs
+        for group in groups
         if group.max_count != 0
     )
 
@@ -166,47 +163,3 @@ def read_autoscaler_config(gcs_address: str) -> str | None:
             if name == "--autoscaling-config" and value:
                 return Path(value).expanduser().read_text()
     return None
-
-
-def _autoscaler_answers() -> bool:
-    """Whether an autoscaler runs that says which placement groups it can never place (KubeRay's does)."""
-    return refused_placement_groups() is not None
-
-
-def refused_placement_groups() -> list[str] | None:
-    """What the autoscaler says about each placement group that it can never place; None without one.
-
-    The autoscaler publishes its verdict for `ray status`; there is no public call that returns it.
-    """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]  # generated
-
-    reply = GetClusterStatusReply()
-    reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
-    if not reply.HasField("autoscaling_state"):
-        return None
-    return [request.details for request in reply.autoscaling_state.infeasible_gang_resource_requests]
-
-
-def free_cpus_per_node() -> dict[str, float]:
-    """The CPUs that nobody has reserved, by node id. `ray.available_resources()` adds up all nodes."""
-    from ray._private.state import available_resources_per_node
-
-    per_node: dict[str, Resources] = available_resources_per_node()  # type: ignore[no-untyped-call]
-    return {node: resources.get("CPU", 0.0) for node, resources in per_node.items()}
-
-
-def remove_placement_groups_of(actor_id_hex: str) -> None:
-    """Removes the placement groups that an actor made, once that actor has been killed.
-
-    Ray keeps them until the whole job ends, and the public table does not tell who made which.
-    """
-    from ray._private.state import state
-    from ray._raylet import PlacementGroupID
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]  # generated
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    for serialized in state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(serialized)
-        if group.creator_actor_id.hex() == actor_id_hex and group.state != PlacementGroupTableData.REMOVED:
-            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))

@@ -25,6 +25,7 @@ from raypar.observe.actor_info import ActorInfo
 from raypar.observe.timeline import Event
 from raypar.planning.plan import Plan, Timeouts
 from raypar.workers.ray_errors import actor_name, death, stage_died, unwrapped
+from raypar.workers.ray_private import free_resources_per_node
 
 # Ray asks a machine every 3 s for a sign of life, and gives it up after five times without one. The machine of a
 # process that has died tells at once.
@@ -98,7 +99,7 @@ class Fleet:
     def _pins(self, needs: Needs, nodes: list[str]) -> list[dict[str, str]] | None:
         # What Ray reports as free may still count our bundles, which were placed a moment ago; what a node
         # has in all less our bundles cannot be too much for that reason. The smaller one is safe.
-        free = capacity.free_cpus_per_node()
+        free = {node: amounts.get("CPU", 0.0) for node, amounts in free_resources_per_node().items()}
         total = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in capacity.live_nodes()}
         for node in set(nodes):
             ours = nodes.count(node) * needs.stage.get("CPU", 0.0)

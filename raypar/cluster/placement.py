@@ -19,9 +19,11 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from raypar.cluster import capacity
-from raypar.cluster.capacity import Capacity, Resources
+from raypar.cluster.capacity import Capacity
 from raypar.errors import ConfigError, InfeasiblePlanError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts
+from raypar.workers import ray_private
+from raypar.workers.ray_private import Resources
 
 _POLL_S = 1.0
 
@@ -230,7 +232,7 @@ def reserve(needs: Needs, timeouts: Timeouts) -> PlacementGroup:
 def _wait_until_placed(group: PlacementGroup, needs: Needs, timeouts: Timeouts) -> None:
     deadline = time.monotonic() + timeouts.start
     while not group.wait(max(0.1, min(_POLL_S, deadline - time.monotonic()))):
-        refused = capacity.refused_placement_groups() or []
+        refused = ray_private.refused_placement_groups() or []
         if any(group.id.hex() in verdict for verdict in refused) and not capacity.full_capacity("GPU").known:
             raise InfeasiblePlanError(
                 f"{_plan(needs.plan)} needs {needs.bundles} times {needs.bundle}; the cluster has "

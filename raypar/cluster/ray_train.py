@@ -18,17 +18,19 @@ import ray
 import torch
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raypar.cluster import capacity
 from raypar.errors import TimeoutExceededError
 from raypar.planning.plan import Timeouts
+from raypar.workers.ray_private import (
+    DatasetsCallback,
+    FixedScalingPolicy,
+    PlacementGroupCleanerCallback,
+    TrainController,
+    get_env_vars_to_propagate,
+    remove_placement_groups_of,
+)
 
 _TorchBackend: Any = TorchConfig().backend_cls
 
@@ -109,7 +111,7 @@ class AttemptTrainer(TorchTrainer):
             ray.get(self._controller.abort.remote(), timeout=patience_s)
         self.kill()
         with contextlib.suppress(Exception):  # the placement group of the workers does not end with it
-            capacity.remove_placement_groups_of(self._controller._actor_id.hex())
+            remove_placement_groups_of(self._controller)
         self._controller = None
 
 

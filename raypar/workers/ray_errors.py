@@ -13,12 +13,6 @@ from enum import IntEnum
 
 import ray.train
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
-from ray.train.v2._internal.exceptions import (
-    CollectiveTimeoutError,
-    WorkerGroupStartupTimeoutError,
-    WorkerHealthCheckFailedError,
-    WorkerHealthCheckTimeoutError,
-)
 
 from raypar.engine.faults import failed_wait, is_of_connection, user_code_error
 from raypar.errors import (
@@ -33,6 +27,12 @@ from raypar.errors import (
 from raypar.observe.actor_info import ActorInfo
 from raypar.planning.place import Place
 from raypar.planning.plan import Plan
+from raypar.workers.ray_private import (
+    CollectiveTimeoutError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 
 _DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)
 

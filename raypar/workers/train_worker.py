@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError
-from ray.train.v2._internal.execution import context
 
 from raypar import randomness
 from raypar.checkpoint.manifest import checkpoint_to_resume
@@ -37,6 +36,7 @@ from raypar.transport.interface import drive
 from raypar.transport.process_links import WorkerTransport
 from raypar.workers.malloc import keep_freed_memory
 from raypar.workers.ray_errors import as_raypar_error, unwrapped
+from raypar.workers.ray_private import LOGGER_OF_REPORTS
 from raypar.workers.remote_actors import RemoteActors
 
 
@@ -177,7 +177,7 @@ def train_worker(config: dict[str, Any]) -> None:
     job: Job = config["job"]
     job.board.push.remote({"kind": "started"})
     if config["quiet"]:
-        silence_reports()
+        logging.getLogger(LOGGER_OF_REPORTS).setLevel(logging.WARNING)
     try:
         run_worker(config)
     except PeerLostError:
@@ -185,11 +185,3 @@ def train_worker(config: dict[str, Any]) -> None:
         # connection waits, so that the one who broke it is known by then.
         time.sleep(_GRACE_S)
         raise
-
-
-def silence_reports() -> None:
-    """In a train worker: no line for each ray.train.report, which Ray Train logs past the level that was set.
-
-    It does so through a logger that is named by a file instead of the module.
-    """
-    logging.getLogger(context.__file__).setLevel(logging.WARNING)

@@ -19,6 +19,7 @@ from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import check_feasible, needs_of
 from raypar.errors import InfeasiblePlanError
 from raypar.planning.plan import Plan, Timeouts
+from raypar.workers.ray_private import refused_placement_groups
 from tests.cluster.test_fleet import FakeStage
 
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
@@ -32,7 +33,7 @@ except InfeasiblePlanError as error:
 
 group = ray.util.placement_group([{"GPU": 1}] * 6)
 while not group.wait(1):
-    if any(group.id.hex() in verdict for verdict in capacity.refused_placement_groups()):
+    if any(group.id.hex() in verdict for verdict in refused_placement_groups()):
         print("the autoscaler refuses")
         break
 ray.util.remove_placement_group(group)
@@ -40,7 +41,7 @@ ray.util.remove_placement_group(group)
 needs = needs_of(Plan(data=2, pipeline=2), gpus=True)
 check_feasible(needs, cluster)
 fleet = Fleet.start(FakeStage, needs, Timeouts(start=300))
-nodes = [[info["node_id"] for info in replica] for replica in fleet.infos]
+nodes = [[info.node_id for info in replica] for replica in fleet.infos]
 print("replicas on one machine each:", [len(set(replica)) == 1 for replica in nodes], len(set(map(tuple, nodes))))
 print("workers beside them:", fleet.worker_pins == [{"ray.io/node-id": replica[0]} for replica in nodes])
 fleet.stop()
