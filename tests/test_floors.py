@@ -24,7 +24,7 @@ ROOMS = [
 DOORS = {
     "planning": {"place", "plan", "schedule", "schedules", "program", "simulate", "partition"},
     "observe": {"actor_info", "timeline", "bubble", "progress"},
-    "data": {"sources", "row_order"},
+    "data": {"sources"},
     "checkpoint": {"manifest", "saver", "shards", "contents", "weights"},
     "transport": {"interface", "channel", "memory_links", "process_links"},
     "splitting": {"model", "choose", "split", "stage_code", "trace", "wired"},

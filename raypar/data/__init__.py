@@ -1,4 +1,4 @@
 """Rows become batches: which rows, and reading them.
 
-Enter by: sources, row_order.
+Enter by: sources.
 """

@@ -1,4 +1,4 @@
-"""What `raypar.batches` yields of rows with names."""
+"""What `raypar.batches` yields for rows with named columns."""
 
 from __future__ import annotations
 

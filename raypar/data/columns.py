@@ -1,4 +1,4 @@
-"""Arrow columns as NumPy arrays, without a Python object a value."""
+"""Arrow columns as NumPy arrays, without a Python object per value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 
 def item_shape(kind: pa.DataType) -> tuple[int | None, ...] | None:
-    """The shape of one row's value; None where a list may have any length. None for what is no tensor at all."""
+    """The shape of one row's value, with None for a list of any length; None for a type that is not a tensor."""
     shape: list[int | None] = []
     while True:
         if isinstance(kind, pa.FixedShapeTensorType):
@@ -27,14 +27,14 @@ def item_shape(kind: pa.DataType) -> tuple[int | None, ...] | None:
 
 
 def value_bytes(kind: pa.DataType) -> int:
-    """Bytes of one number of a column in memory."""
+    """The bytes of one number of a column in memory."""
     while isinstance(kind, pa.BaseExtensionType) or pa.types.is_nested(kind):
         kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind.value_type
     return max(1, int(kind.bit_width) // 8)
 
 
 def to_array(array: pa.Array) -> np.ndarray:
-    """A column with one row an example. Raises ValueError with what is wrong: nulls, lists of several lengths."""
+    """A column as an array, one row per example. Raises ValueError for nulls and for lists of different lengths."""
     rows, shape, axes = len(array), [], [0]
     while True:
         if array.null_count:
@@ -58,11 +58,11 @@ def to_array(array: pa.Array) -> np.ndarray:
 
 
 def _length(array: pa.Array) -> int:
-    """How long each list is."""
+    """The length that all lists have."""
     lengths = np.diff(array.offsets.to_numpy())
     if len(lengths) and (lengths != lengths[0]).any():
         raise ValueError(
-            f"holds lists of {lengths.min()} to {lengths.max()} values; needed lists of one length: pad them"
+            f"contains lists of {lengths.min()} to {lengths.max()} values; needed lists of one length: pad them"
         )
     return int(lengths[0]) if len(lengths) else 0
 
@@ -72,7 +72,7 @@ def _axes(kind: pa.FixedShapeTensorType) -> list[int]:
 
 
 def bytes_of(kind: pa.DataType, values: float) -> float:
-    """Bytes of a row in memory; `values` stands for the numbers in it where the type does not say how many."""
+    """The bytes of a row in memory; `values` is how many numbers it has, where the type does not say so."""
     shape = item_shape(kind)
     assert shape is not None
     known = [size for size in shape if size is not None]

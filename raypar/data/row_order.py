@@ -1,13 +1,13 @@
-"""Which rows form which batch, and what a replica reads of them.
+"""Which rows form which batch, and which of them a replica reads.
 
-The order belongs to the epoch: it follows from the seed, the epoch and how the rows are stored, and from nothing else.
-Global batch b is its rows b · batch_size to (b + 1) · batch_size, and replica r takes the r-th share of each.
+The order belongs to the epoch: it depends on the seed, the epoch and how the rows are stored, and on nothing else.
+Global batch b is rows b · batch_size to (b + 1) · batch_size of it, and replica r takes the r-th share of each batch.
 
     row groups, as stored     0 0 0 | 1 1 | 2 2 2 | 3 3
     in an order of the epoch  3 3 | 0 0 0 | 2 2 2 | 1 1
     windows of at most 5      3 3   0 0 0 | 2 2 2   1 1      groups that are read together
-    permuted within           0 3 0 0 3   | 1 2 2 1 2
-    batches of 4              └──0──┘ └──1─┘  └──2──┘        found without looking at what lies before
+    permuted in each window   0 3 0 0 3   | 1 2 2 1 2
+    batches of 4              └──0──┘ └──1─┘  └──2──┘        found without looking at earlier ones
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 
 
 def share(rows: int, replica: int, replicas: int) -> tuple[int, int]:
-    """Where a replica's part of `rows` rows begins and ends: contiguous, as equal as can be, the first ones larger."""
-    each, larger = divmod(rows, replicas)
-    begin = replica * each + min(replica, larger)
-    return begin, begin + each + (replica < larger)
+    """Where a replica's share of `rows` rows begins and ends: contiguous, as equal as possible, larger ones first."""
+    size, larger = divmod(rows, replicas)
+    begin = replica * size + min(replica, larger)
+    return begin, begin + size + (replica < larger)
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Window:
     """Row groups that are read together, and what one replica takes of them.
 
     groups: their numbers.
-    rows:   the rows to take, in the order of the epoch; counted in the groups laid end to end.
-    pieces: how many of these go to one batch after the other, and whether the replica's share is whole with them.
+    rows:   the rows to take, in the order of the epoch; numbered through the groups laid end to end.
+    pieces: for one batch after the other, how many of these rows it takes, and whether they complete its share.
     """
 
     groups: tuple[int, ...]
@@ -42,11 +42,11 @@ class Window:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """The order of the rows in one epoch, and its cut into global batches.
+    """The order of the rows in one epoch, and how it is divided into global batches.
 
     sizes:     rows of each row group, as they are stored.
-    window:    rows that are permuted together. As many whole row groups as have no more rows are, at least one.
-    seed:      None leaves the rows as they are stored.
+    window:    how many rows are shuffled together: as many whole row groups as fit, at least one.
+    seed:      None leaves the rows in the order in which they are stored.
     drop_last: leave out a last batch that is not full.
     """
 
@@ -63,12 +63,12 @@ class RowOrder:
 
     @property
     def count(self) -> int:
-        """The batches of the epoch."""
+        """The number of batches of the epoch."""
         return self.rows // self.batch_size if self.drop_last else -(-self.rows // self.batch_size)
 
     def windows(self, first: int = 0, replica: int = 0, replicas: int = 1) -> Iterator[Window]:
-        """What a replica reads for the batches from number `first` on: nothing before them, no window without a row
-        of its own (but one where its share of a batch is empty)."""
+        """What a replica reads for the batches from number `first` on: nothing of earlier batches, and no window
+        without a row for this replica (but one in which its share of a batch is empty)."""
         end = min(self.rows, self.count * self.batch_size)
         together = self._groups()
         borders = pairwise(accumulate((sum(self.sizes[group] for group in groups) for groups in together), initial=0))
@@ -94,19 +94,20 @@ class RowOrder:
         order = np.flatnonzero(self.sizes)
         if self.seed is not None and self.rows > self.window:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
-        found: list[list[int]] = []
+        windows: list[list[int]] = []
         room = 0
         for group in order.tolist():
-            if not found or self.sizes[group] > room:
-                found.append([])
+            if not windows or self.sizes[group] > room:
+                windows.append([])
                 room = self.window
-            found[-1].append(group)
+            windows[-1].append(group)
             room -= self.sizes[group]
-        return [tuple(groups) for groups in found]
+        return [tuple(groups) for groups in windows]
 
     def _permutation(self, number: int, rows: int, *, whole: bool) -> np.ndarray:
         if self.seed is None:
             return np.arange(rows)
-        # Not 0 for the first of several: NumPy fills a short seed up with zeros, and that of the groups is one.
-        which = [] if whole else [number + 1]
-        return np.random.default_rng([self.seed, self.epoch, *which]).permutation(rows)
+        # The first of several windows is not number 0: NumPy pads a short seed with zeros, and the seed that permutes
+        # the row groups is a short one.
+        window = [] if whole else [number + 1]
+        return np.random.default_rng([self.seed, self.epoch, *window]).permutation(rows)

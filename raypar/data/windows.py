@@ -1,10 +1,10 @@
-"""Batches out of row groups: a window of rows in memory, and the next one read meanwhile.
+"""Batches of row groups: one window of rows is in memory while the next one is read.
 
     thread   │ reads window 0 │ reads window 1 ······ │ reads window 2 ······ │
     loop     │ ·············· │ batches of window 0   │ batches of window 1   │ …
 
-At any time the rows of two windows are in memory, and of those only what this replica takes. A data set that is no
-larger than one window is read once and stays.
+At any time the rows of two windows are in memory, and only those that this replica takes. A data set no larger than one
+window is read once and stays in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from raypar.data.parquet import Arrays, RowGroups
 from raypar.data.row_order import RowOrder, Window
 
 _READERS = 2
-"""Row groups that are read at once: one is decoded while another one comes from the store."""
+"""Row groups that are read at the same time: one is decoded while another one comes from the store."""
 
 
 def load(
@@ -32,22 +32,22 @@ def load(
     readers: Executor,
     stopped: threading.Event,
 ) -> Arrays:
-    """Some rows of the row groups `numbers`, which count as laid end to end; `rows` ascend.
+    """Some rows of the row groups `numbers`, numbered through the groups laid end to end; `rows` ascend.
 
-    In `buffers` where these are large enough: the arrays may be longer than `rows`. Row groups without one of the rows
-    are not read. Gives up half-way once `stopped` is set.
+    `buffers` are used if they are large enough: the arrays may be longer than `rows`. Row groups without any of the
+    rows are not read. Stops early once `stopped` is set.
     """
-    found: Arrays = {}
+    loaded: Arrays = {}
     lock = threading.Lock()
     borders = np.cumsum([0, *(groups.sizes[number] for number in numbers)])
-    wanted = np.flatnonzero(np.diff(np.searchsorted(rows, borders))).tolist() or [0]  # one tells the shapes
+    wanted = np.flatnonzero(np.diff(np.searchsorted(rows, borders))).tolist() or [0]  # one, for the shapes
 
     def place(column: str, values: np.ndarray) -> np.ndarray:
         with lock:
-            if column not in found:
+            if column not in loaded:
                 fits = column in buffers and len(buffers[column]) >= len(rows)
-                found[column] = buffers[column] if fits else np.empty((len(rows), *values.shape[1:]), values.dtype)
-            return found[column]
+                loaded[column] = buffers[column] if fits else np.empty((len(rows), *values.shape[1:]), values.dtype)
+            return loaded[column]
 
     def fill(at: int) -> None:
         first = borders[at]
@@ -64,9 +64,9 @@ def load(
                     np.take(values, rows[begin:end] - first, axis=0, out=target, mode="clip")
             first += size
 
-    for _ in readers.map(fill, wanted):  # raises what one of them raises, and forgets those that have not begun
+    for _ in readers.map(fill, wanted):  # raises the error of one, and drops those that have not started
         pass
-    return found
+    return loaded
 
 
 def batches(groups: RowGroups, order: RowOrder, first: int, replica: int, replicas: int) -> Generator[Arrays]:
@@ -76,24 +76,24 @@ def batches(groups: RowGroups, order: RowOrder, first: int, replica: int, replic
         yield from _cut((window, window.rows, whole(groups)) for window in windows)
         return
     stopped = threading.Event()
-    spare: list[Arrays] = []  # the buffers of the window before, once its batches are done
+    spare: list[Arrays] = []  # the buffers of the previous window, once its batches are done
 
     def filled() -> Iterator[tuple[Window, np.ndarray, Arrays]]:
         for window in windows:
-            kept, places = _without_gaps(window.rows, sum(groups.sizes[number] for number in window.groups))
-            yield window, places, load(groups, window.groups, kept, spare.pop() if spare else {}, readers, stopped)
+            rows, places = _without_gaps(window.rows, sum(groups.sizes[number] for number in window.groups))
+            yield window, places, load(groups, window.groups, rows, spare.pop() if spare else {}, readers, stopped)
 
     with _readers() as readers, closing(ahead(filled(), stopped.set)) as coming:
         yield from _cut(coming, spare)
 
 
 def _without_gaps(rows: np.ndarray, of: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows in ascending order, and where in these each of `rows` is."""
+    """The rows in ascending order, and the position of each of `rows` there."""
     if len(rows) == of:
         return np.arange(of), rows
-    kept = np.zeros(of, bool)
-    kept[rows] = True
-    return np.flatnonzero(kept), (np.cumsum(kept) - 1)[rows]
+    is_taken = np.zeros(of, bool)
+    is_taken[rows] = True
+    return np.flatnonzero(is_taken), (np.cumsum(is_taken) - 1)[rows]
 
 
 def whole(groups: RowGroups) -> Arrays:
@@ -110,7 +110,7 @@ def _readers() -> ThreadPoolExecutor:
 
 
 def _cut(windows: Iterator[tuple[Window, np.ndarray, Arrays]], spare: list[Arrays] | None = None) -> Generator[Arrays]:
-    """The batches of windows, each with where its rows are in which arrays. Arrays that are done go to `spare`."""
+    """The batches of windows, each given with the positions of its rows and its arrays, then put into `spare`."""
     parts: list[Arrays] = []
     for window, places, arrays in windows:
         begin = 0
@@ -135,10 +135,10 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterator[T], stop: Callable[[], Any]) -> Generator[T]:
-    """The items, each made on a thread while the one before it is in use: two of them live at any time.
+    """The items, each made on a thread while the previous one is in use: two of them exist at any time.
 
-    An error of `items` is raised where the item would have come. The thread ends when the items do, when one fails,
-    and when this generator is closed; `stop` is called before it is waited for, so that it need not finish its item.
+    An error of `items` is raised in place of the item. The thread ends with the items, when one fails, and when this
+    generator is closed; `stop` is called before the wait for the thread, so that it need not finish its item.
     """
     end: Any = object()
     with ThreadPoolExecutor(1, "raypar reads ahead") as thread:

@@ -12,9 +12,8 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
-from raypar.data.row_order import RowOrder
-from raypar.data.sources import Source, is_indexed, is_path, open_source
-from raypar.errors import DataError, UsageError, near_names
+from raypar.data.sources import Reading, Source, open_source
+from raypar.errors import DataError, near_names
 from raypar.loop.position import Loop
 from raypar.loop.session import Session, current
 
@@ -77,30 +76,21 @@ def batches(
         raise DataError(
             f"batches({name!r}): no such data set; {near_names(name, session.run.datasets)}; see Trainer(datasets=…)"
         )
-    given, who = session.run.datasets[name], f"batches({name!r}"
-    for argument, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("window", window, 1)):
-        if not (argument == "window" and value is None):
-            _check_whole(who, argument, value, least)
-    for argument, chosen in (("columns", columns), ("window", window)):
-        if chosen is not None and not is_path(given):
-            raise UsageError(f"{who}, {argument}={chosen!r}): it is for Parquet, found a {type(given).__name__}")
-    if columns is not None and (isinstance(columns, str) or not columns):
-        raise UsageError(f"{who}, columns={columns!r}): needed a list of at least one name; None reads all columns")
-    if shuffle and not is_path(given) and not is_indexed(given):
-        raise UsageError(
-            f"{who}, shuffle=True): found a {type(given).__name__}, whose order is its own; needed shuffle=False"
-        )
-    wanted = RowOrder(
-        (), batch_size, window or 0, int(seed) if shuffle else None, session.data.position.epoch, drop_last
+    reading = Reading(
+        name=name,
+        batch_size=batch_size,
+        shuffle=bool(shuffle),
+        drop_last=drop_last,
+        columns=columns,
+        seed=seed,
+        window=window,
+        epoch=session.data.position.epoch,
+        replica=session.replica,
+        replicas=session.size,
     )
-    source = open_source(name, given, columns, wanted, (session.replica, session.size), session.tables)
+    source = open_source(session.run.datasets[name], reading, session.tables)
     batching = {"batch_size": batch_size, "shuffle": bool(shuffle), "seed": int(seed), **source.layout}
     return _batches(session, Loop(name, source.count, batching), source)
-
-
-def _check_whole(who: str, argument: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{who}, {argument}={value!r}): needed a whole number of at least {least}")
 
 
 def _batches(session: Session, loop: Loop, source: Source) -> Generator[Any]:

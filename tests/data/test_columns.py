@@ -60,8 +60,8 @@ def test_a_column_becomes_an_array_with_one_row_an_example(array: pa.Array, expe
         (pa.array([[1, 2], None], pa.list_(pa.int64(), 2)), "has 1 nulls"),
         (pa.array([[1, None], [3, 4]], pa.list_(pa.int64(), 2)), "has 1 nulls"),
         (pa.array([[1], None]), "has 1 nulls"),
-        (pa.array([[1], [2, 3], []]), "holds lists of 0 to 2 values; needed lists of one length"),
-        (pa.array([[[1], [2, 3]], [[4], [5]]]), "holds lists of 1 to 2 values"),
+        (pa.array([[1], [2, 3], []]), "contains lists of 0 to 2 values; needed lists of one length"),
+        (pa.array([[[1], [2, 3]], [[4], [5]]]), "contains lists of 1 to 2 values"),
     ],
 )
 def test_what_is_no_tensor_is_told(array: pa.Array, message: str):

@@ -108,9 +108,9 @@ def test_columns_behind_nested_ones_are_found_in_the_footer(tmp_path: Path):
         ),
         (
             {"x": [[1], [2], [3], [4, 5]]},
-            r"a\.parquet, row group 1, column 'x' holds lists that differ in their length",
+            r"a\.parquet, row group 1, column 'x' contains lists of different lengths",
         ),
-        ({"x": [[1], [2], [3, 4], [5, 6]]}, r"a\.parquet, row group 1, column 'x' holds lists that differ"),
+        ({"x": [[1], [2], [3, 4], [5, 6]]}, r"a\.parquet, row group 1, column 'x' contains lists of different"),
         ({"x": ["a"] * 4}, r"a\.parquet, column 'x' has type string, needed numbers, booleans, or lists of one length"),
         ({"x": [[["a"]]] * 4}, r"a\.parquet, column 'x' has type list<.*string"),
     ],
@@ -171,11 +171,11 @@ def test_a_column_that_one_of_the_files_lacks_is_named_with_the_near_ones(tmp_pa
         ({"x": pa.array([1, 2, 3, None])}, r"a\.parquet, row group 1, column 'x' has 1 nulls"),
         (
             {"x": [[1, 2], [3, 4], [5], [6, 7, 8]]},
-            r"row group 1, column 'x' holds lists of 1 to 3 values; needed lists",
+            r"row group 1, column 'x' contains lists of 1 to 3 values; needed lists",
         ),
         (
             {"x": [[[1], [2]], [[3], [4]], [[1, 2]], [[3, 4]]]},
-            r"row group 1, column 'x' holds lists of shape \(1, 2\), others before it have \(2, 1\)",
+            r"row group 1, column 'x' contains lists of shape \(1, 2\), earlier ones have \(2, 1\)",
         ),
     ],
 )

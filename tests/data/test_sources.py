@@ -222,7 +222,7 @@ def test_a_stream_that_gives_nothing_is_told(tmp_path: Path):
 def test_a_last_batch_that_alone_is_not_full_is_no_epoch(tmp_path: Path):
     with pytest.raises(DataError, match="gave no sample, or too few for a full batch"):
         train(tmp_path / "a", streamed(), shuffle=False, batch_size=11, drop_last=True)
-    with pytest.raises(DataError, match="the data set has 10 rows, so that no batch is full"):
+    with pytest.raises(DataError, match="the data set has 10 rows, so no batch is full"):
         train(tmp_path / "b", indexed(), batch_size=11, drop_last=True)
 
 
@@ -235,7 +235,7 @@ class NoLength(Dataset[int]):
     ("given", "message"),
     [
         (NoLength(), r"datasets\['train'\]: NoLength has no len\(\), needed its number of rows"),
-        (TensorDataset(torch.zeros(0)), r"datasets\['train'\]: TensorDataset has no row, needed at least one"),
+        (TensorDataset(torch.zeros(0)), r"datasets\['train'\]: TensorDataset has no rows, needed at least one"),
         (3, r"datasets\['train'\]: found int, needed the path or URI of Parquet data, .* or a ray\.data\.Dataset"),
     ],
 )

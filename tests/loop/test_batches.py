@@ -249,10 +249,10 @@ def test_a_last_batch_that_is_not_full_can_be_left_out(tmp_path: Path):
         (lambda d: d / "nowhere.parquet", r"datasets\['train'\]: .*nowhere\.parquet does not exist, needed a Parquet"),
         (
             lambda d: (d / "empty").mkdir() or d / "empty",
-            r"empty holds no \*\.parquet file, needed a Parquet file or a",
+            r"empty contains no \*\.parquet file, needed a Parquet file or a",
         ),
-        (lambda d: write(d / "t.parquet", x=pa.array([], pa.int64())), r"t\.parquet has no row, needed at least one"),
-        (lambda d: (d / "t.parquet").write_text("text") and d / "t.parquet", r"t\.parquet is no Parquet file"),
+        (lambda d: write(d / "t.parquet", x=pa.array([], pa.int64())), r"t\.parquet has no rows, needed at least one"),
+        (lambda d: (d / "t.parquet").write_text("text") and d / "t.parquet", r"t\.parquet is not a Parquet file"),
         (lambda d: [1, 2], r"datasets\['train'\]: found list, needed the path or URI of Parquet data, a torch\.utils"),
         (
             lambda d: write(d / "t.parquet", name=["a", "b"], n=[1, None]),
@@ -278,11 +278,11 @@ def test_no_data_sets_are_fine():
     [
         ({"columns": ["lable"]}, r"batches\('train'\): .*t\.parquet has no column 'lable'; did you mean 'label'\?"),
         ({}, r"batches\('train'\): .*t\.parquet, column 'name' has type string, .* batches\(…, columns=\[…\]\)"),
-        ({"columns": ["ragged"]}, r"t\.parquet, row group 0, column 'ragged' holds lists that differ in their length"),
+        ({"columns": ["ragged"]}, r"t\.parquet, row group 0, column 'ragged' contains lists of different lengths"),
         ({"columns": ["when"]}, r"column 'when' has type timestamp"),
         ({"columns": ["gaps"]}, r"t\.parquet, row group 0, column 'gaps' has 1 nulls; fill them or drop these rows"),
         ({"columns": ["inner"]}, r"t\.parquet, row group 0, column 'inner' has 1 nulls; fill them or drop these rows"),
-        ({"columns": ["label"], "batch_size": 9, "drop_last": True}, r"has 3 rows, so that no batch is full; lower"),
+        ({"columns": ["label"], "batch_size": 9, "drop_last": True}, r"has 3 rows, so no batch is full; lower"),
     ],
 )  # fmt: skip
 def test_a_column_that_is_missing_or_holds_no_numbers_is_refused(tmp_path: Path, options: dict[str, Any], message: str):
