@@ -1,18 +1,18 @@
 """Every error that raypar raises on purpose.
 
     RayparError
-    ├── ConfigError              the run as it is set up cannot work
+    ├── ConfigError              the run cannot work as it is set up
     │   ├── PlanError            a plan that contradicts itself or names something unknown
-    │   │   └── ScheduleError    a table of actions that does not end, or repeats or forgets one
+    │   │   └── ScheduleError    a table of actions that deadlocks, or repeats or omits one
     │   ├── InfeasiblePlanError  more resources than the cluster has or can scale to
     │   ├── DataError            a data set, a column or a batch that is missing, empty or of the wrong kind
     │   ├── ModelError           a model, loss or optimizer that raypar cannot train
-    │   │   └── SplitError       a model that cannot be cut into the stages the plan asks for
+    │   │   └── SplitError       a model that cannot be split into the stages the plan asks for
     │   └── UsageError           a call at the wrong place or time
     ├── CheckpointError          a checkpoint that is missing, damaged or of another model
     │   └── OtherFormatError     a checkpoint that another version of raypar has written
     ├── NonFiniteError           the loss became NaN or infinite
-    └── RunError                 something failed while the run went on; says where
+    └── RunError                 something failed during the run; says where
         ├── UserCodeError        an exception in the user's train loop, model, loss or optimizer
         ├── StageDiedError       a stage actor's process or machine is gone
         ├── WorkerDiedError      a train worker's process or machine is gone
@@ -21,8 +21,8 @@
 
 Each message says what was found, what was needed and which setting to change. Each error survives
 pickling with its attributes, since most of them cross a process border before a person reads them.
-`retryable` says whether running again from the last checkpoint can help. All are attributes of `raypar`, and tracebacks
-name them so: raypar.PlanError.
+`retryable` tells whether running again from the last checkpoint can help. All are attributes of `raypar`, and
+tracebacks name them so: raypar.PlanError.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _rebuild(cls: type[RayparError], message: str, state: dict[str, Any]) -> Ray
 
 
 class ConfigError(RayparError):
-    """The run as it is set up cannot work; trying again would fail the same way."""
+    """The run cannot work as it is set up; trying again would fail the same way."""
 
 
 class PlanError(ConfigError):
@@ -68,11 +68,11 @@ class PlanError(ConfigError):
 
 
 class ScheduleError(PlanError):
-    """A schedule whose table of actions cannot be run."""
+    """A schedule whose table of actions cannot be run to its end."""
 
 
 class InfeasiblePlanError(ConfigError):
-    """The plan needs more resources than the cluster has or can scale to."""
+    """The plan needs more resources than the cluster has or can scale up to."""
 
 
 class DataError(ConfigError):
@@ -84,7 +84,7 @@ class ModelError(ConfigError):
 
 
 class SplitError(ModelError):
-    """A model that cannot be cut into the stages that the plan asks for."""
+    """A model that cannot be split into the stages that the plan asks for."""
 
 
 class UsageError(ConfigError):
@@ -96,15 +96,16 @@ class CheckpointError(RayparError):
 
 
 class OtherFormatError(CheckpointError):
-    """A checkpoint that another version of raypar has written: it may be sound, so nothing may begin in its place."""
+    """A checkpoint that another version of raypar has written: it may be intact, so a new run must not start over
+    it."""
 
 
 class NonFiniteError(RayparError):
     """The loss became NaN or infinite; the step was not committed.
 
     Attributes: `step`, the step that failed (the first step is 1); `stage`, the first stage whose
-    output is not finite, None when it is the loss itself; `checkpoint`, the path of a checkpoint of the
-    last committed step, None where none could be written.
+    output is not finite, None if it is the loss itself; `checkpoint`, the path of a checkpoint of the
+    last committed step, None if none could be written.
     """
 
     step: int
@@ -112,7 +113,7 @@ class NonFiniteError(RayparError):
     checkpoint: str | None = None
 
     def with_checkpoint(self, path: str) -> Self:
-        """The same error, naming the checkpoint that holds the last committed step."""
+        """The same error, which names the checkpoint of the last committed step."""
         return type(self)(
             f"{self.message} The last committed step ({self.step - 1}) is saved in {path}.",
             step=self.step,
@@ -122,9 +123,9 @@ class NonFiniteError(RayparError):
 
 
 class RunError(RayparError):
-    """Something failed while the run went on.
+    """Something failed during the run.
 
-    Attributes: `replica` and `stage` say where (None: not known, or not on a stage).
+    Attributes: `replica` and `stage` say where (None: unknown, or not on a stage).
     """
 
     retryable = True
@@ -139,7 +140,7 @@ class UserCodeError(RunError):
 class StageDiedError(RunError):
     """The process or machine of a stage actor is gone.
 
-    Attribute: `preempted`, True when the machine was reclaimed (a spot instance, say).
+    Attribute: `preempted`, True if the machine was reclaimed (a spot instance, say).
     """
 
     preempted: bool = False
@@ -163,7 +164,8 @@ C = TypeVar("C", bound=type[Any])
 
 
 def worded_arguments(error: type[ConfigError]) -> Callable[[C], C]:
-    """For a class: an argument that it does not take raises `error`, which names the near ones, and no TypeError."""
+    """A class decorator: an argument that the class does not take raises `error` with similar names, not a
+    TypeError."""
 
     def decorate(cls: C) -> C:
         init = cls.__init__
@@ -192,7 +194,7 @@ def worded_arguments(error: type[ConfigError]) -> Callable[[C], C]:
 
 
 def near_names(wanted: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the near ones, or else the first ten known."""
+    """The end of a message about an unknown name: similar known names, or else the first ten known ones."""
     names = list(known)
     near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
     if near:

@@ -1,8 +1,8 @@
 """Random numbers belong to the work, not to the process.
 
-Before each forward pass the generators are seeded from what the pass computes: the run's seed, the step,
-the micro-batch (counted over all replicas) and the stage. Repeating or recomputing a step, on whichever
-process, then draws the same numbers, dropout included.
+Before each forward pass the generators are seeded from what the pass computes: the run's seed, the step, the
+micro-batch (counted over all replicas) and the stage. Repeating or recomputing a step, in any process, then draws the
+same numbers, dropout included.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def restore_state(state: Any) -> None:
 
 @contextmanager
 def kept() -> Iterator[Any]:
-    """Restore the global generators on leaving the block, whatever it drew or seeded; yields their state on entry."""
+    """Restore the global generators after the block, whatever it drew or seeded; yields their state before it."""
     state = save_state()
     try:
         yield state
@@ -80,7 +80,7 @@ def kept() -> Iterator[Any]:
 
 
 def plain_state() -> dict[str, Any]:
-    """The state of the global generators in tensors, lists and numbers alone, as a file can hold it safely."""
+    """The state of the global generators as tensors, lists and numbers only, so that a file can hold it safely."""
     cpu, cuda, numpy, python = save_state()
     return {"torch": cpu, "cuda": cuda, "numpy": [*numpy[:1], numpy[1].tolist(), *numpy[2:]], "python": list(python)}
 

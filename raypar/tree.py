@@ -1,7 +1,7 @@
 """Nested tuples, lists and dicts of tensors, taken apart and put together.
 
-The one place that touches `torch.utils._pytree`: torch has no public name for it yet, and its registry is
-what knows the output classes of other libraries (transformers' `ModelOutput`).
+The only module that uses `torch.utils._pytree`: torch has no public name for it yet, and its registry knows the output
+classes of other libraries (transformers' `ModelOutput`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Structure = _pytree.TreeSpec
 
 
 def like_dict(cls: type[dict[str, Any]]) -> type[Any]:
-    """Let trees hold instances of a class of dicts, which torch takes for leaves otherwise."""
+    """Register a subclass of dict as a node of trees: torch treats its instances as leaves otherwise."""
     _pytree.register_pytree_node(
         cls, lambda d: (list(d.values()), list(d)), lambda values, keys: cls(zip(keys, values, strict=True))
     )
@@ -29,7 +29,7 @@ def like_dict(cls: type[dict[str, Any]]) -> type[Any]:
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Structure]:
-    """The leaves of a tree, and the structure that `unflatten` needs to put them together again."""
+    """The leaves of a tree, and the structure from which `unflatten` rebuilds it."""
     return _pytree.tree_flatten(tree)
 
 
@@ -60,13 +60,13 @@ class Flat:
 
 
 def pack(structure: Structure, also: Any) -> bytes:
-    """A structure and something else, pickled. torch's own class warns when it is unpickled, so a tree of
-    that structure goes instead."""
+    """A structure and another value, pickled. A tree of that structure stands for it, since torch's own class warns
+    when it is unpickled."""
     return pickle.dumps((unflatten(list(range(structure.num_leaves)), structure), also))
 
 
 def unpack(packed: bytes) -> tuple[Structure, Any]:
-    """What `pack` was given."""
+    """The structure and the value that `pack` was given."""
     tree, also = pickle.loads(packed)
     return flatten(tree)[1], also
 
@@ -76,7 +76,7 @@ def leaves(tree: Tree) -> list[Any]:
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], tree: Tree) -> Tree:
-    """The same tree with each tensor replaced; other leaves stay."""
+    """The same tree with each tensor replaced by `function(tensor)`; other leaves stay."""
     return _pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 

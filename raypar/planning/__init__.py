@@ -1,4 +1,4 @@
-"""What is to be done: plans, schedules, programs, where to cut. Imports neither torch nor ray.
+"""What is to be done: plans, schedules, programs, where to split. Imports neither torch nor ray.
 
 Enter by: place, plan, schedule, schedules, program, simulate, partition.
 """

@@ -1,4 +1,4 @@
-"""From a schedule to what each actor does: one pass adds sends and receives, one check proves the result.
+"""From a schedule to what each actor does: one pass adds sends and receives, one check proves that the result ends.
 
     schedule (compute only)          edges of the stage graph
     actor 0:  0F0 0F1 0B0 0B1        0 ─▶ 1
@@ -8,16 +8,16 @@
     actor 0:  post(1B0▶0) post(1B1▶0) 0F0 send(0F0▶1) 0F1 send(0F1▶1) 0B0 …
     actor 1:  post(0F0▶1) post(0F1▶1) 1F0 1B0 send(1B0▶0) 1F1 …
 
-Messages from one actor to another share one channel and are matched by order alone (NCCL has no tags).
-That is the order in which the receiver uses them, so each receive can be posted exactly `AHEAD` actions before
-its use: a message then arrives while the actor still computes something else, and room is needed for the
-messages of a few actions alone. A send starts after its action, or as soon as the one that the receiver uses
-before it is made; no action waits for it. Its tensors are released once a message has come back that the
-other side can only have sent after it had used them. Where none comes back (GPipe, passes forward only), a send
-is waited for when so many later ones have followed that the other side has long had it, unless it is behind by as many.
+Messages from one actor to another share one channel and are matched by order only (NCCL has no tags). It is the order
+in which the receiver uses them, so each receive can be posted exactly `AHEAD` actions before its use: the message
+arrives while the actor still computes something else, and only the messages of a few actions need buffers. A send
+starts after its action, or as soon as the message that the receiver uses before it has been made; no action waits for
+it. Its tensors are released once a message has come back that the receiver can only have sent after using them. If
+nothing comes back (GPipe, forward-only), a send is waited for once `lag` later sends have been made; by then the
+receiver has used it.
 
-A backward pass may be split: `2I0` makes the gradients for the inputs, which are sent, `2W0` those of the weights,
-which nobody waits for (Qi et al. 2023, https://arxiv.org/abs/2401.10241).
+A backward pass may be split: `2I0` computes the gradients of the inputs, which are sent, `2W0` those of the weights,
+for which nobody waits (Qi et al. 2023, https://arxiv.org/abs/2401.10241).
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from raypar.errors import ScheduleError
 from raypar.planning.schedule import Action, Schedule, start_times
 
 AHEAD = 3
-"""How many actions before its use a receive is posted. One would do for a message to arrive during a computation. With
-more, the receive is there before its send also where passes are short, which spares Gloo a message and a wait."""
+"""How many actions before its use a receive is posted. One is enough for a message to arrive during a computation. With
+more, the receive is posted before its send even if passes are short, which saves Gloo a message and a wait."""
 
 Edge = tuple[int, int]
-"""(source, target): values of stage `source` are used by stage `target`, which comes later."""
+"""(source, target): values of stage `source` are used by `target`, a later stage."""
 
 
 class Message(NamedTuple):
     """What one action sends to another stage. Kind "F": activations, after a forward pass; kind "B": gradients, after
-    a backward pass, be it whole (B) or for the inputs alone (I)."""
+    a backward pass, either whole (B) or for the inputs only (I)."""
 
     sender: int
     kind: str
@@ -65,13 +65,13 @@ class Compute(NamedTuple):
 
 
 class Send(NamedTuple):
-    """Start to send `message`, without waiting for it."""
+    """Start sending `message`, without waiting for it."""
 
     message: Message
 
 
 class Release(NamedTuple):
-    """Let go of the tensors of `message`, once the other side has received it."""
+    """Wait until the receiver has `message`, then release its tensors."""
 
     message: Message
 
@@ -82,8 +82,12 @@ Program = tuple[Instruction, ...]
 
 @dataclass(frozen=True)
 class Bounds:
-    """The most that each actor holds at any time: saved activations (of one stage and micro-batch each, from its
-    forward pass to the end of its backward pass, W included), receive buffers and sent tensors (of one message each).
+    """The most that each actor holds at any time.
+
+    activations:     saved ones, each of one stage and micro-batch, from its forward pass to the end of its backward
+                     pass (W included).
+    receive_buffers: of one message each, from the post of the receive to the use.
+    sent:            messages whose tensors are not released yet.
     """
 
     activations: tuple[int, ...]
@@ -97,29 +101,29 @@ def programs(schedule: Schedule, edges: Iterable[Edge]) -> tuple[Program, ...]:
 
 
 def check(schedule: Schedule, edges: Iterable[Edge]) -> Bounds:
-    """Prove that a schedule can be run, and count what it holds at most.
+    """Prove that a schedule can be run, and count what each actor holds at most.
 
-    Proves that each action occurs exactly once and on the actor of its stage, and, by playing the programs
-    through with channels where a send ends only when its receive is posted and everything before it in
-    the channel has been delivered, that all programs end. Raises ScheduleError otherwise.
+    Each action must occur exactly once, on the actor of its stage; and all programs must end when they are played with
+    channels in which a send ends only when its receive is posted and everything before it in the channel has been
+    delivered. Raises ScheduleError otherwise.
     """
     return _checked(schedule, edges)[1]
 
 
 def _checked(schedule: Schedule, edges: Iterable[Edge]) -> tuple[tuple[Program, ...], Bounds]:
     _check_table(schedule)
-    start_times(schedule, lambda action: 1.0)  # the order of compute alone has no circle
+    start_times(schedule, lambda action: 1.0)  # the compute actions do not wait for each other in a circle
     edges = sorted(set(edges))
     bad = [edge for edge in edges if not 0 <= edge[0] < edge[1] < len(schedule.placement)]
     if bad:
         raise ScheduleError(f"the edge {bad[0]} does not lead from an earlier stage to a later one")
-    lag = len(schedule.rows) + 1  # a value that skips all actors but two is used as many passes after it was sent
+    lag = len(schedule.rows) + 1  # a value that skips all actors but two is used that many passes after it was sent
     try:
-        found = _add_messages(schedule, edges, lag)
-        return found, _play(schedule, found)
-    except ScheduleError:  # two actors may each be so far behind in what the other sends: then nobody waits for a send
-        found = _add_messages(schedule, edges, schedule.microbatches * len(schedule.placement))
-        return found, _play(schedule, found)
+        result = _add_messages(schedule, edges, lag)
+        return result, _play(schedule, result)
+    except ScheduleError:  # two actors may each use messages later than after `lag` sends: then no send is waited for
+        result = _add_messages(schedule, edges, schedule.microbatches * len(schedule.placement))
+        return result, _play(schedule, result)
 
 
 def _add_messages(schedule: Schedule, edges: list[Edge], lag: int) -> tuple[Program, ...]:
@@ -142,7 +146,7 @@ def _add_messages(schedule: Schedule, edges: list[Edge], lag: int) -> tuple[Prog
     made_at = {message: index for row in schedule.rows for index, action in enumerate(row) for message in sent(action)}
     used = {message: index for row in schedule.rows for index, action in enumerate(row) for message in needed(action)}
 
-    # the order of each channel is the order in which its receiver uses the messages, whenever they were made
+    # the order of each channel is the order in which its receiver uses the messages, not that in which they are made
     channels: dict[tuple[int, int], list[Message]] = defaultdict(list)
     for message in made_at:
         actor, receiver = placement[message.sender], placement[message.receiver]
@@ -167,10 +171,10 @@ def _add_messages(schedule: Schedule, edges: list[Edge], lag: int) -> tuple[Prog
             program += [Post(message) for message in sorted(posts[index], key=rank.__getitem__)]
             needs = sorted(needed(action), key=lambda message: rank.get(message, -1))
             program.append(Compute(action, tuple(needs)))
-            for message in needs:  # what its sender had used before it made this has arrived there
-                mine = unreleased[placement[message.sender]]
-                while mine and used[mine[0]] <= made_at[message]:
-                    program.append(Release(mine.popleft()))
+            for message in needs:  # its sender made it after using these
+                returned_to = unreleased[placement[message.sender]]
+                while returned_to and used[returned_to[0]] <= made_at[message]:
+                    program.append(Release(returned_to.popleft()))
             made.update(sent(action))
             for to, waiting in unsent.items():
                 while waiting and waiting[0] in made:
@@ -247,7 +251,7 @@ def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
             there, here = sent[channel(instruction.message)], posted[channel(instruction.message)]
             while there and here:
                 if there[0] != here[0]:
-                    raise ScheduleError(f"the schedule {schedule.name!r} sends {there[0]} where {here[0]} is awaited")
+                    raise ScheduleError(f"the schedule {schedule.name!r} sends {there[0]} while {here[0]} is expected")
                 delivered.add(there.popleft())
                 here.popleft()
         position[actor] += 1
@@ -262,5 +266,5 @@ def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
     stuck = [actor for actor in actors if position[actor] < len(all_programs[actor])]
     if stuck:
         waits = ", ".join(f"actor {actor} at {all_programs[actor][position[actor]]}" for actor in stuck)
-        raise ScheduleError(f"the schedule {schedule.name!r} does not end: {waits}")
+        raise ScheduleError(f"the schedule {schedule.name!r} deadlocks: {waits}")
     return Bounds(tuple(most_live), tuple(most_buffers), tuple(most_kept))

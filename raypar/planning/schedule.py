@@ -124,7 +124,7 @@ def start_times(schedule: Schedule, duration: Callable[[Action], float], message
     stuck = {actor: row[position[actor]] for actor, row in enumerate(schedule.rows) if position[actor] < len(row)}
     if stuck:
         waits = ", ".join(f"actor {actor} at {action}" for actor, action in stuck.items())
-        raise ScheduleError(f"the schedule {schedule.name!r} does not end: {waits} wait for each other")
+        raise ScheduleError(f"the schedule {schedule.name!r} deadlocks: {waits} wait for each other")
     return starts
 
 

@@ -118,7 +118,7 @@ def test_a_file_is_written_as_it_is_drawn(tmp_path: Path):
         ("0F0,0B0\n1F0\n", "has 1B0 0 times, needed once"),
         ("0F0,0I0\n1F0,1B0\n", "0W0"),
         ("0F0,1B0\n1F0,0B0\n", "has 1B0 on actor 0, which does not hold that stage"),
-        ("0F0,0B0\n1B0,1F0\n", "does not end: actor 0 at 0B0, actor 1 at 1B0 wait for each other"),
+        ("0F0,0B0\n1B0,1F0\n", "deadlocks: actor 0 at 0B0, actor 1 at 1B0 wait for each other"),
         ("0F0,0B0\n1F0,1B0\n2F0,2B0\n", "has 3 rows, needed one for each of pipeline=2 actors"),
         ("0F0\n1F0\n", "has no backward passes; needed B, or I and W, as in 2B0"),
         ("", "the file holds no action; needed one row an actor, cells as 2F0"),

@@ -404,8 +404,8 @@ def broken(text: str, placement: tuple[int, ...] = (0, 1), microbatches: int = 1
         ("0F0 1B0 | 1F0 0B0", "has 1B0 on actor 0, which does not hold that stage"),
         ("0F0 0B0 | 1F0 1B0 2F0", "has 2F0 on actor 1, which does not hold that stage"),
         ("0F0 0B0 0F1 | 1F0 1B0", "has 0F1, but only 1 micro-batches"),
-        ("0B0 0F0 | 1F0 1B0", "does not end: actor 0 at 0B0, actor 1 at 1F0 wait for each other"),
-        ("0F0 0B0 | 1B0 1F0", "does not end: actor 0 at 0B0, actor 1 at 1B0 wait for each other"),
+        ("0B0 0F0 | 1F0 1B0", "deadlocks: actor 0 at 0B0, actor 1 at 1F0 wait for each other"),
+        ("0F0 0B0 | 1B0 1F0", "deadlocks: actor 0 at 0B0, actor 1 at 1B0 wait for each other"),
     ],
 )
 def test_a_table_that_repeats_forgets_misplaces_or_waits_in_a_circle_is_refused(text: str, message: str):
@@ -417,7 +417,7 @@ def test_actors_that_wait_for_each_other_across_two_micro_batches_are_refused():
     circular = broken("0F0 0F1 2F0 2F1 2B0 2B1 0B1 0B0 | 1F0 1F1 1B0 1B1", (0, 1, 0), 2)
     assert check(circular, [(0, 1), (1, 2)])  # another order of backward passes is no circle …
     circular = broken("0F0 2F0 0F1 2F1 2B0 2B1 0B0 0B1 | 1F1 1F0 1B0 1B1", (0, 1, 0), 2)
-    with pytest.raises(ScheduleError, match="does not end: actor 0 at 2F0, actor 1 at 1F1"):
+    with pytest.raises(ScheduleError, match="deadlocks: actor 0 at 2F0, actor 1 at 1F1"):
         check(circular, [(0, 1), (1, 2)])  # … but this is
 
 

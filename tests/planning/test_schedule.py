@@ -62,7 +62,7 @@ def test_cells_widen_with_the_numbers_of_micro_batches():
 def test_what_waits_in_a_circle_cannot_be_drawn():
     rows = ((Action(0, "F", 0), Action(0, "B", 0)), (Action(1, "B", 0), Action(1, "F", 0)))
     circular = Schedule("mine", (0, 1), 1, rows)
-    with pytest.raises(ScheduleError, match="'mine' does not end: actor 0 at 0B0, actor 1 at 1B0 wait for each other"):
+    with pytest.raises(ScheduleError, match="'mine' deadlocks: actor 0 at 0B0, actor 1 at 1B0 wait for each other"):
         draw(circular)
 
 

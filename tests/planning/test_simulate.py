@@ -82,5 +82,5 @@ def test_stages_that_take_no_time_have_no_bubble():
 
 def test_a_schedule_that_does_not_end_is_not_simulated():
     stuck = Schedule("mine", (0,), 1, ((Action(0, "B", 0), Action(0, "F", 0)),))
-    with pytest.raises(ScheduleError, match="'mine' does not end"):
+    with pytest.raises(ScheduleError, match="'mine' deadlocks"):
         simulate(stuck, [1.0], [1.0])
