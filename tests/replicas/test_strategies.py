@@ -36,10 +36,14 @@ def test_replicas_in_one_process_need_no_groups(plan: Plan, kind: type[ReplicaSy
     assert type(sync_of(plan, 0, part, spec, MemoryWorld(plan).transport(0, 0), [CPU])) is kind
 
 
+def parameters(kind: type[ReplicaSync], name: str) -> list[inspect.Parameter]:
+    return list(inspect.signature(vars(kind)[name]).parameters.values())
+
+
 @pytest.mark.parametrize("kind", [BucketSync, DdpSync, FsdpSync, LocalSgdSync])
 def test_a_strategy_overrides_the_protocol_alone(kind: type[ReplicaSync]):
     """What the engine does not know of would never be called."""
     public = {name for name in vars(kind) if not name.startswith("_") and inspect.isfunction(vars(kind)[name])}
     assert public <= set(dir(ReplicaSync))
     for name in public:
-        assert inspect.signature(vars(kind)[name]) == inspect.signature(vars(ReplicaSync)[name]), name
+        assert parameters(kind, name) == parameters(ReplicaSync, name)
