@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the table below, for mypy and editors
     from raypar.loop.parallelize import parallelize
     from raypar.loop.replica import EvalOutput, Replica, StepOutput, report
     from raypar.loop.session import epochs
+    from raypar.observe.actor_info import ActorInfo
     from raypar.observe.bubble import Bubble
     from raypar.planning.plan import Plan, Timeouts, schedule_of
     from raypar.planning.schedule import Schedule
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # the table below, for mypy and editors
     from raypar.trainer import Trainer
 
 _MODULE_OF = {
+    "ActorInfo": "raypar.observe.actor_info",
     "Bubble": "raypar.observe.bubble",
     "EvalOutput": "raypar.loop.replica",
     "Plan": "raypar.planning.plan",
@@ -65,6 +67,7 @@ _MODULE_OF = {
 """Where the public names are defined that are imported at their first use."""
 
 __all__ = [
+    "ActorInfo",
     "Bubble",
     "CheckpointError",
     "ConfigError",
