@@ -8,7 +8,7 @@ import inspect
 import re
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import ray.train
@@ -23,6 +23,9 @@ from raypar.data.sources import check_datasets
 from raypar.errors import ConfigError, DataError, worded_arguments
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage, absolute
+
+if TYPE_CHECKING:
+    from raypar.loop.session import RunSpec
 
 
 @worded_arguments(ConfigError)
@@ -121,45 +124,29 @@ class Trainer:
     # and a script that is told of a mistake in its Trainer, or only prints a plan, need not wait for them.
 
     def _fit_on_ray(self, config: RunConfig) -> Result:
-        from raypar.cluster.launch import Run, run_on_ray
+        from raypar.cluster.launch import RayRun, run_on_ray
 
         return run_on_ray(
-            Run(
-                train_loop=_bound(self.train_loop, self.train_loop_config),
-                plan=self.plan,
-                datasets=for_workers(self.datasets),
-                sharded=of_ray_data(self.datasets),
-                storage=_storage(config),
-                run_config=config,
-                scaling_config=self.scaling_config,
-                torch_config=self.torch_config,
-                resources_per_stage=self.resources_per_stage,
-                timeouts=self.timeouts,
-                trace=self.trace,
+            RayRun(
+                self._spec(config, for_workers(self.datasets)),
+                config,
+                self.scaling_config,
+                self.torch_config,
+                self.resources_per_stage,
+                of_ray_data(self.datasets),
             )
         )
 
     def _fit_locally(self, config: RunConfig) -> Result:
         from raypar.loop.local import run_local
-        from raypar.loop.session import RunSpec
         from raypar.observe.progress import ProgressDisplay
 
-        storage = _storage(config)
+        spec = self._spec(config, self.datasets)
+        storage = spec.storage
         checkpoints = config.checkpoint_config
+        num_to_keep = checkpoints.num_to_keep if checkpoints is not None else None
         with ProgressDisplay() as display:
-            history = run_local(
-                RunSpec(
-                    _bound(self.train_loop, self.train_loop_config),
-                    self.plan,
-                    self.datasets,
-                    self.timeouts,
-                    storage,
-                    self.trace,
-                ),
-                checkpoints.num_to_keep if checkpoints is not None else None,
-                display.update,
-                display.say,
-            )
+            history = run_local(spec, num_to_keep, display.update, display.say)
         newest = newest_checkpoint(storage)
         return Result(
             metrics=history[-1] if history else None,
@@ -169,6 +156,12 @@ class Trainer:
             metrics_dataframe=pd.DataFrame(history) if history else None,
             _storage_filesystem=storage.filesystem,
         )
+
+    def _spec(self, config: RunConfig, datasets: dict[str, Any]) -> RunSpec:
+        from raypar.loop.session import RunSpec
+
+        train_loop = _bound(self.train_loop, self.train_loop_config)
+        return RunSpec(train_loop, self.plan, datasets, self.timeouts, _storage(config), self.trace)
 
 
 def _with_own_name(config: RunConfig) -> RunConfig:

@@ -46,36 +46,43 @@ from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
 from raypar.workers.ray_errors import first_cause
 from raypar.workers.stage_actor import StageActor
-from raypar.workers.train_worker import Job, train_worker
+from raypar.workers.train_worker import WorkerJob, train_worker
 
 logger = logging.getLogger("raypar")
 
 
 @dataclass(frozen=True)
-class Run:
+class RayRun:
     """What the user asked for, checked as far as that needs no cluster.
 
-    datasets: as the train workers get them; those that Ray Train cuts into shards for them are `sharded` as well.
+    spec:    what the run is in every mode; its data sets as the train workers get them.
+    sharded: those data sets that Ray Train splits into one shard per train worker.
     """
 
-    train_loop: Callable[[], Any]
-    plan: Plan
-    datasets: dict[str, Any]
+    spec: RunSpec
     run_config: RunConfig
     scaling_config: ScalingConfig | None
     torch_config: TorchConfig | None
     resources_per_stage: Mapping[str, float] | None
-    timeouts: Timeouts
-
-    storage: Storage
     sharded: dict[str, ray.data.Dataset]
-    trace: bool = False
+
+    @property
+    def plan(self) -> Plan:
+        return self.spec.plan
+
+    @property
+    def timeouts(self) -> Timeouts:
+        return self.spec.timeouts
+
+    @property
+    def storage(self) -> Storage:
+        return self.spec.storage
 
     def needs(self, *, gpus: bool) -> Needs:
         return needs_of(self.plan, self.scaling_config, self.resources_per_stage, gpus=gpus)
 
 
-def run_on_ray(run: Run) -> Result:
+def run_on_ray(run: RayRun) -> Result:
     """Trains on the cluster that is there, or on a local one that is started for it and ended after it.
 
     Raises a RayparError when the run failed, KeyboardInterrupt after Ctrl-C; in each case nothing that was
@@ -97,7 +104,7 @@ def run_on_ray(run: Run) -> Result:
 
 
 @contextlib.contextmanager
-def ray_session(run: Run) -> Iterator[None]:
+def ray_session(run: RayRun) -> Iterator[None]:
     """Ray for the body: as it is where the user has initialised it, else the running cluster, else a local one."""
     if ray.is_initialized():
         _refuse_ray_client()
@@ -110,7 +117,7 @@ def ray_session(run: Run) -> Iterator[None]:
         yield
 
 
-def _init_ray(run: Run) -> None:
+def _init_ray(run: RayRun) -> None:
     processes = run.plan.data + (run.plan.world_size if run.plan.pipeline > 1 else 0)
     cpus = math.ceil(run.needs(gpus=False).total().get("CPU", 0.0))
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "include_dashboard": False}
@@ -132,7 +139,7 @@ def _refuse_ray_client() -> None:
         )
 
 
-def _cluster_has_gpus(run: Run) -> bool:
+def _cluster_has_gpus(run: RayRun) -> bool:
     """Whether the cluster has GPUs or can get some; asks how far it can grow only where that decides something."""
     if capacity.current_capacity().has("GPU") > 0:
         return True
@@ -146,7 +153,7 @@ def _cluster_has_gpus(run: Run) -> bool:
 # ------------------------------------------------------------------ attempts
 
 
-def _until_done(run: Run, needs: Needs, watch: Watch) -> Result:
+def _until_done(run: RayRun, needs: Needs, watch: Watch) -> Result:
     tally = failures.Tally()
     config = run.run_config.failure_config or FailureConfig()
     while True:
@@ -166,7 +173,7 @@ def _until_done(run: Run, needs: Needs, watch: Watch) -> Result:
             )
 
 
-def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
+def _attempt(run: RayRun, needs: Needs, watch: Watch) -> Result:
     fleet: Fleet | None = None
     trainer: attempt.AttemptTrainer | None = None
     try:
@@ -175,14 +182,11 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
         elif not is_feasible_now(needs, capacity.current_capacity()):
             # The autoscaler has to start machines: waiting for them here tells at once if it never will.
             remove_placement_group(reserve(needs, run.timeouts))
-        job = Job(
-            RunSpec(run.train_loop, run.plan, run.datasets, run.timeouts, run.storage, run.trace),
-            actors=fleet.handles if fleet else [],
-            board=watch.board,
-        )
+        handles = fleet.handles if fleet is not None else []
+        job = WorkerJob(run.spec, handles, watch.board, quiet=attempt.is_quiet(run.run_config))
         trainer = attempt.AttemptTrainer(
             train_worker,
-            train_loop_config={"job": job, "quiet": attempt.is_quiet(run.run_config)},
+            train_loop_config={"job": job},
             scaling_config=_scaling_of_workers(run, needs, fleet),
             torch_config=_torch_config(run),
             run_config=attempt.run_config_of_attempt(run.run_config),
@@ -199,7 +203,7 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
             # A silent actor may only be busy; it is worth the wait where its death may be the cause.
             dead = fleet.autopsy(1.0) if failures.explains_itself(cause) else fleet.autopsy()
             cause = cause if dead is None else first_cause([cause, dead])
-            if run.trace:
+            if run.spec.trace:
                 with contextlib.suppress(CheckpointError):  # the other error counts
                     write_timeline(run.storage, run.plan, fleet.recorded(), in_turns=False)
         raise cause from cause.__cause__
@@ -211,7 +215,7 @@ def _attempt(run: Run, needs: Needs, watch: Watch) -> Result:
                 fleet.stop()
 
 
-def _scaling_of_workers(run: Run, needs: Needs, fleet: Fleet | None) -> ScalingConfig:
+def _scaling_of_workers(run: RayRun, needs: Needs, fleet: Fleet | None) -> ScalingConfig:
     given = run.scaling_config or ScalingConfig()
     pins = fleet.worker_pins if fleet is not None else None
     if fleet is not None and pins is None:
@@ -230,7 +234,7 @@ def _scaling_of_workers(run: Run, needs: Needs, fleet: Fleet | None) -> ScalingC
     )
 
 
-def _torch_config(run: Run) -> TorchConfig:
+def _torch_config(run: RayRun) -> TorchConfig:
     # The group of the train workers of a pipeline carries no tensors of the model; those workers hold no GPU.
     given = run.torch_config or TorchConfig(timeout_s=math.ceil(run.timeouts.peer))
     if given.backend is not None:
@@ -253,7 +257,7 @@ def _watching(display: ProgressDisplay) -> Iterator[Watch]:
             watch.stop()
 
 
-def _announcement(run: Run) -> str:
+def _announcement(run: RayRun) -> str:
     plan = run.plan
     workers = f"{plan.data} train worker{'s' if plan.data > 1 else ''}"
     what = f"{plan.world_size} stage actors and {workers}" if plan.pipeline > 1 else workers

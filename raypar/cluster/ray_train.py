@@ -31,6 +31,7 @@ from raypar.workers.ray_private import (
     get_env_vars_to_propagate,
     remove_placement_groups_of,
 )
+from raypar.workers.train_worker import POLL_S
 
 _TorchBackend: Any = TorchConfig().backend_cls
 
@@ -142,7 +143,7 @@ def train_environment(timeouts: Timeouts, failure_config: FailureConfig) -> dict
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(timeouts.peer),  # ray.train.report waits without a limit otherwise
         # A worker that is silent for so long is given up; Ray itself asks a machine for no less (600 s by default).
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(max(timeouts.peer, 15.0)),
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how late a failure or the end is seen; 2 s by default
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
         # Ray's workers replace sys.stdout, which makes Ray Train's patched print show each line twice.
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         # One process less a run. A reclaimed machine is seen without it, by the death of what ran there.

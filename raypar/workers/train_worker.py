@@ -27,7 +27,7 @@ from raypar.errors import PeerLostError, TimeoutExceededError
 from raypar.loop.actors import ReplicaActors
 from raypar.loop.in_process import InProcessActors
 from raypar.loop.session import RunSpec, Session, enter
-from raypar.observe.timeline import write_timeline
+from raypar.observe.timeline import Event, write_timeline
 from raypar.planning.place import Place
 from raypar.planning.plan import Timeouts
 from raypar.splitting.model import ModelSpec, Split
@@ -39,24 +39,46 @@ from raypar.workers.ray_errors import as_raypar_error, unwrapped
 from raypar.workers.ray_private import LOGGER_OF_REPORTS
 from raypar.workers.remote_actors import RemoteActors
 
+POLL_S = 0.5
+"""Seconds between Ray Train's looks at its workers: how late it sees a failure or the end. Its own default is 2."""
+
+_GRACE_S = 4 * POLL_S
+
 
 @dataclass(frozen=True)
-class Job:
-    """What a train worker is told.
+class WorkerJob:
+    """What a train worker is told, under "job" in the config that Ray Train hands it.
 
     actors: actors[r] are the stage actors of replica r; empty without a pipeline.
     board:  takes progress and the history of metrics to the driver.
+    quiet:  whether Ray Train's own lines about each report are left out.
     """
 
     run: RunSpec
     actors: list[list[ActorHandle[Any]]]
     board: ActorHandle[Any]
+    quiet: bool = False
 
 
-def run_worker(config: dict[str, Any]) -> None:
-    """The train loop of a Ray Train worker; `config["job"]` is a Job. Raises RayparErrors only."""
-    job: Job = config["job"]
-    run, replica = job.run, ray.train.get_context().get_world_rank()
+def train_worker(config: dict[str, Any]) -> None:
+    """What each train worker runs: raypar's part and in it the user's loop. Raises RayparErrors only."""
+    job: WorkerJob = config["job"]
+    job.board.push.remote({"kind": "started"})
+    if job.quiet:
+        logging.getLogger(LOGGER_OF_REPORTS).setLevel(logging.WARNING)
+    replica = ray.train.get_context().get_world_rank()
+    try:
+        _train(job, replica)
+    except PeerLostError:
+        # Ray Train ends the attempt with the errors that it knows when it sees the first one. So a worker that only
+        # lost a connection leaves time for a few more looks, at which the process that broke it is seen. There is no
+        # event to wait for: that process may be dead, and only Ray Train watches it.
+        time.sleep(_GRACE_S)
+        raise
+
+
+def _train(job: WorkerJob, replica: int) -> None:
+    run = job.run
     session: WorkerSession | None = None
     try:
         session = WorkerSession(job, replica)
@@ -66,24 +88,25 @@ def run_worker(config: dict[str, Any]) -> None:
         run.train_loop()
         session.close()
         if run.trace:
-            events = [event for of_replica in session.gather(session.recorded()) for event in of_replica]
-            if replica == 0:
-                write_timeline(run.storage, run.plan, events, in_turns=False)
+            _write_timeline(run, [event for events in session.gather(session.recorded()) for event in events], replica)
     except Exception as error:
         if session is not None:
             session.saving.abandon()
-        if (
-            session is not None and run.trace and not job.actors and replica == 0
-        ):  # stage actors are asked by the driver
-            with contextlib.suppress(Exception):
-                write_timeline(run.storage, run.plan, session.recorded(), in_turns=False)
+            if run.trace and not job.actors:  # stage actors are asked by the driver
+                with contextlib.suppress(Exception):
+                    _write_timeline(run, session.recorded(), replica)
         raise as_raypar_error(error, replica) from None
+
+
+def _write_timeline(run: RunSpec, events: list[Event], replica: int) -> None:
+    if replica == 0:
+        write_timeline(run.storage, run.plan, events, in_turns=False)
 
 
 class WorkerSession(Session):
     """A replica in a Ray Train worker. Replicas talk over a Gloo group of their own, also on GPUs."""
 
-    def __init__(self, job: Job, replica: int) -> None:
+    def __init__(self, job: WorkerJob, replica: int) -> None:
         super().__init__(job.run, replica)
         self.job = job
         self.control: dist.ProcessGroup | None = None
@@ -93,9 +116,9 @@ class WorkerSession(Session):
     def gather(self, value: Any) -> list[Any]:
         if self.control is None:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.control is None:
@@ -114,7 +137,7 @@ class WorkerSession(Session):
         except GetTimeoutError:
             raise TimeoutExceededError(
                 f"{Place(self.replica, (0,))}: measuring the modules took more than the {self.timeouts.start:g} s of "
-                "Timeouts(start=…); the process is stuck or slow, or parallelize(split=…) spares it the measuring",
+                "Timeouts(start=…); the process is stuck or slow; parallelize(split=…) needs no measuring",
                 replica=self.replica,
                 stage=0,
             ) from None
@@ -154,34 +177,16 @@ class WorkerSession(Session):
 
 
 def _group(timeouts: Timeouts) -> dist.ProcessGroup:
-    """A new group of all train workers over Gloo; all of them call for it alike."""
+    """A new Gloo group of all train workers; each of them must call this in the same order."""
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeouts.peer))
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 def _device() -> torch.device:
-    """This worker's device. Ray Train's own answer is cuda also for logical GPUs on a machine without one."""
+    """This worker's device. Ray Train's own answer is cuda even for logical GPUs on a machine without CUDA."""
     if torch.cuda.is_available() and ray.get_gpu_ids():
-        found = ray.train.torch.get_device()
-        assert isinstance(found, torch.device)
-        return found
+        device = ray.train.torch.get_device()
+        assert isinstance(device, torch.device)
+        return device
     return torch.device("cpu")
-
-
-_GRACE_S = 2.0
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """What each train worker runs: raypar's part and in it the user's loop."""
-    job: Job = config["job"]
-    job.board.push.remote({"kind": "started"})
-    if config["quiet"]:
-        logging.getLogger(LOGGER_OF_REPORTS).setLevel(logging.WARNING)
-    try:
-        run_worker(config)
-    except PeerLostError:
-        # Ray Train ends the attempt with the errors that it knows when it sees the first one. Whoever only lost a
-        # connection waits, so that the one who broke it is known by then.
-        time.sleep(_GRACE_S)
-        raise
