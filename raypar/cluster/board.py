@@ -1,9 +1,10 @@
-"""The board: an actor on which the train workers pin their progress, and from which the driver reads it.
+"""The board: an actor to which the train workers push their progress, and from which the driver reads it.
 
     train worker ── board.push.remote(…) ──▶ Board ◀── poll, twice a second ── Watch, a thread of the driver
 
-A worker never waits for the board, and a run does not need it: without it there is no bar, and the history
-of metrics is read from the newest checkpoint.
+A worker never waits for the board, and a run does not need it: without it there is no progress bar, and the history of
+metrics is read from the newest checkpoint. It holds a list, so its process must stay small: no module that this one
+imports may import torch.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ class Board:
 
 
 class Watch:
-    """Reads a board from a thread, and hands each report of progress on.
+    """Reads a board in a thread and passes each progress report on.
 
-    rows:    the newest history of metrics it saw; None before the first.
-    started: set once a train worker of the attempt runs; whoever makes an attempt clears it before.
+    rows:    the newest history of metrics it has seen; None before the first.
+    started: set once a train worker of the attempt runs; cleared before each attempt.
     """
 
     def __init__(self, on_progress: Callable[[Report], None]) -> None:
-        # Near the driver, which lives as long as the run, and not on a machine that may be reclaimed.
+        # On the driver's machine, which lives as long as the run, not on one that may be reclaimed.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         remote_class: Any = ray.remote(num_cpus=0)(Board)
         self.board: ActorHandle[Any] = remote_class.options(scheduling_strategy=here).remote()
@@ -85,7 +86,7 @@ class Watch:
                 self._on_progress(report)
 
     def stop(self) -> None:
-        """Reads what is left and ends the thread and the board."""
+        """Read what is left, then end the thread and the board."""
         self._ended.set()
         self._thread.join(timeout=5)
         with contextlib.suppress(Exception):

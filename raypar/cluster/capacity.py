@@ -42,8 +42,8 @@ class Capacity:
     """What a cluster has, and what it can grow to.
 
     now:     the machines that are up.
-    largest: the machines of the fully grown cluster; empty where nothing scales it.
-    known:   False where an autoscaler runs that does not tell its limits; then only it can say no.
+    largest: the machines of the fully grown cluster; empty if nothing scales it.
+    known:   False if an autoscaler runs that does not tell its limits; then only the autoscaler can refuse.
     """
 
     now: tuple[Machines, ...]
@@ -79,7 +79,7 @@ def live_nodes() -> list[dict[str, Any]]:
 
 
 def full_capacity(resource: str) -> Capacity:
-    """What is up and what can be added; `resource` is the one that the limits should be best in."""
+    """What is up and what can be added; `resource` is the one of which the fully grown cluster shall have most."""
     now = current_capacity().now
     reported = _reported_groups()
     if reported is not None:
@@ -94,8 +94,7 @@ def full_capacity(resource: str) -> Capacity:
 def grown(config: Mapping[str, Any], resource: str) -> tuple[Machines, ...]:
     """The largest cluster that an autoscaler's configuration (a cluster.yaml) allows.
 
-    Where the limit on all workers is below the sum of the limits of the types, the types that offer the
-    most of `resource` come first.
+    If the limit on all workers is below the sum of the types' limits, the types with most of `resource` come first.
     """
     types: Mapping[str, Any] = config.get("available_node_types") or {}
     room = config.get("max_workers")
@@ -117,7 +116,7 @@ def _resources_of(node_type: Mapping[str, Any]) -> Resources:
 
 
 def _reported_groups() -> tuple[Machines, ...] | None:
-    """The limits that a managed platform reported; None where nobody did."""
+    """The limits that a managed platform has reported; None if none has."""
     groups = ray_private.node_groups()
     if groups is None:
         return None
@@ -132,10 +131,10 @@ def _reported_groups() -> tuple[Machines, ...] | None:
 
 
 def _autoscaler_config() -> Mapping[str, Any] | None:
-    """The configuration that the cluster's autoscaler runs with; None where there is none.
+    """The configuration that the cluster's autoscaler runs with; None if there is none.
 
-    `ray up` starts the head node with `--autoscaling-config=<file>` and tells nobody else what is in it, so
-    the file is read there: by a small task where this driver runs elsewhere.
+    `ray up` starts the head node with `--autoscaling-config=<file>` and tells nobody else what is in it, so the file is
+    read there: by a small task if this driver runs elsewhere.
     """
     here = ray.get_runtime_context().get_node_id()
     on_head = any(node["NodeID"] == here and _HEAD in node["Resources"] for node in live_nodes())
@@ -144,17 +143,17 @@ def _autoscaler_config() -> Mapping[str, Any] | None:
     try:
         text: str | None = read_autoscaler_config(address) if on_head else ray.get(read.remote(address), timeout=60)
         config = yaml.safe_load(text) if text else None
-    except Exception:  # whatever went wrong there, the limits are not known, and the autoscaler decides
+    except Exception:  # whatever went wrong, the limits are not known, and the autoscaler decides
         return None
     return config if isinstance(config, Mapping) else None
 
 
 def read_autoscaler_config(gcs_address: str) -> str | None:
-    """Runs on the head node: the text of the file that the autoscaler there was started with."""
+    """The text of the file that the autoscaler of this machine, the head node, was started with."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             arguments = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # the process ended meanwhile, or belongs to somebody else
+        except OSError:  # the process has ended meanwhile, or belongs to another user
             continue
         if f"--gcs-address={gcs_address}" not in arguments:
             continue

@@ -11,9 +11,9 @@ from raypar.workers.ray_errors import Cause, cause_of, errors_of_attempt, first_
 
 
 def root_cause(error: BaseException, start_limit_s: float) -> RayparError:
-    """The failure that the other failures of an attempt may have followed from, as far as Ray Train knows them.
+    """The failure of an attempt that its other failures may have followed from, as far as Ray Train knows them.
 
-    Where it is an exception of the user's that survived the process border, that one is its `__cause__` again.
+    If it is an exception of the user's that could be pickled, that exception is its `__cause__` again.
     `start_limit_s` is how long the workers had to start.
     """
     cause = first_cause(errors_of_attempt(error, start_limit_s))
@@ -24,13 +24,13 @@ def root_cause(error: BaseException, start_limit_s: float) -> RayparError:
 
 
 def explains_itself(cause: RayparError) -> bool:
-    """Whether a dead stage actor is unlikely to be what this error followed from."""
+    """Whether this error is unlikely to have followed from a dead stage actor."""
     return isinstance(cause, UserCodeError) or cause_of(cause) in (Cause.RECLAIMED_MACHINE, Cause.FINAL)
 
 
 @dataclass(frozen=True)
 class Tally:
-    """How often the run has failed so far; reclaimed machines are counted apart, as Ray Train does."""
+    """How often the run has failed so far; reclaimed machines are counted separately, as in Ray Train."""
 
     failures: int = 0
     preemptions: int = 0
@@ -42,10 +42,10 @@ class Tally:
 
 
 def retries_left(error: RayparError, tally: Tally, config: FailureConfig) -> str | None:
-    """Why another attempt is allowed, as words for the log; None where the error is to be raised.
+    """Why another attempt is allowed, in words for the log; None if the error is to be raised.
 
-    `tally` includes this error. Mirrors Ray Train: -1 means no limit, and a reclaimed machine counts
-    against `max_preemption_failures` (no limit by default), not against `max_failures` (0 by default).
+    `tally` includes this error. As in Ray Train, -1 means no limit, and a reclaimed machine counts against
+    `max_preemption_failures` (no limit by default), not against `max_failures` (0 by default).
     """
     if not error.retryable:
         return None

@@ -1,4 +1,4 @@
-"""The stage actors of one attempt: created in their bundles, connected, examined after a death, stopped.
+"""The stage actors of one attempt: created in their bundles, connected, examined after a failure, stopped.
 
              actor 0        actor 1        actor 2
 replica 0    rank 0 ──────▶ rank 1 ──────▶ rank 2        rank = replica · pipeline + actor
@@ -27,8 +27,8 @@ from raypar.planning.plan import Plan, Timeouts
 from raypar.workers.ray_errors import actor_name, death, stage_died, unwrapped
 from raypar.workers.ray_private import free_resources_per_node
 
-# Ray asks a machine every 3 s for a sign of life, and gives it up after five times without one. The machine of a
-# process that has died tells at once.
+# Ray asks a machine for a sign of life every 3 s and gives it up after five without an answer. A living machine reports
+# the death of a process at once.
 _DEATH_IS_KNOWN_S = 30.0
 _DEATH_ON_LIVING_MACHINE_S = 1.0
 
@@ -37,9 +37,9 @@ class Fleet:
     """The stage actors of all replicas.
 
     handles:         handles[replica][actor], for the train workers.
-    infos:           what each actor says about itself, in the same order.
-    node_of_replica: the node id of stage (r, 0), where worker r's batches are read from shared memory.
-    worker_pins:     label selectors that put worker r there; None where there is no room for all of them.
+    infos:           each actor's description, in the same order.
+    node_of_replica: the node of replica r's first actor, which reads worker r's batches from shared memory.
+    worker_pins:     label selectors that put worker r on that node; None if there is no room for all of them.
     """
 
     def __init__(self, plan: Plan, timeouts: Timeouts) -> None:
@@ -57,10 +57,10 @@ class Fleet:
     def start(
         cls, actor_class: type, needs: Needs, timeouts: Timeouts, runtime_env: Mapping[str, Any] | None = None
     ) -> Fleet:
-        """All stage actors, placed and connected; or an error, and nothing left of them.
+        """Place and connect all stage actors; after an error nothing is left of them.
 
-        `actor_class` is a plain class like StageActor; `runtime_env` is the one of the train workers, since
-        the user's model runs in the stage actors as the user's loop runs in the workers.
+        `actor_class` is a plain class like StageActor; `runtime_env` is that of the train workers, since the user's
+        model runs in the stage actors as the user's loop runs in the workers.
         """
         fleet = cls(needs.plan, timeouts)
         try:
@@ -78,14 +78,14 @@ class Fleet:
         bundles = arrange(nodes, plan.data, plan.pipeline)
         remote_class: Any = ray.remote(actor_class)
         for replica, of_replica in enumerate(bundles):
-            # One by one, so that `stop` finds what was created where this is interrupted.
+            # One by one, so that `stop` finds what has been created if this is interrupted.
             self.handles.append([])
             for actor, bundle in enumerate(of_replica):
                 strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
                 options = remote_class.options(
                     **_actor_options(needs.stage),
                     scheduling_strategy=strategy,
-                    max_restarts=0,  # a stage without its weights is no stage; the whole attempt is repeated
+                    max_restarts=0,  # a restarted stage would have lost its weights; the whole attempt is repeated
                     runtime_env=runtime_env,
                 )
                 self.handles[-1].append(options.remote(replica, actor, plan, self._timeouts))
@@ -97,8 +97,8 @@ class Fleet:
         self.worker_pins = self._pins(needs, nodes)
 
     def _pins(self, needs: Needs, nodes: list[str]) -> list[dict[str, str]] | None:
-        # What Ray reports as free may still count our bundles, which were placed a moment ago; what a node
-        # has in all less our bundles cannot be too much for that reason. The smaller one is safe.
+        # What Ray reports as free may still include our bundles, which were placed a moment ago; a node's total less
+        # our bundles has no such error. The smaller of both is safe.
         free = {node: amounts.get("CPU", 0.0) for node, amounts in free_resources_per_node().items()}
         total = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in capacity.live_nodes()}
         for node in set(nodes):
@@ -116,7 +116,7 @@ class Fleet:
         self._get(calls, "connect")
 
     def _get(self, calls: list[Any], method: str) -> list[Any]:
-        """The answers of all actors (or of actor (0, 0) alone), as errors that name the one that failed."""
+        """The answers of all actors, or of actor (0, 0) alone; an error names the actor that failed."""
         try:
             return ray.get(calls, timeout=max(self._deadline - time.monotonic(), 0.1))
         except GetTimeoutError:
@@ -125,8 +125,8 @@ class Fleet:
             silent = "; ".join(actor_name(self._plan, calls.index(call), infos) for call in waiting)
             raise TimeoutExceededError(
                 f"No answer to `{method}` from {silent} within {self._timeouts.start:g} s. A slow start (a runtime "
-                "environment that is being installed, an image that is being loaded) needs a larger "
-                "Timeouts(start=…); `ray list actors` says what they wait for."
+                "environment being installed, an image being pulled) needs a larger Timeouts(start=…); `ray list "
+                "actors` shows what they wait for."
             ) from None
         except RayActorError as error:
             dead = self.autopsy()
@@ -138,12 +138,12 @@ class Fleet:
             raise RunError(f"A stage actor failed in `{method}`: {error}") from cause
 
     def autopsy(self, seconds: float = _DEATH_IS_KNOWN_S) -> StageDiedError | None:
-        """Which stage actor is dead, if one is; None where all answer or stay silent.
+        """Which stage actor is dead, if any; None if all answer or stay silent.
 
-        A living actor answers, and a call to a dead one fails at once, as soon as Ray knows of the death: of a
-        process that takes a moment, of a whole machine half a minute. So a silent one is waited for that
-        long, or for `seconds`; but only a moment where its machine lives, which this driver or another actor's answer
-        from there shows: then it is stopped or busy.
+        A living actor answers, and a call to a dead one fails as soon as Ray knows of the death: after a moment for a
+        process, after half a minute for a whole machine. So a silent actor is waited for that long, or for `seconds`;
+        but only for a moment if its machine is alive, as this driver or the answer of another actor there shows: then
+        the actor is stopped or busy.
         """
         if not self.handles:
             return None
@@ -163,7 +163,9 @@ class Fleet:
             # Several may have died with their machine: look at all that are known by now.
             more, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.2) if waiting else ([], [])
             for call in [*done, *more]:
-                with contextlib.suppress(RayTaskError):  # alive, and cannot describe itself: not our question
+                with contextlib.suppress(
+                    RayTaskError
+                ):  # it is alive but cannot describe itself, which does not matter here
                     try:
                         ray.get(call)
                     except RayActorError as error:
@@ -174,19 +176,19 @@ class Fleet:
         return dict(enumerate(info for of_replica in self.infos for info in of_replica))
 
     def recorded(self) -> list[Event]:
-        """What the actors that answer within Timeouts(stop=…) did in the last steps of a traced run."""
+        """What the actors did in the last steps of a traced run: those that answer within Timeouts(stop=…)."""
         calls: list[Any] = [handle.events.remote() for replica in self.handles for handle in replica]
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=self._timeouts.stop)
-        found: list[Event] = []
+        events: list[Event] = []
         for call in done:
             with contextlib.suppress(RayActorError, RayTaskError):
-                found += ray.get(call)
-        return found
+                events += ray.get(call)
+        return events
 
     def stop(self) -> None:
-        """Kills the actors and gives their resources back. May be called twice, and after a failed start."""
+        """Kill the actors and release their resources. May be called twice, and after a failed start."""
         if self._starting:
-            # An actor that is killed while it starts dies with pages of stack trace, so it may finish that first.
+            # An actor that is killed while it starts logs pages of stack trace, so let it finish starting.
             with contextlib.suppress(Exception):
                 ray.wait(self._starting, num_returns=len(self._starting), timeout=min(self._timeouts.stop, 10.0))
             self._starting = []
@@ -202,7 +204,7 @@ class Fleet:
 
 
 def _actor_options(resources: Mapping[str, float]) -> dict[str, Any]:
-    """Resources as Ray wants them of an actor: three by name, the others in a dict."""
+    """Resources in the form of an actor's options: three by name, the others in a dict."""
     named = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
     options: dict[str, Any] = {option: resources.get(name, 0) for option, name in named.items()}
     options["resources"] = {name: amount for name, amount in resources.items() if name not in named.values()}

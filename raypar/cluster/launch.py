@@ -1,12 +1,12 @@
-"""A run on Ray: attempts, one after the other, until one ends well or another would fail as well.
+"""A run on Ray: attempts, one after another, until one succeeds or a further one is not allowed.
 
     start or join Ray ─▶ check that the plan fits ─▶ attempt ──────────────────────────▶ Result
                                                      ▲  │ stage actors, then train workers
                               from the newest        │  ▼
                               checkpoint             └─ what died, and may it be repeated? ─▶ RayparError
 
-raypar repeats attempts itself instead of leaving it to Ray Train, which repeats every error alike and knows
-nothing of stage actors: each attempt has fresh ones, and the error of the last one is raised as it is.
+raypar repeats attempts itself instead of leaving that to Ray Train, which treats all errors alike and knows nothing of
+stage actors: each attempt has new ones, and the error of the last attempt is raised as it is.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from ray.train.v2.api.result import Result
 from ray.util.placement_group import remove_placement_group
 
 from raypar.checkpoint.manifest import newest_checkpoint, read_manifest
-from raypar.cluster import capacity, failures
-from raypar.cluster import ray_train as attempt
+from raypar.cluster import capacity, failures, ray_train
 from raypar.cluster.board import Rows, Watch
 from raypar.cluster.fleet import Fleet
 from raypar.cluster.placement import Needs, check_feasible, is_feasible_now, needs_of, reserve
@@ -83,10 +82,10 @@ class RayRun:
 
 
 def run_on_ray(run: RayRun) -> Result:
-    """Trains on the cluster that is there, or on a local one that is started for it and ended after it.
+    """Train on the running cluster, or on a local one that is started for the run and ended after it.
 
-    Raises a RayparError when the run failed, KeyboardInterrupt after Ctrl-C; in each case nothing that was
-    started is left.
+    Raises a RayparError if the run failed, KeyboardInterrupt after Ctrl-C; in each case nothing that was started is
+    left.
     """
     with ray_session(run), ProgressDisplay() as display, _watching(display) as watch:
         send_script_modules()
@@ -105,7 +104,7 @@ def run_on_ray(run: RayRun) -> Result:
 
 @contextlib.contextmanager
 def ray_session(run: RayRun) -> Iterator[None]:
-    """Ray for the body: as it is where the user has initialised it, else the running cluster, else a local one."""
+    """Ray for the body: as the user has initialised it, else the running cluster, else a local one."""
     if ray.is_initialized():
         _refuse_ray_client()
         yield
@@ -122,31 +121,31 @@ def _init_ray(run: RayRun) -> None:
     cpus = math.ceil(run.needs(gpus=False).total().get("CPU", 0.0))
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "include_dashboard": False}
     try:
-        # Looks at RAY_ADDRESS and at what `ray start` left on this machine, as every Ray program does, before it
-        # starts a cluster. ("auto" would also take the private cluster of any other program on this machine.)
-        # Four stages run on two cores: Ray only counts CPUs, it does not hand them out.
+        # Before it starts a cluster, this looks at RAY_ADDRESS and at what `ray start` left on this machine, as every
+        # Ray program does. ("auto" would also join the private cluster of any other program on this machine.)
+        # Four stages may run on two cores: Ray only counts CPUs, it does not assign them.
         ray.init(num_cpus=max(os.cpu_count() or 1, processes, cpus), **settings)
     except ValueError:
-        # There is a running cluster, and those do not let themselves be told how many CPUs they have.
+        # There is a running cluster, and that cannot be told how many CPUs it has.
         ray.init(**settings)
 
 
 def _refuse_ray_client() -> None:
     if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
         raise ConfigError(
-            "Connected through Ray Client (ray://…), found; needed: a driver that runs on the cluster. Submit the "
-            "script with `ray job submit --working-dir . -- python …`, or call ray.init on one of its machines."
+            "Found a Ray Client connection (ray://…); raypar's driver must run on the cluster. Submit the script with "
+            "`ray job submit --working-dir . -- python …`, or call ray.init on one of the cluster's machines."
         )
 
 
 def _cluster_has_gpus(run: RayRun) -> bool:
-    """Whether the cluster has GPUs or can get some; asks how far it can grow only where that decides something."""
+    """Whether the cluster has GPUs or can get some; asks how far it can grow only if that matters."""
     if capacity.current_capacity().has("GPU") > 0:
         return True
     if run.plan.pipeline == 1 and run.scaling_config is not None:
-        return False  # use_gpu says it
+        return False  # use_gpu decides
     if run.plan.pipeline > 1 and run.resources_per_stage is not None:
-        return False  # so do they
+        return False  # they decide
     return capacity.full_capacity("GPU").can_have("GPU") > 0
 
 
@@ -169,42 +168,42 @@ def _until_done(run: RayRun, needs: Needs, watch: Watch) -> Result:
                 tally.failures + tally.preemptions,
                 error,
                 allowed,
-                newest_checkpoint(run.storage) or "the start, since there is no checkpoint yet",
+                newest_checkpoint(run.storage) or "the beginning, since there is no checkpoint yet",
             )
 
 
 def _attempt(run: RayRun, needs: Needs, watch: Watch) -> Result:
     fleet: Fleet | None = None
-    trainer: attempt.AttemptTrainer | None = None
+    trainer: ray_train.AttemptTrainer | None = None
     try:
         if needs.stages:
             fleet = Fleet.start(StageActor, needs, run.timeouts, run.run_config.worker_runtime_env)
         elif not is_feasible_now(needs, capacity.current_capacity()):
-            # The autoscaler has to start machines: waiting for them here tells at once if it never will.
+            # The autoscaler has to start machines: waiting for them here shows at once if it never will.
             remove_placement_group(reserve(needs, run.timeouts))
         handles = fleet.handles if fleet is not None else []
-        job = WorkerJob(run.spec, handles, watch.board, quiet=attempt.is_quiet(run.run_config))
-        trainer = attempt.AttemptTrainer(
+        job = WorkerJob(run.spec, handles, watch.board, quiet=ray_train.is_quiet(run.run_config))
+        trainer = ray_train.AttemptTrainer(
             train_worker,
             train_loop_config={"job": job},
             scaling_config=_scaling_of_workers(run, needs, fleet),
             torch_config=_torch_config(run),
-            run_config=attempt.run_config_of_attempt(run.run_config),
+            run_config=ray_train.run_config_of_attempt(run.run_config),
             datasets=run.sharded,
-            environment=attempt.train_environment(run.timeouts, run.run_config.failure_config or FailureConfig()),
+            environment=ray_train.train_environment(run.timeouts, run.run_config.failure_config or FailureConfig()),
         )
-        result: Result = attempt.fit(trainer, run.timeouts, watch.started)
+        result: Result = ray_train.fit(trainer, run.timeouts, watch.started)
         return result
     except RayparError:
         raise
     except Exception as error:
         cause = failures.root_cause(error, run.timeouts.start)
         if fleet is not None:
-            # A silent actor may only be busy; it is worth the wait where its death may be the cause.
+            # A silent actor may only be busy; it is worth waiting for if its death may be the cause.
             dead = fleet.autopsy(1.0) if failures.explains_itself(cause) else fleet.autopsy()
             cause = cause if dead is None else first_cause([cause, dead])
             if run.spec.trace:
-                with contextlib.suppress(CheckpointError):  # the other error counts
+                with contextlib.suppress(CheckpointError):  # the other error matters
                     write_timeline(run.storage, run.plan, fleet.recorded(), in_turns=False)
         raise cause from cause.__cause__
     finally:
@@ -216,32 +215,32 @@ def _attempt(run: RayRun, needs: Needs, watch: Watch) -> Result:
 
 
 def _scaling_of_workers(run: RayRun, needs: Needs, fleet: Fleet | None) -> ScalingConfig:
-    given = run.scaling_config or ScalingConfig()
+    scaling = run.scaling_config or ScalingConfig()
     pins = fleet.worker_pins if fleet is not None else None
     if fleet is not None and pins is None:
         logger.warning(
-            "No CPU is free beside some of the first stages, so the train workers run elsewhere and batches travel "
-            "between machines; a machine with %g more CPUs would keep them there.",
+            "No CPU is free next to some of the first stages, so the train workers run elsewhere and batches travel "
+            "between machines; machines with %g more CPUs would keep them together.",
             needs.worker.get("CPU", 0.0),
         )
     return dataclasses.replace(
-        given,
+        scaling,
         num_workers=run.plan.data,
         use_gpu=needs.worker.get("GPU", 0.0) > 0,
         resources_per_worker={name: amount for name, amount in needs.worker.items() if ":" not in name},
-        accelerator_type=given.accelerator_type if fleet is None else None,
-        label_selector=pins or given.label_selector,
+        accelerator_type=scaling.accelerator_type if fleet is None else None,
+        label_selector=pins or scaling.label_selector,
     )
 
 
 def _torch_config(run: RayRun) -> TorchConfig:
     # The group of the train workers of a pipeline carries no tensors of the model; those workers hold no GPU.
-    given = run.torch_config or TorchConfig(timeout_s=math.ceil(run.timeouts.peer))
-    if given.backend is not None:
-        return dataclasses.replace(given)  # a copy, since TorchTrainer writes into it
+    config = run.torch_config or TorchConfig(timeout_s=math.ceil(run.timeouts.peer))
+    if config.backend is not None:
+        return dataclasses.replace(config)  # a copy, since TorchTrainer writes into it
     if run.plan.pipeline > 1:
-        return dataclasses.replace(given, backend="gloo")
-    return attempt.AutoTorchConfig(init_method=given.init_method, timeout_s=given.timeout_s)
+        return dataclasses.replace(config, backend="gloo")
+    return ray_train.AutoTorchConfig(init_method=config.init_method, timeout_s=config.timeout_s)
 
 
 # ------------------------------------------------------------- around the run
@@ -260,15 +259,15 @@ def _watching(display: ProgressDisplay) -> Iterator[Watch]:
 def _announcement(run: RayRun) -> str:
     plan = run.plan
     workers = f"{plan.data} train worker{'s' if plan.data > 1 else ''}"
-    what = f"{plan.world_size} stage actors and {workers}" if plan.pipeline > 1 else workers
+    processes = f"{plan.world_size} stage actors and {workers}" if plan.pipeline > 1 else workers
     newest = newest_checkpoint(run.storage)
     shards = "".join(f"\nA resumed run repeats its epoch: {name!r} is a ray.data.Dataset." for name in run.sharded)
     schedule = f" ({schedule_text(plan)})" if plan.pipeline > 1 else ""
-    return f"Starting {what} on Ray{schedule}" + (f", resuming from {newest}" if newest else "") + shards
+    return f"Starting {processes} on Ray{schedule}" + (f", resuming from {newest}" if newest else "") + shards
 
 
 def _with_history(result: Result, rows: Rows | None, storage: Storage) -> Result:
-    """Ray Train keeps only the metrics that came with a checkpoint; the board has seen all of them."""
+    """The result with all metrics: Ray Train keeps only those reported with a checkpoint, the board has all of them."""
     newest = newest_checkpoint(storage)
     saved = _saved_rows(newest, storage)
     history = rows if rows is not None and len(rows) >= len(saved) else saved
@@ -297,7 +296,7 @@ def _quietly(act: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Puts Ctrl-C off while things are cleaned up: the second one of an impatient user must not leave half of it."""
+    """Hold off Ctrl-C during clean-up: an impatient user's second one must not leave half of it undone."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers Ctrl-C to the main thread only
         return

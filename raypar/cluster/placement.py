@@ -1,9 +1,9 @@
-"""Which resources a plan needs, whether the cluster can offer them, and which stage goes where.
+"""Which resources a plan needs, whether the cluster can provide them, and which stage goes where.
 
 plan ── needs_of ──▶ Needs ── check_feasible ──▶ or InfeasiblePlanError, before anything starts
                        │
-                       └── reserve ──▶ one placement group, a bundle a stage actor ── arrange ──▶
-                           bundle of (replica, actor), neighbours on one node where that is possible
+                       └── reserve ──▶ one placement group, one bundle per stage actor ── arrange ──▶
+                           bundle of (replica, actor), neighbours on one node if possible
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Needs:
-    """What a plan asks of the cluster.
+    """What a plan requests from the cluster.
 
-    stage:     what each stage actor asks for; `stages` is how many there are, 0 without a pipeline.
-    worker:    what each train worker asks for; there are `plan.data` of them.
-    selectors: Ray labels that the machine of each stage actor must carry, one dict an actor; or None.
+    stage:     what each stage actor requests; `stages` is how many there are, 0 without a pipeline.
+    worker:    what each train worker requests; there are `plan.data` of them.
+    selectors: Ray labels that the machine of each stage actor must have, one dict per actor; or None.
     """
 
     plan: Plan
@@ -49,7 +49,7 @@ class Needs:
 
     @property
     def bundle(self) -> Resources:
-        """What the processes that hold the model ask for: the stage actors, or without a pipeline the workers."""
+        """What each process that holds the model requests: the stage actors, or without a pipeline the workers."""
         return self.stage if self.stages else self.worker
 
     @property
@@ -65,7 +65,7 @@ class Needs:
 
 
 def check_scaling(plan: Plan, scaling: ScalingConfig | None) -> None:
-    """Refuses a ScalingConfig that contradicts the plan."""
+    """Raise ConfigError for a ScalingConfig that contradicts the plan."""
     if scaling is None:
         return
     workers = scaling.num_workers
@@ -73,28 +73,28 @@ def check_scaling(plan: Plan, scaling: ScalingConfig | None) -> None:
     if workers not in (1, plan.data):
         raise ConfigError(
             f"ScalingConfig(num_workers={workers}) contradicts Plan(data={plan.data}): raypar runs one train worker "
-            "a replica. Leave `num_workers` out, or change `data`."
+            "per replica. Leave `num_workers` out, or change `data`."
         )
     if scaling.use_tpu or scaling.topology:
         raise ConfigError(
             "ScalingConfig(use_tpu=…, topology=…) found, but raypar trains on GPUs and CPUs only; leave them out."
         )
-    given = _resources_per_worker(scaling)
-    if plan.pipeline > 1 and given.get("GPU", 0) > 0:
+    resources = _resources_per_worker(scaling)
+    if plan.pipeline > 1 and resources.get("GPU", 0) > 0:
         raise ConfigError(
-            f"ScalingConfig(resources_per_worker={given}) asks for GPUs, but with Plan(pipeline={plan.pipeline}) the "
-            "stage actors hold the model and the train workers only feed them; say what a stage asks for in "
+            f"ScalingConfig(resources_per_worker={resources}) requests GPUs, but with Plan(pipeline={plan.pipeline}) "
+            "the stage actors hold the model and the train workers only feed them; say what a stage requests with "
             "Trainer(resources_per_stage=…)."
         )
 
 
 def _resources_per_worker(scaling: ScalingConfig | None) -> Resources:
-    given: Any = scaling.resources_per_worker if scaling is not None else None
-    return dict(given or {})
+    resources: Any = scaling.resources_per_worker if scaling is not None else None
+    return dict(resources or {})
 
 
 def check_resources_per_stage(resources: Any) -> None:
-    """Refuses amounts that Ray cannot reserve."""
+    """Raise ConfigError for amounts that Ray cannot reserve."""
     if resources is None:
         return
     wrong = not isinstance(resources, Mapping) or any(
@@ -104,7 +104,7 @@ def check_resources_per_stage(resources: Any) -> None:
     if wrong or not any(resources.values()):
         raise ConfigError(
             f"Trainer(resources_per_stage={resources!r}): needed a dict of resource names to amounts with at least "
-            'one amount above 0, {"CPU": 1, "GPU": 1} say.'
+            'one amount above 0, such as {"CPU": 1, "GPU": 1}.'
         )
 
 
@@ -142,7 +142,7 @@ def needs_of(
 
 
 def _selectors_of_stages(plan: Plan, scaling: ScalingConfig) -> list[dict[str, str]] | None:
-    """Worker r's label selector holds for the stage actors of replica r: they hold its model."""
+    """Worker r's label selector applies to the stage actors of replica r, which hold its model."""
     if scaling.label_selector is None:
         return None
     if isinstance(scaling.label_selector, dict):
@@ -151,27 +151,27 @@ def _selectors_of_stages(plan: Plan, scaling: ScalingConfig) -> list[dict[str, s
 
 
 def is_feasible_now(needs: Needs, cluster: Capacity) -> bool:
-    """Whether the machines that are up could hold the plan if nobody else used them."""
+    """Whether the machines that are up could run the plan if nobody else used them."""
     enough = all(cluster.has(name) + 1e-6 >= amount for name, amount in needs.total().items())
     return enough and cluster.slots_now(needs.bundle) >= needs.bundles
 
 
 def check_feasible(needs: Needs, cluster: Capacity) -> None:
-    """Refuses a plan that the cluster could not hold even when fully grown, naming both numbers."""
+    """Raise InfeasiblePlanError for a plan that even the fully grown cluster could not run, naming both numbers."""
     if not cluster.known or is_feasible_now(needs, cluster):
         return
     total = needs.total()
-    # GPUs first: where they lack, nobody wants to hear about CPUs.
+    # GPUs first: if they are missing, nobody wants to read about CPUs.
     for name in sorted(total, key=lambda name: (name != "GPU", name)):
         if cluster.can_have(name) + 1e-6 < total[name]:
             raise InfeasiblePlanError(
-                f"{_plan(needs.plan)} needs {_amount(total[name], name)} ({_who(needs, name)}); the cluster has "
+                f"{_plan(needs.plan)} needs {_amount(total[name], name)} ({_requests(needs, name)}); the cluster has "
                 f"{_number(cluster.has(name))} and {_growth(cluster, name)}. {_knobs(needs, name)}"
             )
     if cluster.slots(needs.bundle) < needs.bundles:
-        each = " and ".join(_amount(amount, name) for name, amount in needs.bundle.items())
+        bundle = " and ".join(_amount(amount, name) for name, amount in needs.bundle.items())
         raise InfeasiblePlanError(
-            f"{_plan(needs.plan)} needs room for {needs.bundles} times {each}, each on one machine; the machines "
+            f"{_plan(needs.plan)} needs room for {needs.bundles} times {bundle}, each on one machine; the machines "
             f"of the cluster hold {_number(cluster.slots_now(needs.bundle))} of them now and "
             f"{_number(cluster.slots(needs.bundle))} when it is fully grown. {_knobs(needs, 'machines')}"
         )
@@ -190,15 +190,15 @@ def _amount(amount: float, name: str) -> str:
     return f"{_number(amount)} {name}{'s' if plural else ''}"
 
 
-def _who(needs: Needs, name: str) -> str:
-    parts = []
-    for who, count, each in (
+def _requests(needs: Needs, name: str) -> str:
+    words = []
+    for process, count, amount in (
         ("stage actor", needs.stages, needs.stage.get(name, 0)),
         ("train worker", needs.plan.data, needs.worker.get(name, 0)),
     ):
-        if count and each:
-            parts.append(f"{count} {who}{'s' if count > 1 else ''} with {_number(each)} each")
-    return ", ".join(parts)
+        if count and amount:
+            words.append(f"{count} {process}{'s' if count > 1 else ''} with {_number(amount)} each")
+    return ", ".join(words)
 
 
 def _growth(cluster: Capacity, name: str) -> str:
@@ -208,14 +208,14 @@ def _growth(cluster: Capacity, name: str) -> str:
 
 
 def _knobs(needs: Needs, name: str) -> str:
-    asks = "resources_per_stage" if needs.stages else "scaling_config"
+    argument = "resources_per_stage" if needs.stages else "scaling_config"
     product = "`data` or `pipeline`" if needs.stages else "`data`"
     end = ", or train on CPUs with Trainer(resources_per_stage={'CPU': 1})" if needs.stages and name == "GPU" else ""
-    return f"Lower {product} in the Plan, lower Trainer({asks}=…), or let the cluster grow{end}."
+    return f"Lower {product} in the Plan, lower Trainer({argument}=…), or let the cluster grow{end}."
 
 
 def reserve(needs: Needs, timeouts: Timeouts) -> PlacementGroup:
-    """A placement group with a bundle for each process that holds the model, once it is placed."""
+    """A placement group with a bundle for each process that holds the model; waits until it is placed."""
     group: PlacementGroup = placement_group(
         [dict(needs.bundle) for _ in range(needs.bundles)],
         strategy=needs.strategy,
@@ -223,7 +223,7 @@ def reserve(needs: Needs, timeouts: Timeouts) -> PlacementGroup:
     )
     try:
         _wait_until_placed(group, needs, timeouts)
-    except BaseException:  # Ctrl-C while a machine starts leaves nothing behind either
+    except BaseException:  # after Ctrl-C while a machine starts, nothing is left either
         remove_placement_group(group)
         raise
     return group
@@ -236,7 +236,7 @@ def _wait_until_placed(group: PlacementGroup, needs: Needs, timeouts: Timeouts) 
         if any(group.id.hex() in verdict for verdict in refused) and not capacity.full_capacity("GPU").known:
             raise InfeasiblePlanError(
                 f"{_plan(needs.plan)} needs {needs.bundles} times {needs.bundle}; the cluster has "
-                f"{_held(needs.bundle)}, and its autoscaler says that it can never add that much. "
+                f"{_in_cluster(needs.bundle)}, and its autoscaler says that it can never add that much. "
                 f"{_knobs(needs, 'GPU')}"
             )
         if time.monotonic() > deadline:
@@ -244,54 +244,54 @@ def _wait_until_placed(group: PlacementGroup, needs: Needs, timeouts: Timeouts) 
             free = {name: available.get(name, 0.0) for name in needs.bundle}
             raise TimeoutExceededError(
                 f"{_plan(needs.plan)} waited {_number(timeouts.start)} s for {needs.bundles} times {needs.bundle}; "
-                f"free in the cluster: {free}. Other jobs may hold the rest, or new machines may need longer: raise "
+                f"free in the cluster: {free}. Other jobs may use the rest, or new machines may need longer: raise "
                 "Timeouts(start=…), or look at `ray status`."
             )
 
 
-def _held(bundle: Resources) -> str:
+def _in_cluster(bundle: Resources) -> str:
     cluster = capacity.current_capacity()
     return " and ".join(_amount(cluster.has(name), name) for name in bundle)
 
 
 def nodes_of_bundles(group: PlacementGroup) -> list[str]:
-    """The node id of each bundle of a group that is placed."""
+    """The node id of each bundle of a placed group."""
     placed: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
     return [placed[index] for index in sorted(placed)]
 
 
 def arrange(nodes: Sequence[str], data: int, pipeline: int) -> list[list[int]]:
-    """Which bundle each stage actor gets: `arrange(…)[replica][actor]`, neighbours on one node if possible.
+    """The bundle of each stage actor: `arrange(…)[replica][actor]`, neighbours on one node if possible.
 
         bundles   0  1  2  3  4  5          replica 0: bundles 0 2 (node a)
         nodes     a  b  a  b  a  b   ──▶    replica 1: bundles 4 5 (a, b)      data=3, pipeline=2
                                             replica 2: bundles 1 3 (node b)
 
-    Each node first takes as many whole replicas as it holds; what is left over is joined node by node. The
-    replicas are ordered by the node of their first stage, because Ray Train numbers its workers node by
-    node, and worker r is to run beside stage (r, 0).
+    Each node first gets as many whole replicas as it has bundles for; the remaining bundles are joined node by node.
+    The replicas are ordered by the node of their first stage, because Ray Train numbers its workers node by node, and
+    worker r should run on the node of stage (r, 0).
     """
-    held: dict[str, list[int]] = defaultdict(list)
+    bundles_of: dict[str, list[int]] = defaultdict(list)
     for bundle, node in enumerate(nodes):
-        held[node].append(bundle)
+        bundles_of[node].append(bundle)
     replicas: list[list[int]] = []
     rest: list[int] = []
-    for bundles in held.values():
+    for bundles in bundles_of.values():
         whole = len(bundles) // pipeline * pipeline
         replicas += [bundles[i : i + pipeline] for i in range(0, whole, pipeline)]
         rest += bundles[whole:]
     replicas += [rest[i : i + pipeline] for i in range(0, len(rest), pipeline)]
     assert len(replicas) == data
-    order = {node: position for position, node in enumerate(held)}
-    return sorted(replicas, key=lambda replica: order[nodes[replica[0]]])
+    number = {node: position for position, node in enumerate(bundles_of)}
+    return sorted(replicas, key=lambda replica: number[nodes[replica[0]]])
 
 
 def pins_of_workers(
     first_nodes: Sequence[str], worker: Resources, free_cpus: Mapping[str, float]
 ) -> list[dict[str, str]] | None:
-    """The label selector that puts worker r on the node of stage (r, 0); None where they do not all fit.
+    """The label selectors that put worker r on the node of stage (r, 0); None if they do not all fit.
 
-    Either all workers are pinned or none: a mixture would let Ray Train number them in another order.
+    Either all workers are pinned or none: Ray Train would number a mixture in another order.
     """
     for node, workers in Counter(first_nodes).items():
         if free_cpus.get(node, 0.0) + 1e-6 < workers * worker.get("CPU", 0.0):

@@ -1,4 +1,4 @@
-"""What travels to the train workers: data sets, and the modules beside the user's script."""
+"""What is shipped to the train workers: data sets, and the modules next to the user's script."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from raypar.errors import DataError, InfeasiblePlanError
 
 
 def of_ray_data(datasets: Mapping[str, Any]) -> dict[str, ray.data.Dataset]:
-    """Those that Ray Train is to cut into a shard for each train worker."""
-    return {name: given for name, given in datasets.items() if isinstance(given, ray.data.Dataset)}
+    """Those that Ray Train is to split into one shard per train worker."""
+    return {name: dataset for name, dataset in datasets.items() if isinstance(dataset, ray.data.Dataset)}
 
 
 def for_workers(datasets: Mapping[str, Any]) -> dict[str, Any]:
-    """What the train workers get. Raises DataError for what cannot be pickled."""
-    found: dict[str, Any] = {}
-    for name, given in datasets.items():
-        if isinstance(given, ray.data.Dataset):
-            found[name] = RayDataShard(partial(_read_shard, name))
+    """The data sets as the train workers get them. Raises DataError for one that cannot be pickled."""
+    shipped: dict[str, Any] = {}
+    for name, dataset in datasets.items():
+        if isinstance(dataset, ray.data.Dataset):
+            shipped[name] = RayDataShard(partial(_read_shard, name))
             continue
         try:
-            cloudpickle.dumps(given)  # type: ignore[no-untyped-call]
+            cloudpickle.dumps(dataset)  # type: ignore[no-untyped-call]
         except Exception as error:
             raise DataError(
-                f"datasets[{name!r}]: found a {type(given).__name__} that cannot be pickled, needed one that can: "
-                f"it travels to the train workers: {error}. Open files and connections there at the first use."
+                f"datasets[{name!r}]: found a {type(dataset).__name__} that cannot be pickled ({error}); needed one "
+                "that can, since it is sent to the train workers. Open files and connections at their first use there."
             ) from error
-        found[name] = given
-    return found
+        shipped[name] = dataset
+    return shipped
 
 
 def check_room(sharded: Mapping[str, Any], needs: Needs, cluster: Capacity) -> None:
-    """Refuses data sets whose tasks would wait for ever, since the plan takes every CPU that the cluster can have."""
+    """Refuse data sets whose tasks would wait forever because the plan takes every CPU that the cluster can have."""
     taken = needs.total().get("CPU", 0.0)
     if sharded and cluster.known and cluster.can_have("CPU") < taken + 1:
         raise InfeasiblePlanError(
-            f"datasets[{next(iter(sharded))!r}]: the tasks of a ray.data.Dataset need at least 1 CPU beside the "
-            f"{taken:g} that the plan asks for; the cluster has {cluster.has('CPU'):g} and can have "
-            f"{cluster.can_have('CPU'):g}. Give it more, or give Parquet, which the train workers read themselves."
+            f"datasets[{next(iter(sharded))!r}]: the tasks of a ray.data.Dataset need at least 1 CPU besides the "
+            f"{taken:g} that the plan requests; the cluster has {cluster.has('CPU'):g} and can have "
+            f"{cluster.can_have('CPU'):g}. Add CPUs, or use Parquet, which the train workers read themselves."
         )
 
 
@@ -60,7 +60,7 @@ def _read_shard(name: str, rows: int, drop_last: bool) -> Iterator[Mapping[str, 
 
 
 def send_script_modules() -> None:
-    """Have the modules below the script's folder pickled by value, where the workers could not import them."""
+    """Pickle the modules below the script's folder by value if the workers could not import them."""
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script is None or not ray.get_runtime_context().runtime_env.get("working_dir"):
         return
