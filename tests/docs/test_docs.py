@@ -112,7 +112,7 @@ def check_make(words: list[str]) -> None:
             assert re.search(rf"^{name} \?=", makefile, re.MULTILINE), f"no variable {name} in Makefile"
             check_values(name, value)
         else:
-            assert re.search(rf"^([\w -]+ )?{name}( [\w -]+)?:", makefile, re.MULTILINE), f"no target {name} in Makefile"
+            assert re.search(rf"^([\w -]+ )?{name}( [\w -]+)?:", makefile, re.MULTILINE), f"Makefile makes no {name}"
 
 
 def check_values(name: str, value: str) -> None:
