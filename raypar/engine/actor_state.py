@@ -27,7 +27,7 @@ from raypar.checkpoint.shards import Path, SavedTensors
 from raypar.checkpoint.weights import check_fits, shapes_of
 from raypar.engine.engine import Engine
 from raypar.errors import CheckpointError
-from raypar.stages.dtensors import as_parts_of, is_shard, whole
+from raypar.stages.dtensors import is_shard, sharded_like, whole
 
 
 def state_to_save(engine: Engine, request: SaveRequest) -> State:
@@ -139,7 +139,7 @@ def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
     same = engine.part.same
     engine.part.module.load_state_dict(
         {
-            name: as_parts_of(tensor, state[[other for other in same.get(name, [name]) if other in state][-1]])
+            name: sharded_like(tensor, state[[other for other in same.get(name, [name]) if other in state][-1]])
             for name, tensor in mine.items()
         }
     )

@@ -132,7 +132,7 @@ class Engine:
         loss, weight = (sum_scalars([pair[index] for pair in run.losses]) for index in (0, 1))
         samples = request.batch.rows if self.plan.actor_of_stage[-1] == self.actor else 0
         apart = self.plan.data if self.sync.trains_apart else 0
-        squared = self.learner.squared_norm(of_parts=self.replica > 0 and not apart)
+        squared = self.learner.squared_norm(shards_only=self.replica > 0 and not apart)
         share = StepTotals.share(loss, weight, squared, samples, self.replica, apart)
         with self.clock.traced("commit", self.part.first_stage):
             return StepTotals.from_sum((yield from self._sum_over_all(share)))
@@ -152,7 +152,7 @@ class Engine:
             yield from self._give_up(request, totals.loss)
             return None, math.inf, True
         with self._user_code("the optimizer's step"):
-            lr, norm = self.learner.commit(*totals.of(self.replica), others=bool(totals.weight))
+            lr, norm = self.learner.commit(*totals.of(self.replica), others_trained=bool(totals.weight))
         return lr, norm, not totals.weight
 
     def _average(self, request: StepRequest, totals: StepTotals) -> Waiting:
@@ -171,9 +171,9 @@ class Engine:
     def _give_up(self, request: StepRequest, loss: float) -> Waiting:
         """Drop a step whose loss or gradient is not finite, in all actors alike; raises NonFiniteError unless that may
         be the loss scale's fault."""
-        self.learner.give_up()
+        self.learner.drop_step()
         for stage in self.part.stages.values():
-            stage.forget()
+            stage.drop_step()
         # The loss is summed before it is scaled: where it is not finite itself, no smaller scale would help.
         scale = self.learner.loss_scale if math.isfinite(loss) else None
         if scale is None or not scale.shrink():
@@ -183,7 +183,7 @@ class Engine:
         """Play the forward passes of the failed step again, to name the first stage that is not finite."""
         run = yield from self._evaluate(Mode.SEARCH, request)
         in_batch = not microbatch.is_finite([run.inputs, run.targets])
-        self.learner.give_up()
+        self.learner.drop_step()
         counts = yield from self._sum_over_all([float(in_batch), *(float(not finite) for finite in run.finite)])
         first = next((stage for stage, count in enumerate(counts[1:]) if count), None)
         raise non_finite(request.step, loss, bool(counts[0]), first, self.plan.precision)

@@ -1,4 +1,13 @@
-"""What changes weights: one actor's optimizer and scheduler, and what it takes to drop a step whole."""
+"""What changes weights: one actor's optimizer and scheduler, and what it takes to drop a step whole.
+
+    begin ─ backward passes, gradients are summed ─ commit(weight, norm²) ─▶ divide once, clip, step, schedule
+      │                                          └─ drop_step() ─▶ gradients gone, buffers as they were
+      └ remembers the buffers that the passes may change
+
+Gradients arrive here as sums over rows, micro-batches and replicas. They are divided once, by the weight of the global
+batch (and the loss scale), at the commit: that is exact also where micro-batches or replicas differ in size. Every
+actor gets the same weight and norm, so all clip by the norm of the whole model and step together.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +23,7 @@ from raypar.errors import ModelError
 from raypar.splitting.model import ModelSpec
 from raypar.stages.dtensors import is_shard, local
 from raypar.stages.model_part import ModelPart
-from raypar.stages.optimizer_state import _for_groups, checked_optimizer, entries_of, load_entries
+from raypar.stages.optimizer_state import checked_optimizer, entries_of, load_entries, scheduler_state_for
 from raypar.stages.precision import LossScale
 
 Scheduler = Any
@@ -22,7 +31,8 @@ Scheduler = Any
 
 
 class Learner:
-    """The optimizer over the part of the model that one actor holds."""
+    """The optimizer over the part of the model that one actor holds. Copies of tied weights are not stepped here: their
+    owner does that. `optimizer` is None for an actor that has nothing to train."""
 
     def __init__(self, part: ModelPart, spec: ModelSpec, loss_scale: LossScale | None = None) -> None:
         self.module = part.module
@@ -39,34 +49,34 @@ class Learner:
         if self.optimizer is not None and spec.lr_scheduler is not None:
             self.scheduler = _make_scheduler(spec.lr_scheduler, self.optimizer)
         self._modes = [(module, module.training) for module in part.module.modules()]
-        self._training = True
+        self._is_training = True
         self._buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     def set_mode(self, training: bool) -> None:
-        """Training mode is the mode in which build_model() left each module; otherwise all are in eval mode."""
-        if training != self._training:
-            self._training = training
+        """Training mode is the mode in which build_model() left each module; in eval mode all modules are."""
+        if training != self._is_training:
+            self._is_training = training
             for module, mode in self._modes:
                 module.training = training and mode
 
-    # ------------------------------------------------------------ a step, committed or given up
+    # ------------------------------------------------------------ a step, committed or dropped
 
     def begin(self) -> None:
         """Remember the buffers, so that the step can be dropped.
 
-        Those that are no floating-point numbers (masks, positions) only where they have changed since the last call;
-        the others always, since torch's batch norm changes its statistics without counting it in `_version`.
+        Integer and boolean buffers (masks, positions) are copied only if they have changed since the last call; others
+        always, since torch's batch norm changes its statistics without counting that in `_version`.
         """
         for name, buffer in self.module.named_buffers():
             if buffer.is_floating_point() or self._has_changed(name, buffer):
                 self._buffers[name] = (buffer, buffer._version, buffer.clone())
 
     def _has_changed(self, name: str, buffer: torch.Tensor) -> bool:
-        kept = self._buffers.get(name)
-        return kept is None or kept[0] is not buffer or kept[1] != buffer._version
+        remembered = self._buffers.get(name)
+        return remembered is None or remembered[0] is not buffer or remembered[1] != buffer._version
 
-    def give_up(self) -> None:
-        """Drop what the step has done so far: gradients, and changes of buffers."""
+    def drop_step(self) -> None:
+        """Undo what the step has done so far: gradients, and changes of buffers."""
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 if buffer.is_floating_point() or self._has_changed(name, buffer):
@@ -78,41 +88,44 @@ class Learner:
         """What the loss is multiplied by before the backward passes."""
         return self.loss_scale.value if self.loss_scale is not None else 1.0
 
-    def squared_norm(self, *, of_parts: bool = False) -> float:
-        """The squared norm of the gradient sums of this actor, of which it may hold a part; `of_parts`: without those
-        that are whole."""
-        found = [p.grad for p in self.parameters if p.grad is not None]
-        gradients = [local(gradient) for gradient in found if is_shard(gradient) or not of_parts]
+    def squared_norm(self, *, shards_only: bool = False) -> float:
+        """The squared norm of this actor's gradient sums, or of the shards of them that it holds.
+
+        shards_only: without those that are whole, which another replica counts.
+        """
+        sums = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [local(gradient) for gradient in sums if is_shard(gradient) or not shards_only]
         return float(get_total_norm(gradients)) ** 2 if gradients else 0.0
 
-    def commit(self, weight: float, squared_norm: float, *, others: bool = False) -> tuple[float | None, float]:
+    def commit(self, weight: float, squared_norm: float, *, others_trained: bool = False) -> tuple[float | None, float]:
         """Divide the gradient sums by their weight (and the loss scale), clip, and step. With weight 0 no parameter
         changes.
 
-        others: whether other replicas, which train apart, have trained in this step: then the learning rate and the
-                loss scale go on also where this one has nothing to train on.
+        weight, squared_norm: of the whole model's gradient sums.
+        others_trained: another replica trained in this step (local SGD): the scheduler and the loss scale then advance
+                        here too, even without a row.
 
-        Returns the learning rate used (None without an optimizer) and the norm of the whole model's
-        gradient, before clipping.
+        Returns the learning rate used (None without an optimizer) and the norm of the whole model's gradient, before
+        clipping.
         """
         divisor = weight * self.scale
         norm = math.sqrt(squared_norm) / divisor if weight else 0.0
         lr = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else None
         if not weight:
             self._clear()
-        if (weight or others) and self.optimizer is not None:
+        if (weight or others_trained) and self.optimizer is not None:
             gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
             scale = 1.0 / divisor if weight else 1.0
             if self.max_grad_norm is not None:
                 scale *= min(1.0, self.max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
             if gradients and scale != 1.0:
-                # Documented by torch, in spite of its name. One kernel for all gradients, where a loop of mul_ would
-                # launch one for each between the last backward pass and the optimizer's own (foreach) step.
+                # Documented by torch, in spite of its name. It launches one kernel for all gradients, where a loop of
+                # mul_ would launch one per gradient between the last backward pass and the optimizer's foreach step.
                 torch._foreach_mul_(gradients, scale)
             self.optimizer.step()
             if self.scheduler is not None:
                 self.scheduler.step()
-        if (weight or others) and self.loss_scale is not None:
+        if (weight or others_trained) and self.loss_scale is not None:
             self.loss_scale.grow()
         self._clear()
         return lr, norm
@@ -124,10 +137,9 @@ class Learner:
     # ------------------------------------------------------------ state, by parameter name
 
     def state(self) -> dict[str, Any]:
-        """{"optimizer": {name: entry}, "scheduler": …, "loss_scale": …}, not copied. An entry is of one parameter, so
-        that it can go to any other group on any other actor: {"class": the optimizer's, "dtype": the parameter's,
-        "state", "options": of its group (learning rate, weight decay …), "scheduler": what that keeps for its group}.
-        Under fsdp all replicas call it alike."""
+        """{"optimizer": {name: entry}, "scheduler": …, "loss_scale": …}, not copied. Each entry is of one parameter
+        (see
+        raypar.stages.optimizer_state). Under fsdp all replicas must make this call alike."""
         scale = self.loss_scale.state() if self.loss_scale is not None else None
         if self.optimizer is None:
             return {"optimizer": {}, "scheduler": None, "loss_scale": scale}
@@ -136,23 +148,24 @@ class Learner:
         return {"optimizer": entries_of(self.optimizer, names, schedule), "scheduler": schedule, "loss_scale": scale}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` of any actors has given, this actor's own parameters only. Raises CheckpointError
-        where that is of another optimizer, or of parameter groups that cannot be mapped to these."""
+        """Load what `state` has returned on any actors: the entries of this actor's own parameters. Raises
+        CheckpointError if they are of another optimizer, or of parameter groups that cannot be mapped to these."""
         if self.loss_scale is not None and state.get("loss_scale") is not None:
             self.loss_scale.load_state(state["loss_scale"])
         if self.optimizer is None:
             return
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        brought = load_entries(self.optimizer, names, state["optimizer"], "optimizer=")
+        by_group = load_entries(self.optimizer, names, state["optimizer"], "optimizer=")
         if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(_for_groups(state["scheduler"], self.scheduler.state_dict(), brought))
+            fresh = self.scheduler.state_dict()
+            self.scheduler.load_state_dict(scheduler_state_for(state["scheduler"], fresh, by_group))
 
 
 def _make_optimizer(
     make: Callable[[nn.Module], torch.optim.Optimizer], module: nn.Module, *, whole: bool
 ) -> torch.optim.Optimizer | None:
-    """The optimizer of an actor; None where it selects parameters (by name, say) of which the actor holds none.
-    With the `whole` model that is an error, as in plain PyTorch."""
+    """The optimizer of an actor; None if it selects parameters (by name, say) of which the actor holds none. With the
+    `whole` model that is an error, as in plain PyTorch."""
     try:
         optimizer = make(module)
     except ValueError as error:
@@ -163,15 +176,15 @@ def _make_optimizer(
 
 
 def _without(optimizer: torch.optim.Optimizer, copies: list[nn.Parameter]) -> torch.optim.Optimizer | None:
-    """The optimizer without the copies of weights that other actors own; None where nothing else is left."""
-    others = {id(copy) for copy in copies}
+    """The optimizer without the copies of weights that other actors own; None if nothing else is left."""
+    copied = {id(copy) for copy in copies}
     for group in optimizer.param_groups:
-        stay = [id(parameter) not in others for parameter in group["params"]]
+        owned = [id(parameter) not in copied for parameter in group["params"]]
         for key in ("params", "param_names"):
             if key in group:
-                group[key] = [value for value, stays in zip(group[key], stay, strict=True) if stays]
+                group[key] = [value for value, is_owned in zip(group[key], owned, strict=True) if is_owned]
     for copy in copies:
-        optimizer.state.pop(copy, None)  # Adagrad makes its state when it is made
+        optimizer.state.pop(copy, None)  # Adagrad has its state from the start
     return optimizer if any(group["params"] for group in optimizer.param_groups) else None
 
 
@@ -180,6 +193,6 @@ def _make_scheduler(make: Callable[[torch.optim.Optimizer], Scheduler], optimize
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ModelError(
             "lr_scheduler: found ReduceLROnPlateau, which needs a metric at each step; needed one that is stepped "
-            "without arguments, once an optimizer step"
+            "without arguments, once per optimizer step"
         )
     return scheduler

@@ -3,11 +3,11 @@
         received values ──▶ leaves ──▶ the stage's code ──▶ made values ──▶ sent, detached
         gradients sent  ◀── leaf.grad ◀── autograd.backward ◀── gradients received
 
-The border cuts autograd's graph: what comes in becomes new leaves, what goes out is detached, and the
-backward pass takes up the made values where the forward pass left them. Where activations are not to be kept, the
-forward pass keeps what came in instead, and is run again before the backward one (Chen et al. 2016,
-https://arxiv.org/abs/1604.06174).
-"""
+The border cuts autograd's graph: what comes in becomes new leaves, what goes out is detached, and the backward pass
+starts from the made values that the forward pass kept. With recomputation, the forward pass keeps only what came in,
+and is run again before the backward pass (activation checkpointing: Chen et al. 2016,
+https://arxiv.org/abs/1604.06174). It then sees the same random numbers (the engine seeds each pass) and the same
+buffers (copies are put in for it)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,14 @@ from raypar.splitting.stage_code import StageCode, Values, versions
 from raypar.stages.two_backward import DeferredWeightGradients, backward_to_inputs
 from raypar.tree import Tree
 
+Gradients = dict[int, list[torch.Tensor]]
+"""By the stage that sends or gets them: one gradient per tensor that requires one, in the order of the values."""
 
-def _require_grad(value: Tree) -> bool:
+Loss = tuple[torch.Tensor, torch.Tensor]
+"""(sum over the rows, weight)."""
+
+
+def _requires_grad(value: Tree) -> bool:
     return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree.leaves(value))
 
 
@@ -54,8 +60,8 @@ class _Saved:
 
 @dataclass
 class _Arrived:
-    """What the forward pass of one micro-batch needs to be run again, as it was: `buffers` are copies of those that it
-    has changed, by name, as they were before."""
+    """What it takes to run the forward pass of one micro-batch again as it was. `buffers` are copies, by name, of those
+    that it has changed, as they were before it."""
 
     inputs: Tree
     received: dict[int, Values]
@@ -65,11 +71,12 @@ class _Arrived:
 
 
 class Stage:
-    """One stage; `codes` by mode ("train", "eval"). The last stage computes the loss too.
+    """One stage. The last one computes the loss too.
 
-    module:   holds the buffers that its passes may change.
-    autocast: makes what forward passes and the loss run in.
-    is_whole: its backward pass cannot be split into two (one compiled function, say).
+    codes:    by mode, "train" and "eval".
+    module:   holds the buffers that the passes may change.
+    autocast: makes the context that forward passes and the loss run in.
+    is_whole: the backward pass cannot be run in two parts (one compiled function, say).
     """
 
     def __init__(
@@ -92,24 +99,37 @@ class Stage:
         self.is_whole = is_whole
         self.saved: dict[int, _Saved] = {}
         self.arrived: dict[int, _Arrived] = {}
-        self.weight_parts: dict[int, DeferredWeightGradients] = {}
+        self.deferred: dict[int, DeferredWeightGradients] = {}
+
+    @property
+    def uses_inputs(self) -> bool:
+        """Whether this stage needs the model's inputs, in some mode."""
+        return any(code.uses_inputs for code in self.codes.values())
+
+    def drop_step(self) -> None:
+        """Forget what a failed step has kept."""
+        self.saved.clear()
+        self.arrived.clear()
+        self.deferred.clear()
+
+    # ------------------------------------------------------------ forward
 
     def forward(
         self, microbatch: int, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, *, keep: bool = True
-    ) -> tuple[dict[int, Values], tuple[torch.Tensor, torch.Tensor] | None]:
-        """One micro-batch forward, in training. Returns what goes to each later stage (detached, with
-        `requires_grad` as a flag), and in the last stage the loss's (sum over rows, weight).
+    ) -> tuple[dict[int, Values], Loss | None]:
+        """One micro-batch forward, in training. Returns the values for each later stage, detached (requires_grad tells
+        the receiver to send a gradient back), and in the last stage the loss's (sum over rows, weight).
 
         keep: keep the activations; else `recompute` must be called before `backward`.
         """
         if keep:
             self.saved[microbatch], sends, loss = self._run(inputs, received, targets, rows)
             return sends, loss
-        before = self._buffers()
-        copies = {id(buffer): buffer.clone() for buffer in before.values()}  # one of each, also of a shared one
-        batch_versions = versions((inputs, targets))
+        buffers = self._buffers()
+        copies = {id(buffer): buffer.clone() for buffer in buffers.values()}  # one per tensor, also of a shared one
+        before = versions((inputs, targets))
         _, sends, loss = self._run(inputs, received, targets, rows, copy=True)
-        if batch_versions != versions((inputs, targets)):
+        if before != versions((inputs, targets)):
             raise ModelError(
                 f"stage {self.index} changes the batch itself in place, which recomputing would do twice: needed a "
                 "forward that leaves its inputs as they are, or Plan(recompute='never')"
@@ -117,7 +137,7 @@ class Stage:
         now = self._buffers()
         changed = {
             name: copies[id(buffer)]
-            for name, buffer in before.items()
+            for name, buffer in buffers.items()
             if name in now and not tree.same(now[name], copies[id(buffer)])
         }
         self.arrived[microbatch] = _Arrived(inputs, received, targets, rows, changed)
@@ -127,118 +147,48 @@ class Stage:
         return microbatch in self.arrived
 
     def recompute(self, microbatch: int) -> None:
-        """Run a forward pass again, with copies of the buffers that it ran with, which autograd may keep; the buffers
-        themselves are left as they are."""
+        """Run a forward pass again, on copies of the buffers that it ran with, which autograd may keep; the buffers
+        themselves stay as they are."""
         arrived = self.arrived.pop(microbatch)
         now = self._buffers()
         self._set_buffers(arrived.buffers)
         self.saved[microbatch], _, _ = self._run(arrived.inputs, arrived.received, arrived.targets, arrived.rows)
         self._set_buffers({name: now[name] for name in arrived.buffers})
 
+    def evaluate(
+        self, mode: str, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, *, with_loss: bool
+    ) -> tuple[dict[int, Values], Any]:
+        """One micro-batch forward without gradients, by the code of `mode`. Returns the values for each later stage,
+        and
+        in the last stage the loss's (sum over rows, weight), or the output if `with_loss` is False."""
+        with torch.no_grad(), self.autocast():
+            outputs = self.codes[mode].run(inputs, received)
+            sends, _ = self._outgoing(mode, outputs)
+            if not self.is_last:
+                return sends, None
+            return sends, self._loss(outputs[-1], targets, rows) if with_loss else outputs[-1]
+
     def _run(
         self, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, *, copy: bool = False
-    ) -> tuple[_Saved, dict[int, Values], tuple[torch.Tensor, torch.Tensor] | None]:
+    ) -> tuple[_Saved, dict[int, Values], Loss | None]:
+        """`copy`: leave what was received as it is, for a second run."""
         leaves: dict[int, list[torch.Tensor]] = {source: [] for source in received}
         entered = {source: self._enter(values, leaves[source], copy) for source, values in received.items()}
         with self.autocast():
-            found = self.codes["train"].run(inputs, entered)
-            loss = self._loss(found[-1], targets, rows) if self.is_last else None
-        if loss is not None and not loss[0].requires_grad and _require_grad(found[-1]):
+            outputs = self.codes["train"].run(inputs, entered)
+            loss = self._loss(outputs[-1], targets, rows) if self.is_last else None
+        if loss is not None and not loss[0].requires_grad and _requires_grad(outputs[-1]):
             raise ModelError(
                 "loss_fn returned a loss without a gradient, though the model's output has one; needed a loss that "
                 "autograd can follow: look for detach(), item(), argmax() or no_grad() in loss_fn"
             )
-        sends, made = self._outgoing("train", found)
+        sends, made = self._outgoing("train", outputs)
         saved = _Saved(leaves, made, loss[0] if loss else None)
         return saved, sends, (loss[0].detach(), loss[1]) if loss else None
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        return dict(self.module.named_buffers(remove_duplicate=False)) if self.module is not None else {}
-
-    def _set_buffers(self, values: dict[str, torch.Tensor]) -> None:
-        """Let the modules hold other tensors as their buffers."""
-        holders = [self.module, self.codes["train"].module] if values else []
-        for holder in [each for each in holders if each is not None]:
-            for name in values.keys() & dict(holder.named_buffers(remove_duplicate=False)).keys():
-                path, _, own = name.rpartition(".")
-                setattr(holder.get_submodule(path), own, values[name])
-
-    def evaluate(
-        self, mode: str, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, *, with_loss: bool
-    ) -> tuple[dict[int, Values], Any]:
-        """One micro-batch forward without gradients, by the code of `mode`. Returns what goes to each later
-        stage, and in the last stage the loss's (sum, weight), or the output when `with_loss` is False."""
-        with torch.no_grad(), self.autocast():
-            found = self.codes[mode].run(inputs, received)
-            sends, _ = self._outgoing(mode, found)
-            if not self.is_last:
-                return sends, None
-            return sends, self._loss(found[-1], targets, rows) if with_loss else found[-1]
-
-    def backward(
-        self, microbatch: int, gradients: dict[int, list[torch.Tensor]], scale: float = 1.0
-    ) -> dict[int, list[torch.Tensor]]:
-        """One micro-batch backward, from the gradients that each later stage sent, in the order of the
-        made tensors that require one; `scale` multiplies the loss. Returns the gradients for each earlier stage."""
-        saved, tensors, given = self._take_up(microbatch, gradients, scale)
-        if tensors:
-            torch.autograd.backward(tensors, given)
-        return {
-            source: [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
-            for source, leaves in saved.leaves.items()
-        }
-
-    def backward_inputs(
-        self, microbatch: int, gradients: dict[int, list[torch.Tensor]], scale: float = 1.0
-    ) -> dict[int, list[torch.Tensor]]:
-        """The first half of `backward`: the gradients for each earlier stage."""
-        if self.is_whole:
-            return self.backward(microbatch, gradients, scale)
-        saved, tensors, given = self._take_up(microbatch, gradients, scale)
-        leaves = [leaf for each in saved.leaves.values() for leaf in each]
-        found, self.weight_parts[microbatch] = backward_to_inputs(tensors, given, leaves)
-        by_leaf = iter(zip(leaves, found, strict=True))
-        return {
-            source: [
-                gradient if gradient is not None else torch.zeros_like(leaf)
-                for leaf, gradient in (next(by_leaf) for _ in each)
-            ]
-            for source, each in saved.leaves.items()
-        }
-
-    def backward_weights(self, microbatch: int) -> None:
-        """The second half of `backward`: the gradients of the weights."""
-        part = self.weight_parts.pop(microbatch, None)
-        if part is not None:
-            part.run()
-
-    def _take_up(
-        self, microbatch: int, gradients: dict[int, list[torch.Tensor]], scale: float
-    ) -> tuple[_Saved, list[torch.Tensor], list[torch.Tensor | None]]:
-        """The roots of a micro-batch's graph, and the gradients given for them."""
-        saved = self.saved.pop(microbatch)
-        tensors: list[torch.Tensor] = []
-        given: list[torch.Tensor | None] = []
-        if saved.loss is not None and saved.loss.requires_grad:
-            tensors.append(saved.loss)
-            given.append(None if scale == 1.0 else torch.full_like(saved.loss, scale))
-        for target, made in saved.made.items():
-            tensors += made
-            given += gradients[target]
-        return saved, tensors, given
-
-    @property
-    def uses_inputs(self) -> bool:
-        """Whether this stage needs the model's inputs, in some mode."""
-        return any(code.uses_inputs for code in self.codes.values())
-
-    def forget(self) -> None:
-        """Drop what a step that is given up has kept."""
-        self.saved.clear()
-        self.arrived.clear()
-        self.weight_parts.clear()
-
     def _enter(self, values: Values, leaves: list[torch.Tensor], copy: bool) -> Values:
+        """Received values as the code gets them; adds their new leaves of autograd's graph to `leaves`."""
+
         def enter(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.requires_grad:
                 return tensor.clone() if copy else tensor
@@ -249,9 +199,10 @@ class Stage:
 
         return tree.map_tensors(enter, values)  # type: ignore[no-any-return]
 
-    def _outgoing(self, mode: str, found: tuple[Any, ...]) -> tuple[dict[int, Values], dict[int, list[torch.Tensor]]]:
+    def _outgoing(self, mode: str, outputs: tuple[Any, ...]) -> tuple[dict[int, Values], dict[int, list[torch.Tensor]]]:
+        """The values for each later stage, detached, and the tensors among them to which gradients will come."""
         code = self.codes[mode]
-        by_name = dict(zip(code.makes, found, strict=False))
+        by_name = dict(zip(code.makes, outputs, strict=False))
         sends: dict[int, Values] = {}
         made: dict[int, list[torch.Tensor]] = {}
         for target, names in code.sends.items():
@@ -260,20 +211,78 @@ class Stage:
             sends[target] = tree.map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), values)
         return sends, made
 
-    def _loss(self, output: Any, targets: Tree, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, output: Any, targets: Tree, rows: int) -> Loss:
         assert self.loss_fn is not None
-        found = self.loss_fn(output, targets)
-        is_pair = isinstance(found, tuple | list) and len(found) == 2
-        value = found[0] if is_pair else found
+        loss = self.loss_fn(output, targets)
+        is_pair = isinstance(loss, tuple | list) and len(loss) == 2
+        value = loss[0] if is_pair else loss
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            what = (
-                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            )
+            is_tensor = isinstance(value, torch.Tensor)
+            kind = f"a tensor of shape {tuple(value.shape)}" if is_tensor else type(value).__name__
             raise ModelError(
-                f"loss_fn returned {what}, needed a scalar tensor: the mean over the rows, or a pair (sum, weight)"
+                f"loss_fn returned {kind}, needed a scalar tensor: the mean over the rows, or a pair (sum, weight)"
             )
-        weight = torch.as_tensor(found[1] if is_pair else rows, dtype=torch.float64).detach()
+        weight = torch.as_tensor(loss[1] if is_pair else rows, dtype=torch.float64).detach()
         value = value.reshape(())
         if value.dtype in (torch.float16, torch.bfloat16):
             value = value.float()  # a sum over rows may leave float16's range where the mean does not
         return value if is_pair else value * rows, weight
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return dict(self.module.named_buffers(remove_duplicate=False)) if self.module is not None else {}
+
+    def _set_buffers(self, values: dict[str, torch.Tensor]) -> None:
+        """Let the modules, and the traced code, hold other tensors as their buffers."""
+        holders = [self.module, self.codes["train"].module] if values else []
+        for holder in [holder for holder in holders if holder is not None]:
+            for name in values.keys() & dict(holder.named_buffers(remove_duplicate=False)).keys():
+                path, _, attribute = name.rpartition(".")
+                setattr(holder.get_submodule(path), attribute, values[name])
+
+    # ------------------------------------------------------------ backward
+
+    def backward(self, microbatch: int, gradients: Gradients, scale: float = 1.0) -> Gradients:
+        """One micro-batch backward. Returns the gradients for each earlier stage.
+
+        gradients: from each later stage, for the made tensors that require one.
+        scale:     multiplies the loss.
+        """
+        saved, roots, root_gradients = self._roots(microbatch, gradients, scale)
+        if roots:
+            torch.autograd.backward(roots, root_gradients)
+        return {source: [_or_zeros(leaf.grad, leaf) for leaf in leaves] for source, leaves in saved.leaves.items()}
+
+    def backward_inputs(self, microbatch: int, gradients: Gradients, scale: float = 1.0) -> Gradients:
+        """The first part of `backward`: the gradients for each earlier stage."""
+        if self.is_whole:
+            return self.backward(microbatch, gradients, scale)
+        saved, roots, root_gradients = self._roots(microbatch, gradients, scale)
+        leaves = [leaf for of_source in saved.leaves.values() for leaf in of_source]
+        of_leaves, self.deferred[microbatch] = backward_to_inputs(roots, root_gradients, leaves)
+        filled = iter([_or_zeros(gradient, leaf) for gradient, leaf in zip(of_leaves, leaves, strict=True)])
+        return {source: [next(filled) for _ in of_source] for source, of_source in saved.leaves.items()}
+
+    def backward_weights(self, microbatch: int) -> None:
+        """The second part of `backward`: the gradients of the weights."""
+        deferred = self.deferred.pop(microbatch, None)
+        if deferred is not None:
+            deferred.run()
+
+    def _roots(
+        self, microbatch: int, gradients: Gradients, scale: float
+    ) -> tuple[_Saved, list[torch.Tensor], list[torch.Tensor | None]]:
+        """What the forward pass saved, the roots of its graph, and their gradients (None: that of the loss, 1)."""
+        saved = self.saved.pop(microbatch)
+        roots: list[torch.Tensor] = []
+        root_gradients: list[torch.Tensor | None] = []
+        if saved.loss is not None and saved.loss.requires_grad:
+            roots.append(saved.loss)
+            root_gradients.append(None if scale == 1.0 else torch.full_like(saved.loss, scale))
+        for target, made in saved.made.items():
+            roots += made
+            root_gradients += gradients[target]
+        return saved, roots, root_gradients
+
+
+def _or_zeros(gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor:
+    return gradient if gradient is not None else torch.zeros_like(leaf)

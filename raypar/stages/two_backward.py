@@ -1,16 +1,16 @@
-"""A backward pass in two: the gradients for the inputs first, those of the weights whenever there is time.
+"""A backward pass in two parts: the gradients for the inputs first, those of the weights whenever there is time.
 
-    W-part of autograd's graph        the split: what leads to an input is run first, and what hangs off
-                                      it, leading to weights alone, is kept for later
+    autograd's graph                  What leads to an input is run first; what hangs off it and leads to weights alone
+                                      is kept for later.
     weight ─▶ T ─┐
-                 ├▶ Addmm ─▶ …        Addmm leads to the input and to weights: a junction. Its incoming gradient
-    bias ────────┤                    is caught in the first part; the second part enters the graph there
-    input ───────┘                    again and runs it for its weights alone.
+                 ├▶ Addmm ─▶ …        Addmm leads to the input and to weights: a junction. Its incoming gradient is
+    bias ────────┤                    caught in the first part; the second part enters the graph there again and runs
+    input ───────┘                    it for its weights alone.
 
-After Qi et al. 2023, https://arxiv.org/abs/2401.10241. It works on autograd's graph, so that any model will do;
-what a junction computes for both at once (a layer norm, say) is computed twice. Done in the first part, with the
-inputs, are junctions with small weights, and those that share weights (a module that is called twice): entering the
-graph at one of them would lead through the other.
+After Qi et al. 2023, https://arxiv.org/abs/2401.10241. It works on autograd's graph, so any model will do; what a
+junction computes for both at once (a layer norm, say) is computed twice. Two kinds of junctions are done in the first
+part, together with the inputs: those with small weights, since entering the graph again costs more than it saves, and
+those that share weights (a module that is called twice), since entering the graph at one would lead through the other.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 SMALL = 2**14
-"""A junction with fewer weights than this is done with in the first part: entering the graph again costs more."""
+"""A junction with fewer weights than this is done in the first part: entering the graph again would cost more."""
 
 Gradients = Sequence[torch.Tensor | None]
 
 
 @dataclass
 class _Caught:
-    """A node's incoming gradient. It must not know the node, which holds it: nobody would see that circle."""
+    """A node's incoming gradient, caught by a hook of the node. Must not reference the node: Python's collector cannot
+    see a cycle through C++."""
 
     gradients: tuple[torch.Tensor | None, ...] | None = None
 
     def __call__(self, gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...] | None:
-        # In the second part the user's own tensor hooks have changed the gradient once more: what was caught holds.
+        # In the second part the user's tensor hooks have changed the gradient a second time: use the one caught first.
         if self.gradients is None:
             self.gradients = gradients
             return None
@@ -43,9 +44,9 @@ class _Caught:
 
 @dataclass
 class _Side:
-    """What leads to weights and to no input: all that is under some children of a node, or under roots of the graph.
+    """What leads to weights and to no input: everything under some children of a node, or under roots of the graph.
 
-    weights:   the leaves of the graph in it that no other side has named before.
+    weights:   the leaves of the graph in it that no other side has claimed before.
     is_shared: whether another side leads to some of the same nodes.
     """
 
@@ -53,7 +54,7 @@ class _Side:
     is_shared: bool = False
 
     @property
-    def is_done_at_once(self) -> bool:
+    def is_run_first(self) -> bool:
         return self.is_shared or sum(weight.numel() for weight in self.weights) < SMALL
 
 
@@ -68,7 +69,11 @@ class _Junction:
 
 @dataclass
 class DeferredWeightGradients:
-    """What is left to do: `run` adds up the gradients of the weights. `roots` are where gradients are known."""
+    """What is left to do: `run` adds up the gradients of the weights.
+
+    junctions: where to enter the graph again, in the order of the backward pass.
+    roots:     roots of the graph that lead to weights alone, with their `gradients`.
+    """
 
     junctions: list[_Junction] = field(default_factory=list)
     roots: list[GradientEdge] = field(default_factory=list)
@@ -81,49 +86,57 @@ class DeferredWeightGradients:
         while self.junctions:
             junction = self.junctions.pop(0)
             caught = junction.caught.gradients or ()  # empty: nothing flowed through it
-            given = [(GradientEdge(junction.node, index), g) for index, g in enumerate(caught) if g is not None]
-            if given:
-                torch.autograd.backward(
-                    [edge for edge, _ in given], [gradient for _, gradient in given], inputs=junction.side.weights
-                )
+            edges = [GradientEdge(junction.node, index) for index, g in enumerate(caught) if g is not None]
+            if edges:
+                gradients = [gradient for gradient in caught if gradient is not None]
+                torch.autograd.backward(edges, gradients, inputs=junction.side.weights)
 
 
 def backward_to_inputs(
-    tensors: Sequence[torch.Tensor], given: Gradients, leaves: Sequence[torch.Tensor]
+    tensors: Sequence[torch.Tensor], gradients: Gradients, leaves: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor | None], DeferredWeightGradients]:
-    """The gradients of `leaves`, which have none yet, from those `given` for `tensors`, and what it takes to make
-    those of all other leaves of the graph, the weights, later. The graph is kept until then."""
+    """The first part: the gradients of `leaves`, which have none yet, and what it takes to make those of all other
+    leaves of the graph, the weights, later. The graph is kept until then.
+
+    gradients: of `tensors`; None means 1, for a loss.
+    """
     roots = [get_gradient_edge(tensor) for tensor in tensors]
-    gradients = [torch.ones_like(t) if g is None else g for t, g in zip(tensors, given, strict=True)]
+    of_roots = [torch.ones_like(t) if g is None else g for t, g in zip(tensors, gradients, strict=True)]
     inputs = {get_gradient_edge(leaf).node for leaf in leaves}
     leading = _leading([edge.node for edge in roots], inputs)
     sides: dict[Node, _Side] = {}
+    junctions = _junctions(leading, sides)
+    rest = _side([edge.node for edge in roots if not leading[edge.node]], sides)
+
+    first = [junction.side for junction in junctions if junction.side.is_run_first]
+    first += [rest] if rest.is_shared else []
+    later = DeferredWeightGradients([junction for junction in reversed(junctions) if not junction.side.is_run_first])
+    first_roots: list[GradientEdge] = []
+    of_first_roots: list[torch.Tensor] = []
+    for edge, gradient in zip(roots, of_roots, strict=True):
+        is_first = leading[edge.node] or rest.is_shared
+        (first_roots if is_first else later.roots).append(edge)
+        (of_first_roots if is_first else later.gradients).append(gradient)
+    for junction in later.junctions:
+        junction.node.register_prehook(junction.caught)
+    if first_roots:
+        targets = [*leaves, *(weight for side in first for weight in side.weights)]
+        torch.autograd.backward(first_roots, of_first_roots, retain_graph=bool(later.junctions), inputs=targets)
+    return [leaf.grad for leaf in leaves], later
+
+
+def _junctions(leading: dict[Node, bool], sides: dict[Node, _Side]) -> list[_Junction]:
+    """The nodes that lead to an input and to weights, children before their parents."""
     junctions = []
     for node in [node for node, leads in leading.items() if leads]:
         below = [child for child, _ in node.next_functions if child is not None and not leading[child]]
         if below:
             junctions.append(_Junction(node, _side(below, sides)))
-    rest = _side([edge.node for edge in roots if not leading[edge.node]], sides)
-
-    at_once = [junction.side for junction in junctions if junction.side.is_done_at_once]
-    at_once += [rest] if rest.is_shared else []
-    later = DeferredWeightGradients([junction for junction in reversed(junctions) if not junction.side.is_done_at_once])
-    now: list[GradientEdge] = []
-    now_given: list[torch.Tensor] = []
-    for edge, gradient in zip(roots, gradients, strict=True):
-        is_now = leading[edge.node] or rest.is_shared
-        (now if is_now else later.roots).append(edge)
-        (now_given if is_now else later.gradients).append(gradient)
-    for junction in later.junctions:
-        junction.node.register_prehook(junction.caught)
-    if now:
-        wanted = [*leaves, *(weight for side in at_once for weight in side.weights)]
-        torch.autograd.backward(now, now_given, retain_graph=bool(later.junctions), inputs=wanted)
-    return [leaf.grad for leaf in leaves], later
+    return junctions
 
 
 def _leading(roots: Sequence[Node], inputs: set[Node]) -> dict[Node, bool]:
-    """Of each node under `roots`, whether it leads to one of `inputs`; children come before their parents."""
+    """For each node under `roots`, whether it leads to one of `inputs`; children come before their parents."""
     leading: dict[Node, bool] = {}
     seen: set[Node] = set()
     stack = [(root, False) for root in roots]
@@ -140,7 +153,7 @@ def _leading(roots: Sequence[Node], inputs: set[Node]) -> dict[Node, bool]:
 
 
 def _side(nodes: Sequence[Node], sides: dict[Node, _Side]) -> _Side:
-    """The side under `nodes`. `sides` knows the side of each node so far, and learns these."""
+    """The side under `nodes`. `sides` holds the side of each node seen so far; these are added."""
     side = _Side()
     stack = list(nodes)
     while stack:

@@ -386,7 +386,7 @@ def test_a_step_that_is_given_up_holds_nothing() -> None:
         engines.train([(spoilt, batches[0][1])])
     assert reference.worst_difference(engines.weights(), before) == 0
     for engine in engines.all:
-        assert not any(stage.saved or stage.arrived or stage.weight_parts for stage in engine.part.stages.values())
+        assert not any(stage.saved or stage.arrived or stage.deferred for stage in engine.part.stages.values())
 
 
 def test_an_error_in_a_pass_that_is_run_again_has_its_address() -> None:

@@ -25,7 +25,7 @@ from raypar.loop.local import run_local
 from raypar.loop.session import RunSpec
 from raypar.planning.plan import Plan, Timeouts
 from raypar.splitting.model import Split
-from raypar.stages.dtensors import as_parts_of, is_shard, local, whole
+from raypar.stages.dtensors import is_shard, local, sharded_like, whole
 from raypar.storage import Storage
 from raypar.transport.interface import drive
 from support import reference
@@ -316,7 +316,7 @@ def test_a_plain_tensor_is_its_own_part_and_its_own_whole() -> None:
     assert not is_shard(parameter)
     assert local(parameter).data_ptr() == whole(parameter).data_ptr() == parameter.data_ptr()
     assert not local(parameter).requires_grad
-    assert as_parts_of(parameter, 3) == 3
+    assert sharded_like(parameter, 3) == 3
 
 
 # ---------------------------------------------------------------- when a replica is lost

@@ -310,7 +310,7 @@ def test_nothing_is_held_between_steps(plan: Plan) -> None:
     engines.train(sentences(1))
     for engine in engines.all:
         assert all(parameter.grad is None for parameter in engine.part.module.parameters())
-        assert not any(stage.saved or stage.arrived or stage.weight_parts for stage in engine.part.stages.values())
+        assert not any(stage.saved or stage.arrived or stage.deferred for stage in engine.part.stages.values())
 
 
 # ---------------------------------------------------------------- state dicts, checkpoints, weights from a file

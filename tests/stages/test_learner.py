@@ -421,7 +421,7 @@ def test_a_step_that_is_given_up_leaves_buffers_and_weights_as_they_were():
         if number == 1:  # as after a committed step: the buffers stay
             found.commit(0.0, 0.0)
         else:
-            found.give_up()
+            found.drop_step()
             assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
         assert [p.grad for p in ours.parameters()] == [None] * 6
 
@@ -432,7 +432,7 @@ def test_a_step_can_be_given_up_twice_since_the_search_for_its_fault_runs_it_aga
     found.begin()
     for _ in range(2):
         ours(torch.rand(5, 3))
-        found.give_up()
+        found.drop_step()
         assert ours[1].num_batches_tracked == 0
         assert ours[1].running_mean.tolist() == [0.0] * 4  # type: ignore[operator, union-attr]
 
@@ -453,7 +453,7 @@ def test_a_buffer_that_forward_replaces_instead_of_changing_it_is_restored_too()
     for expected in (0, 5, 10):
         found.begin()
         ours(torch.rand(2))
-        found.give_up()
+        found.drop_step()
         assert ours.seen == expected
         found.begin()
         ours(torch.rand(5))

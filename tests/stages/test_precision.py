@@ -176,7 +176,7 @@ def test_an_overflow_in_one_stage_of_one_replica_skips_the_step_in_all_and_halve
     assert {engine.learner.scale for engine in engines.all} == {2.0**11}
     for engine in engines.all:
         assert all(parameter.grad is None for parameter in engine.part.module.parameters())
-        assert not any(stage.saved or stage.arrived or stage.weight_parts for stage in engine.part.stages.values())
+        assert not any(stage.saved or stage.arrived or stage.deferred for stage in engine.part.stages.values())
 
     set_factor(engines, plan.data - 1, block, 1.0)
     found, needed = train_step(engines, 3, batches[2]), train_step(quiet, 3, batches[2])

@@ -100,7 +100,7 @@ def test_microbatches_go_backward_in_any_order_and_are_then_forgotten() -> None:
 def test_a_step_that_is_given_up_keeps_nothing() -> None:
     stage = stage_of(lambda inputs, received: (received[0][0],))
     stage.forward(0, None, {0: [leaf(1.0)]}, None, rows=1)
-    stage.forget()
+    stage.drop_step()
     assert not stage.saved
 
 
