@@ -1,13 +1,13 @@
-"""Messages from one actor to another, matched by order alone.
+"""Messages from one actor to another, matched by order alone: the two ends of a link.
 
-A link carries raw tensors; torch.distributed makes one (`raypar.transport.process_links`), memory another. On
-top of it, this module knows what a message looks like. The shapes of a message are fixed by its kind and by the
-shape of its micro-batch, so a header with structure, shapes and dtypes goes ahead of the
-first message of each such key, over Gloo, and never again: later receives are posted from what is
-known. The sender checks each message against the header that it once sent.
+A link carries raw tensors, between processes (`raypar.transport.process_links`) or in memory
+(`raypar.transport.memory_links`). A message is a tree of tensors and plain values. Its layout (structure, shapes,
+dtypes, plain values) depends only on its key: its kind and the shape of its micro-batch. So a header with the layout
+goes ahead of the first message of each key, over Gloo, and of no later one: once a layout is known, receives are posted
+without waiting. The sender checks each message against the header that it sent for its key.
 
     sender    header(k1) a0 │ a1 │ a2 │ header(k2) a3        k2: a micro-batch of another shape
-    receiver  wait for the header, then post; post a1, a2 at once; …
+    receiver  waits for the header, posts a0; posts a1 and a2 at once; waits for the header, posts a3
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raypar.tree import Structure, Tree
 
 @dataclass(frozen=True)
 class TensorLike:
-    """What a receiver needs to know to make room for a tensor."""
+    """What a receiver must know to allocate a tensor, and whether a gradient must come back for it."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -39,31 +39,35 @@ class TensorLike:
 
 
 Layout = tuple[Structure, tuple[Any, ...]]
-"""The structure of a message and its leaves, tensors as TensorLike."""
+"""The structure of a message, and its leaves with TensorLike in place of tensors."""
 
 _PLAIN = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device, slice)
 
 
 def check_can_cross(leaf: Any) -> None:
-    """Raise SplitError when a value cannot be sent to another process."""
+    """Raises SplitError if a value cannot be sent to another process."""
     if isinstance(leaf, torch.Tensor):
         if leaf.layout != torch.strided or leaf.is_quantized:
             raise SplitError(
-                f"a {leaf.layout} tensor cannot cross a stage border, needed a dense one: choose `split` so that the "
+                f"a {leaf.layout} tensor cannot cross a stage border; needed a dense one: choose `split` so that the "
                 "modules that make it and use it are in one stage, or make it dense first"
             )
     elif not isinstance(leaf, _PLAIN):
         raise SplitError(
-            f"a value of type {type(leaf).__name__} cannot cross a stage border, needed tensors (also in tuples, "
+            f"a value of type {type(leaf).__name__} cannot cross a stage border; needed tensors (also in tuples, "
             "lists, dicts) and plain numbers: choose `split` so that what makes it and what uses it are in one stage"
         )
 
 
 def layout_of_gradients(layout: Layout) -> Layout:
-    """What comes back for a message of activations: a list of tensors, one for each that requires a gradient."""
-    parts = [part for part in layout[1] if isinstance(part, TensorLike) and part.requires_grad]
-    plain = tuple(TensorLike(part.shape, part.dtype, False) for part in parts)
-    return tree.flatten(list(plain))[1], plain
+    """What comes back for a message of activations: a list with one tensor for each that requires a gradient."""
+    _, leaves = layout
+    gradients = tuple(
+        TensorLike(leaf.shape, leaf.dtype, False)
+        for leaf in leaves
+        if isinstance(leaf, TensorLike) and leaf.requires_grad
+    )
+    return tree.flatten(list(gradients))[1], gradients
 
 
 def _layout(leaves: list[Any], structure: Structure) -> Layout:
@@ -76,7 +80,11 @@ def _layout(leaves: list[Any], structure: Structure) -> Layout:
 
 
 class Outbox:
-    """The sending end of a channel."""
+    """The sending end of a link.
+
+    layouts:   of each key, the layout that its header told.
+    under_way: of each message sent and not yet released, its sends with the tensors that they read.
+    """
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -84,8 +92,8 @@ class Outbox:
         self.under_way: dict[Message, list[tuple[Work, torch.Tensor]]] = {}
 
     def send(self, message: Message, values: Tree, key: Hashable) -> Layout | None:
-        """Start to send activations; the tensors are kept until `release`. The first message of a key goes
-        behind a header, and its layout is returned."""
+        """Start to send activations, whose tensors are held until `release`. A header precedes the first message of a
+        key: then the layout is returned, else None. Raises ModelError if the layout is not that of the header."""
         leaves, structure = tree.flatten(values)
         layout = _layout(leaves, structure)
         works: list[tuple[Work, torch.Tensor]] = []
@@ -116,23 +124,27 @@ class Outbox:
         self.under_way[message] = works
 
     def release(self, message: Message) -> Waiting:
-        """Let go of a message's tensors, which the other side has by now."""
+        """Wait for a message's sends, which the receiver has matched by now, and drop its tensors."""
         for work, _ in self.under_way.pop(message):
             yield work
 
 
 @dataclass
 class _Posted:
+    """The receives of one message, and the leaves that they fill."""
+
     works: list[Work]
     leaves: list[Any]
     layout: Layout
 
 
 class Inbox:
-    """The receiving end of a channel.
+    """The receiving end of a link.
 
-    `layouts` holds what is known of each key: read from a header for activations, told by `learn` for
-    gradients, which are shaped like the activations that were sent.
+    layouts: of each key, its layout: read from a header for activations; for gradients given to `learn`, since they
+             have the shapes of the activations that this actor sent.
+    waiting: messages to be posted, in the link's order, the first of which has a key of unknown layout.
+    posted:  messages whose receives are under way, not yet taken.
     """
 
     def __init__(self, link: Link, device: torch.device) -> None:
@@ -143,13 +155,13 @@ class Inbox:
         self.posted: dict[Message, _Posted] = {}
 
     def post(self, message: Message, key: Hashable) -> None:
-        """Post a receive: at once when the layout of its key is known, else as soon as it is. What comes
-        later in the channel waits behind it."""
+        """Post a receive, now if the layout of its key is known, else as soon as it is. Later messages of the link wait
+        for it: a receive that is posted too early would take another message's tensors."""
         self.waiting.append((message, key))
         self._advance()
 
     def learn(self, key: Hashable, layout: Layout) -> None:
-        """Tell the layout of a key that comes without a header."""
+        """Set the layout of a key whose messages come without a header, and post what waited for it."""
         self.layouts[key] = layout
         self._advance()
 
@@ -157,15 +169,15 @@ class Inbox:
         while self.waiting and self.waiting[0][1] in self.layouts:
             message, key = self.waiting.popleft()
             layout = self.layouts[key]
-            leaves = [part.empty(self.device) if isinstance(part, TensorLike) else part for part in layout[1]]
+            leaves = [leaf.empty(self.device) if isinstance(leaf, TensorLike) else leaf for leaf in layout[1]]
             works = [self.link.receive(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
             self.posted[message] = _Posted(works, leaves, layout)
 
     def take(self, message: Message) -> Waiting:
-        """Wait for a message that was posted; the generator returns its values."""
+        """Wait for a message that was posted; returns its values, a tree as it was sent."""
         while message not in self.posted:
             first, key = self.waiting[0]
-            assert first.kind == "F", f"{message} waits behind the gradient {first}, whose layout nobody told"
+            assert first.kind == "F", f"{message} waits for the gradient {first}, whose layout is unknown"
             length = torch.zeros(1, dtype=torch.int64)
             yield self.link.receive_header(length)
             packed = torch.empty(int(length.item()), dtype=torch.uint8)
@@ -173,8 +185,8 @@ class Inbox:
             self.learn(key, tree.unpack(packed.numpy().tobytes()))
         posted = self.posted.pop(message)
         yield from posted.works
-        structure, parts = posted.layout
-        for leaf, part in zip(posted.leaves, parts, strict=True):
-            if isinstance(part, TensorLike) and part.requires_grad:
+        structure, described = posted.layout
+        for leaf, like in zip(posted.leaves, described, strict=True):
+            if isinstance(like, TensorLike) and like.requires_grad:
                 leaf.requires_grad_()
         return tree.unflatten(posted.leaves, structure)

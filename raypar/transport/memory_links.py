@@ -1,4 +1,8 @@
-"""Links and collectives in memory: all engines of a run take turns in one thread, repeatable to the bit."""
+"""Links and sums in memory, for local mode, where all engines of a run take turns in one thread.
+
+What meets is decided by the order of the calls on each link alone, and sums are added in the order of their members,
+so a run is bitwise reproducible.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from raypar.transport.interface import Done, Work
 
 
 class _Arrival:
-    """A receive that waits for its send."""
+    """Work on a tensor that is filled by another engine: a receive, or a member's share of a sum."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -22,11 +26,11 @@ class _Arrival:
         return self.done
 
     def wait(self) -> None:
-        assert self.done, "a wait in local mode may only be entered when it is ready"
+        assert self.done, "in local mode only work that is ready may be waited for"
 
 
 class MemoryLink:
-    """One direction between two engines: sends and receives meet in order; the receiver gets a copy."""
+    """One direction from one engine to another: sends and receives are matched in order; the receiver gets a copy."""
 
     def __init__(self) -> None:
         self.sent: dict[str, deque[torch.Tensor]] = {"data": deque(), "header": deque()}
@@ -64,7 +68,11 @@ class MemoryLink:
 
 
 class MemorySum:
-    """A sum over `size` members, added in the order of the members, whoever comes first."""
+    """Sums over `size` members, each added in the order of the members, whichever of them calls first.
+
+    calls:  how many sums each member has called for.
+    rounds: of each sum that some members have called for, by its number, what they gave.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -83,14 +91,16 @@ class MemorySum:
             total = arrivals[0].tensor.clone()
             for other in range(1, self.size):
                 total += arrivals[other].tensor
-            for each in arrivals.values():
-                each.tensor.copy_(total)
-                each.done = True
+            for member in arrivals.values():
+                member.tensor.copy_(total)
+                member.done = True
             del self.rounds[number]
         return arrival
 
 
 class _Member:
+    """One member of a MemorySum, as its engine sees it."""
+
     def __init__(self, whole: MemorySum, index: int) -> None:
         self.whole = whole
         self.index = index
@@ -101,7 +111,7 @@ class _Member:
 
 
 class MemoryWorld:
-    """All the links and collectives of a plan; `transport(replica, actor)` is one engine's share of them."""
+    """All links and sums of a plan; `transport(replica, actor)` gives one engine its share of them."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

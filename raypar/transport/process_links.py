@@ -1,8 +1,8 @@
-"""Links and collectives over torch.distributed, for engines in processes of their own.
+"""Links and sums over torch.distributed, for engines in processes of their own.
 
-A process group for each ordered pair of actors that exchange anything: NCCL runs the operations of a group one
-after the other, so two directions on one group would wait for each other. Activations and gradients go over
-NCCL on GPUs and Gloo on CPUs; headers and the commit go over Gloo always.
+Each ordered pair of actors that exchange messages has a process group of its own: NCCL runs the operations of a group
+one after the other, so two directions on one group would wait for each other. Activations and gradients travel over
+NCCL on GPUs and over Gloo on CPUs; headers and the commit always travel over Gloo.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from raypar.transport.interface import Collective, Done
 
 
 class ProcessWork:
-    """A torch.distributed operation under way."""
+    """An operation of torch.distributed under way."""
 
     def __init__(self, work: Any) -> None:
         self.work = work
@@ -34,7 +34,7 @@ class ProcessWork:
 
 
 class ProcessLink:
-    """One direction between two processes."""
+    """One direction from one process to another. `peer`: the other one's rank within the groups."""
 
     def __init__(self, data: dist.ProcessGroup, headers: dist.ProcessGroup, peer: int) -> None:
         self.data = data
@@ -69,10 +69,13 @@ class ProcessCollective:
 class ProcessTransport:
     """The connections of one stage actor, whose rank is `plan.rank_of(replica, actor)`.
 
-    The default process group, of all stage actors, must be there (`join_world`). Groups are made for `pairs`, the
-    ordered pairs of actors of a replica that exchange messages, and for each stage. All actors of all replicas call
-    for all groups in the same order, members or not: torch names a group after the number of groups that the process
-    has called for, also with use_local_synchronization.
+    pairs:    the ordered pairs (source, target) of actors of a replica that exchange messages.
+    timeouts: `peer` limits each wait on what is made here.
+
+    Needs the default process group of all stage actors (`join_world`). Makes a group for each of `pairs` in each
+    replica, one for each stage over the replicas, one for the commit and one for saving. All actors of all replicas
+    create all groups in the same order, members or not: torch names a group after the number of groups that the
+    process has created so far, also with use_local_synchronization.
     """
 
     def __init__(
@@ -81,11 +84,11 @@ class ProcessTransport:
         cuda = dist.is_nccl_available() and torch.cuda.is_available()
         data = "nccl" if cuda else "gloo"
         limit = datetime.timedelta(seconds=timeouts.peer)
-        dist.barrier()  # all have built their parts, which may take longer than `limit`
+        dist.barrier()  # wait here until all have built their parts: that may take longer than `limit`
 
         def group(ranks: list[int], backend: str) -> dist.ProcessGroup | None:
-            made = dist.new_group(sorted(ranks), timeout=limit, backend=backend)
-            return made if isinstance(made, dist.ProcessGroup) else None
+            created = dist.new_group(sorted(ranks), timeout=limit, backend=backend)
+            return created if isinstance(created, dist.ProcessGroup) else None  # a constant where not a member
 
         self._to: dict[int, ProcessLink] = {}
         self._from: dict[int, ProcessLink] = {}
@@ -104,12 +107,12 @@ class ProcessTransport:
             members = group(ranks, data)
             if members is not None:
                 self._stages[stage] = ProcessCollective(members)
-        # The commit has a group of its own: the default one stays for ever once somebody imports
-        # torch.distributed.nn.functional (torch.optim does), which holds it as the default of its arguments.
+        # The commit has a group of its own. The default group may never be freed: torch.distributed.nn.functional
+        # (imported by torch.optim) holds it as the default of its functions' arguments.
         all_ranks = list(range(plan.world_size))
         everyone = group(all_ranks, "gloo")
         self._everyone = ProcessCollective(everyone) if everyone is not None and everyone.size() > 1 else None
-        self.saving = group(all_ranks, "gloo")  # checkpoints are written beside the steps, so not on the same group
+        self.saving = group(all_ranks, "gloo")  # not the commit's: steps continue while a checkpoint is written
 
     def link_to(self, actor: int) -> ProcessLink:
         return self._to[actor]
@@ -125,33 +128,39 @@ class ProcessTransport:
 
 
 def open_store(host: str, world_size: int, timeouts: Timeouts) -> dist.TCPStore:
-    """The store at which a world meets, served by this process on a free port (`.port`)."""
+    """The store at which the processes of a world meet, served by this process on a free port (its `.port`)."""
     limit = datetime.timedelta(seconds=timeouts.start)
     return dist.TCPStore(host, 0, world_size, is_master=True, timeout=limit, wait_for_workers=False)
 
 
 def join_world(store: dist.TCPStore, rank: int, world_size: int, timeouts: Timeouts) -> None:
-    """Make the default process group of all stage actors, over Gloo; only `Timeouts(start=…)` limits it."""
+    """Make the default process group of all stage actors, over Gloo; waits for all of them, for `timeouts.start` at
+    most."""
     limit = datetime.timedelta(seconds=timeouts.start)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
 
 
 def leave_world(error: BaseException | None = None) -> None:
-    """Destroy all groups. Neighbours that wait on one of them fail at once, once the last reference to it is
-    gone: so whoever calls this drops its engine and transport first, and gives the error that it leaves with, whose
-    frames, and those of its causes, hold them too, and are dropped."""
+    """Destroy all process groups, so that processes that wait for this one fail at once.
+
+    They do only when the last reference to a group is gone. So drop the engine and its transport before the call, and
+    pass the error that this process leaves with: its frames and those of its causes refer to groups, and are cleared.
+    """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None  # a frame that is cleared still knows its closure
+        error.__traceback__ = None  # a cleared frame still refers to its closure
         error = error.__cause__ or error.__context__
     if dist.is_initialized():
         dist.destroy_process_group()
-    while gc.collect():  # what C++ holds (autograd's graph the hooks of fsdp, say) is found once that is gone
+    while (
+        gc.collect()
+    ):  # again: what C++ held (autograd's graph holds fsdp's hooks) can only be found once that is gone
         pass
 
 
 class WorkerTransport:
-    """The connections of the one actor of a replica without a pipeline: the group of the train workers."""
+    """The connections of a replica's only actor, which lives in its train worker: the default group of the train
+    workers, and `control`, a group of the same over Gloo (None if there is one replica), for the commit."""
 
     def __init__(self, plan: Plan, control: dist.ProcessGroup | None) -> None:
         several = plan.data > 1
@@ -159,10 +168,10 @@ class WorkerTransport:
         self._everyone = ProcessCollective(control) if control is not None else None
 
     def link_to(self, actor: int) -> Any:
-        raise AssertionError("one actor sends to nobody")
+        raise AssertionError("a replica's only actor has no link")
 
     def link_from(self, actor: int) -> Any:
-        raise AssertionError("one actor receives from nobody")
+        raise AssertionError("a replica's only actor has no link")
 
     def same_stage(self, stage: int) -> Collective | None:
         return self._stage

@@ -274,7 +274,7 @@ ROWS = torch.zeros(2, 4)
 @pytest.mark.parametrize(
     ("build", "stages", "split", "example", "message"),
     [
-        (boxed, 2, ["2"], ROWS, r"a value of type Box cannot cross a stage border, needed tensors .*: choose `split`"),
+        (boxed, 2, ["2"], ROWS, r"a value of type Box cannot cross a stage border; needed tensors .*: choose `split`"),
         (norm_called_twice, 2, ["1"], ROWS, r"'0.running_mean' is used by stages \[0, 1\]"),
         (CNN, 5, None, IMAGES, r"the plan has 5 stages, but CNN has only 4 modules"),
         (CNN, 2, ["conv3"], IMAGES, r"the model has no module 'conv3'; did you mean 'conv2' or 'conv1'\?"),

@@ -1,4 +1,4 @@
-"""What a message looks like: a header ahead of the first of its form, then tensors alone, matched by order."""
+"""What a message looks like: a header before the first of its key, then tensors alone, matched by order."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def gradients(microbatch: int) -> Message:
     return Message(0, "B", microbatch, 1)
 
 
-def test_a_header_goes_ahead_of_the_first_message_of_a_key_alone() -> None:
+def test_one_header_for_each_key() -> None:
     channel = Channel()
     for number in range(3):
         channel.outbox.send(activations(number), [torch.full((2, 3), float(number))], key="a")
@@ -55,12 +55,12 @@ def test_a_header_goes_ahead_of_the_first_message_of_a_key_alone() -> None:
         channel.inbox.post(activations(number), key="a")
     assert channel.log == [], "nothing can be posted before the header is there"
     for number in range(3):
-        (found,) = drive(channel.inbox.take(activations(number)))
-        assert torch.equal(found, torch.full((2, 3), float(number)))
+        (tensor,) = drive(channel.inbox.take(activations(number)))
+        assert torch.equal(tensor, torch.full((2, 3), float(number)))
     assert channel.log == ["receive_header", "receive_header", "receive", "receive", "receive"]
 
 
-def test_receives_of_a_known_key_are_posted_at_once() -> None:
+def test_known_keys_are_posted_at_once() -> None:
     channel = Channel()
     channel.outbox.send(activations(0), [torch.zeros(2)], key="a")
     channel.inbox.post(activations(0), key="a")
@@ -71,7 +71,7 @@ def test_receives_of_a_known_key_are_posted_at_once() -> None:
     assert channel.log == ["receive", "receive"]
 
 
-def test_what_is_behind_an_unknown_key_waits_for_its_header() -> None:
+def test_later_messages_wait_for_a_header() -> None:
     """A receive that is posted too early would take the tensor of the message before it."""
     channel = Channel()
     channel.outbox.send(activations(0), [torch.ones(2)], key="a")
@@ -79,11 +79,11 @@ def test_what_is_behind_an_unknown_key_waits_for_its_header() -> None:
     channel.outbox.send(activations(2), [torch.ones(2) * 2], key="a")
     for number, key in enumerate("aba"):
         channel.inbox.post(activations(number), key)
-    found = [drive(channel.inbox.take(activations(number)))[0].tolist() for number in range(3)]
-    assert found == [[1.0] * 2, [1.0] * 5, [2.0] * 2]
+    received = [drive(channel.inbox.take(activations(number)))[0].tolist() for number in range(3)]
+    assert received == [[1.0] * 2, [1.0] * 5, [2.0] * 2]
 
 
-def test_a_message_carries_any_tree_of_tensors_and_plain_values() -> None:
+def test_a_message_carries_any_tree() -> None:
     channel = Channel()
     values = [
         {"x": torch.randn(2, 3), "n": 4, "none": None},
@@ -93,14 +93,14 @@ def test_a_message_carries_any_tree_of_tensors_and_plain_values() -> None:
     ]
     channel.outbox.send(activations(0), values, key="a")
     channel.inbox.post(activations(0), key="a")
-    found = drive(channel.inbox.take(activations(0)))
-    assert torch.equal(found[0]["x"], values[0]["x"])  # type: ignore[index]
-    assert (found[0]["n"], found[0]["none"]) == (4, None)
-    assert found[1][0].tolist() == [0, 1, 2]
-    assert isinstance(found[1], tuple)
-    assert found[1][1][0].dtype == torch.bool
-    assert found[1][1][1:] == [2.5, "name"]
-    assert found[2:] == [torch.Size([1, 2]), torch.float16]
+    received = drive(channel.inbox.take(activations(0)))
+    assert torch.equal(received[0]["x"], values[0]["x"])  # type: ignore[index]
+    assert (received[0]["n"], received[0]["none"]) == (4, None)
+    assert received[1][0].tolist() == [0, 1, 2]
+    assert isinstance(received[1], tuple)
+    assert received[1][1][0].dtype == torch.bool
+    assert received[1][1][1:] == [2.5, "name"]
+    assert received[2:] == [torch.Size([1, 2]), torch.float16]
 
 
 @pytest.mark.parametrize(
@@ -111,24 +111,25 @@ def test_every_dtype_arrives_as_it_was(dtype: torch.dtype) -> None:
     tensor = torch.tensor([[0, 1], [1, 1]]).to(dtype)
     channel.outbox.send(activations(0), [tensor.t()], key="a")  # not contiguous
     channel.inbox.post(activations(0), key="a")
-    (found,) = drive(channel.inbox.take(activations(0)))
-    assert found.dtype == dtype
-    assert torch.equal(found, tensor.t())
+    (received,) = drive(channel.inbox.take(activations(0)))
+    assert received.dtype == dtype
+    assert torch.equal(received, tensor.t())
 
 
-def test_whether_a_gradient_is_due_travels_with_the_header() -> None:
+def test_the_header_tells_which_gradients_return() -> None:
     channel = Channel()
     for number in range(2):
         values = [torch.ones(2, requires_grad=True), torch.ones(2), torch.arange(2)]
         channel.outbox.send(activations(number), values, key="a")
         channel.inbox.post(activations(number), key="a")
     for number in range(2):
-        found = drive(channel.inbox.take(activations(number)))
-        assert [tensor.requires_grad for tensor in found] == [True, False, False]
-        assert found[0].is_leaf
+        received = drive(channel.inbox.take(activations(number)))
+        assert [tensor.requires_grad for tensor in received] == [True, False, False]
+        assert received[0].is_leaf
 
 
-def test_gradients_are_formed_like_the_tensors_that_want_one_and_need_no_header() -> None:
+def test_gradients_need_no_header() -> None:
+    """They have the shapes of the tensors that require one."""
     there, back = Channel(), Channel()
     values = [torch.ones(2, 3, requires_grad=True), torch.arange(4), {"y": torch.ones(5, requires_grad=True)}]
     layout = there.outbox.send(activations(0), values, key="a")
@@ -143,17 +144,18 @@ def test_gradients_are_formed_like_the_tensors_that_want_one_and_need_no_header(
     assert not first.requires_grad
 
 
-def test_the_layout_is_told_for_the_first_message_of_a_key_alone() -> None:
+def test_send_returns_a_new_layout_once() -> None:
     channel = Channel()
     assert channel.outbox.send(activations(0), [torch.ones(2)], key="a") is not None
     assert channel.outbox.send(activations(1), [torch.ones(2)], key="a") is None
 
 
-def test_a_gradient_whose_form_nobody_told_is_an_error_and_not_a_hang() -> None:
+def test_a_gradient_of_unknown_layout_is_refused() -> None:
+    """An error, not a hang."""
     channel = Channel()
     channel.inbox.post(gradients(0), key="of a")
     channel.inbox.post(activations(0), key="a")
-    with pytest.raises(AssertionError, match=r"0F0▶1 waits behind the gradient 0B0▶1, whose layout nobody told"):
+    with pytest.raises(AssertionError, match=r"0F0▶1 waits for the gradient 0B0▶1, whose layout is unknown"):
         drive(channel.inbox.take(activations(0)))
 
 
@@ -169,7 +171,7 @@ def test_a_gradient_whose_form_nobody_told_is_an_error_and_not_a_hang() -> None:
     ],
     ids=["shape", "dtype", "gradient", "number", "structure", "no-tensor"],
 )
-def test_a_message_of_another_form_than_the_header_says_is_refused(changed: Any) -> None:
+def test_a_changed_layout_is_refused(changed: Any) -> None:
     channel = Channel()
     channel.outbox.send(activations(0), [torch.ones(2)], key="a")
     with pytest.raises(ModelError, match=r"stage 0 made values of another form for micro-batch 1 .*choose `split`"):
@@ -177,12 +179,12 @@ def test_a_message_of_another_form_than_the_header_says_is_refused(changed: Any)
     assert channel.log == ["send_header", "send_header", "send"], "nothing of it was sent"
 
 
-def test_what_is_sent_is_kept_until_it_is_released() -> None:
+def test_sent_tensors_are_held_until_released() -> None:
     channel = Channel()
     channel.outbox.send(activations(0), [torch.ones(2)], key="a")
-    ((*headers, (_, kept)),) = channel.outbox.under_way.values()
+    ((*headers, (_, sent)),) = channel.outbox.under_way.values()
     assert len(headers) == 2
-    assert kept.tolist() == [1.0, 1.0]
+    assert sent.tolist() == [1.0, 1.0]
     drive(channel.outbox.release(activations(0)))
     assert not channel.outbox.under_way
 
@@ -197,7 +199,7 @@ def test_plain_values_can_cross_a_border(leaf: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("leaf", "what"),
+    ("leaf", "name"),
     [
         (torch.eye(2).to_sparse(), "sparse"),
         (object(), "a value of type object"),
@@ -205,6 +207,6 @@ def test_plain_values_can_cross_a_border(leaf: Any) -> None:
         (print, "a value of type builtin_function_or_method"),
     ],
 )
-def test_other_values_are_refused_with_what_to_change(leaf: Any, what: str) -> None:
-    with pytest.raises(SplitError, match=rf"{what}.*cannot cross a stage border.*choose `split`"):
+def test_other_values_are_refused(leaf: Any, name: str) -> None:
+    with pytest.raises(SplitError, match=rf"{name}.*cannot cross a stage border.*choose `split`"):
         check_can_cross(leaf)

@@ -32,7 +32,7 @@ def waits_for(*works: Any, result: Any = None) -> Generator[Any, None, Any]:
 
 
 @pytest.mark.parametrize("posted_first", [True, False])
-def test_messages_arrive_in_the_order_in_which_they_were_sent(posted_first: bool) -> None:
+def test_messages_arrive_in_order(posted_first: bool) -> None:
     link = MemoryLink()
     sent = [torch.tensor([float(number)]) for number in range(3)]
     received = [torch.zeros(1) for _ in range(3)]
@@ -47,7 +47,7 @@ def test_messages_arrive_in_the_order_in_which_they_were_sent(posted_first: bool
     assert [tensor.item() for tensor in received] == [0.0, 1.0, 2.0]
 
 
-def test_what_is_received_is_a_copy() -> None:
+def test_the_receiver_gets_a_copy() -> None:
     link = MemoryLink()
     sent, received = torch.ones(2), torch.zeros(2)
     link.send(sent)
@@ -56,7 +56,7 @@ def test_what_is_received_is_a_copy() -> None:
     assert received.tolist() == [1.0, 1.0]
 
 
-def test_headers_do_not_wait_behind_data() -> None:
+def test_headers_do_not_wait_for_data() -> None:
     link = MemoryLink()
     link.send(torch.ones(5))
     link.send_header(torch.tensor([7]))
@@ -68,7 +68,7 @@ def test_headers_do_not_wait_behind_data() -> None:
 # ---------------------------------------------------------------- sums
 
 
-def test_a_sum_is_added_in_the_order_of_its_members_whoever_comes_first() -> None:
+def test_sums_are_added_in_member_order() -> None:
     """Additions in float32 depend on their order: 2²⁴ + 1 + 1 is 2²⁴ from the left and 2²⁴ + 2 from the right."""
     values = [2.0**24, 1.0, 1.0]
     for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
@@ -79,7 +79,8 @@ def test_a_sum_is_added_in_the_order_of_its_members_whoever_comes_first() -> Non
         assert [tensor.item() for tensor in tensors] == [2.0**24] * 3
 
 
-def test_a_sum_waits_for_its_last_member_and_rounds_do_not_mix() -> None:
+def test_rounds_of_a_sum_do_not_mix() -> None:
+    """A sum waits for its last member, also where others are already at the next one."""
     whole = MemorySum(2)
     first, second, other = torch.tensor([1.0]), torch.tensor([10.0]), torch.tensor([2.0])
     works = [whole.add(0, first), whole.add(0, second)]
@@ -89,7 +90,8 @@ def test_a_sum_waits_for_its_last_member_and_rounds_do_not_mix() -> None:
     assert (first.item(), second.item(), other.item()) == (3.0, 10.0, 3.0)
 
 
-def test_a_world_connects_the_stages_of_all_replicas_and_everybody_for_the_commit() -> None:
+def test_a_world_connects_all_engines() -> None:
+    """Neighbours in a replica, a stage in all replicas, and all of them for the commit."""
     world = MemoryWorld(Plan(data=2, pipeline=2))
     one, other = world.transport(0, 1), world.transport(1, 1)
     mine, yours = one.same_stage(1), other.same_stage(1)
@@ -103,7 +105,7 @@ def test_a_world_connects_the_stages_of_all_replicas_and_everybody_for_the_commi
     assert world.transport(0, 0).link_to(1) is not world.transport(1, 0).link_to(1)
 
 
-def test_who_is_alone_has_nobody_to_add_up_with() -> None:
+def test_a_single_engine_has_no_collective() -> None:
     alone = MemoryWorld(Plan()).transport(0, 0)
     assert alone.same_stage(0) is None
     assert alone.everyone() is None
@@ -112,7 +114,7 @@ def test_who_is_alone_has_nobody_to_add_up_with() -> None:
 # ---------------------------------------------------------------- taking turns
 
 
-def test_each_engine_goes_as_far_as_it_can_and_returns_its_result() -> None:
+def test_engines_run_until_they_must_wait() -> None:
     link = MemoryLink()
     noted: list[str] = []
 
@@ -133,12 +135,13 @@ def test_each_engine_goes_as_far_as_it_can_and_returns_its_result() -> None:
     assert noted == ["receiver begins", "sender begins", "sender ends", "receiver ends"]
 
 
-def test_engines_that_wait_for_each_other_are_a_deadlock_and_not_a_hang() -> None:
+def test_a_deadlock_is_an_error() -> None:
+    """Engines that wait for each other do not hang."""
     with pytest.raises(AssertionError, match=r"deadlock: the engines \[0, 2\] wait for each other"):
         take_turns([waits_for(Never()), waits_for(Done()), waits_for(Never())])
 
 
-def test_an_error_of_one_engine_ends_all_of_them() -> None:
+def test_an_error_ends_all_engines() -> None:
     closed: list[int] = []
 
     def waiting(index: int) -> Generator[Any, None, None]:
@@ -159,7 +162,8 @@ def test_an_error_of_one_engine_ends_all_of_them() -> None:
 # ---------------------------------------------------------------- driving one engine
 
 
-def test_an_engine_in_a_process_of_its_own_is_driven_to_its_end_with_blocking_waits() -> None:
+def test_drive_blocks_in_each_wait() -> None:
+    """`ready` is not asked: only links in memory can tell."""
     waited: list[str] = []
 
     class Blocking:
@@ -173,7 +177,7 @@ def test_an_engine_in_a_process_of_its_own_is_driven_to_its_end_with_blocking_wa
     assert waited == ["waited", "waited"]
 
 
-def test_a_wait_that_fails_is_raised_where_the_engine_waited() -> None:
+def test_a_failed_wait_raises_inside_the_engine() -> None:
     class Fails:
         def ready(self) -> bool:
             return True

@@ -30,7 +30,7 @@ def plan_of(schedule: str, microbatches: int = 4) -> Plan:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_both_directions_of_a_pair_on_one_group_deadlock(schedule: str, seed: int) -> None:
+def test_one_group_for_both_directions_deadlocks(schedule: str, seed: int) -> None:
     """The trap: NCCL runs the operations of a group one after the other, whatever their direction. Actor 0 has sent
     the next activations before it posts the receive for what comes back, and actor 1 the other way round."""
     with pytest.raises(DeadlockError):
@@ -40,9 +40,8 @@ def test_both_directions_of_a_pair_on_one_group_deadlock(schedule: str, seed: in
 @pytest.mark.parametrize("microbatches", [1, 4, 16])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_a_group_for_each_direction_gives_the_same_bits_in_every_order(
-    schedule: str, seed: int, microbatches: int
-) -> None:
+def test_results_are_the_same_in_every_order(schedule: str, seed: int, microbatches: int) -> None:
+    """With a group for each direction, whichever legal order NCCL runs operations in."""
     plan = plan_of(schedule, microbatches)
     world = NcclWorld(plan, seed)
     engines, losses = there_and_back(world, microbatches)
@@ -52,7 +51,7 @@ def test_a_group_for_each_direction_gives_the_same_bits_in_every_order(
     assert world.is_empty()
 
 
-def test_a_send_completes_only_when_its_receive_is_posted() -> None:
+def test_a_send_waits_for_its_receive() -> None:
     group = InOrderGroup(0, 1)
     sent, received = torch.ones(2), torch.zeros(2)
     send = group.issue(0, "send", sent)
@@ -65,7 +64,7 @@ def test_a_send_completes_only_when_its_receive_is_posted() -> None:
     assert torch.equal(received, torch.ones(2))
 
 
-def test_a_tensor_that_changes_before_it_is_received_arrives_changed() -> None:
+def test_a_tensor_changed_too_early_arrives_changed() -> None:
     group = InOrderGroup(0, 1)
     sent, received = torch.ones(2), torch.zeros(2)
     group.issue(0, "send", sent)
@@ -75,7 +74,7 @@ def test_a_tensor_that_changes_before_it_is_received_arrives_changed() -> None:
     assert received.tolist() == [7.0, 7.0]
 
 
-def test_a_tensor_that_is_freed_before_it_is_received_is_an_error() -> None:
+def test_a_tensor_freed_too_early_is_an_error() -> None:
     group = InOrderGroup(0, 1)
     sent, received = torch.ones(2), torch.zeros(2)
     group.issue(0, "send", sent)
@@ -85,14 +84,14 @@ def test_a_tensor_that_is_freed_before_it_is_received_is_an_error() -> None:
         group.run()
 
 
-def test_a_receive_buffer_holds_nan_until_something_arrives() -> None:
+def test_a_posted_buffer_holds_nan() -> None:
     world = NcclWorld(Plan(pipeline=2))
     buffer = torch.zeros(2)
     world.links[0, 0, 1].receive(buffer)
     assert buffer.isnan().all()
 
 
-def test_a_message_of_another_shape_than_the_posted_one_is_an_error() -> None:
+def test_another_shape_than_posted_is_an_error() -> None:
     group = InOrderGroup(0, 1)
     sent, received = torch.ones(2), torch.zeros(3)
     group.issue(0, "send", sent)
