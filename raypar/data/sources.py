@@ -253,12 +253,12 @@ def check_datasets(datasets: Mapping[str, Any] | None) -> None:
 
 def open_source(dataset: Any, reading: Reading, tables: dict[Any, RowGroups]) -> Source:
     """A data set as a loop reads it. Raises UsageError for arguments that its kind does not take, and DataError."""
-    kind, found = _kind_of(reading.caller, dataset), type(dataset).__name__
+    kind, type_name = _kind_of(reading.caller, dataset), type(dataset).__name__
     for argument in ("columns", "window"):
         if getattr(reading, argument) is not None and not kind.has_columns:
-            raise UsageError(f"{reading.called_with(argument)}: it is for Parquet, found a {found}")
+            raise UsageError(f"{reading.called_with(argument)}: it is for Parquet, found a {type_name}")
     if reading.shuffle and not kind.shuffles:
         raise UsageError(
-            f"{reading.called_with('shuffle')}: found a {found}, whose order is its own; needed shuffle=False"
+            f"{reading.called_with('shuffle')}: found a {type_name}, whose order is its own; needed shuffle=False"
         )
     return kind.open(dataset, reading, tables)

@@ -1,4 +1,4 @@
-"""The bubble: the share of time in which actors do not compute, from what each of them measured."""
+"""The bubble: the share of time in which actors do not compute, from the times that each of them measured."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from raypar.planning.simulate import simulate
 class Timing:
     """Sums over the training steps since the last `Clock.read`. Seconds.
 
-    forward, backward: of each stage, all its passes together, recomputing among the backward ones, and both parts of
-                       those that the schedule splits; `passes` counts the forward ones.
+    forward, backward: per stage, all its passes together; recomputing counts as backward, and so do both parts of a
+                       split backward pass. `passes` is the number of forward passes.
     span:              from the start of each step to the actor's last pass in it.
-    weight:            of each stage whose backward passes are split, the mean of the parts for the weights.
+    weight:            per stage whose backward passes are split, the mean time of the parts for the weights.
     """
 
     forward: dict[int, float]
@@ -37,9 +37,9 @@ class Bubble:
     """The share of the actors' time within steps in which they do not compute, from 0 to 1.
 
     measured:  over the steps since the last call.
-    simulated: what the schedule leaves with the measured time of each stage, when messages take no time; None where
-               actors share cores, with the reason in `note`: the times of the stages then hold each other's.
-    forward, backward: milliseconds of each stage for one micro-batch; backward with both parts where it is split.
+    simulated: that of the schedule with the measured time of each stage, if messages take no time; None if actors share
+               cores, with the reason in `note`: the time of a stage then includes that of others.
+    forward, backward: milliseconds per stage for one micro-batch; backward with both parts if it is split.
     """
 
     measured: float
@@ -50,8 +50,8 @@ class Bubble:
 
 
 def bubble_of(plan: Plan, timings: Sequence[Timing], actors: Sequence[ActorInfo]) -> Bubble | None:
-    """The bubble of all replicas' actors, from their timings and descriptions; None before any step, and where
-    actors take turns in one process, which leaves nothing to measure."""
+    """The bubble of all replicas' actors, from their timings and descriptions; None before the first step, and if
+    actors take turns in one process, where there is nothing to measure."""
     if len({(actor.node_id, actor.pid) for actor in actors}) < len(actors):
         return None
     stages = range(len(plan.actor_of_stage))
@@ -61,7 +61,7 @@ def bubble_of(plan: Plan, timings: Sequence[Timing], actors: Sequence[ActorInfo]
     forward = [sum(t.forward.get(s, 0.0) for t in timings) / passes[s] for s in stages]
     backward = [sum(t.backward.get(s, 0.0) for t in timings) / passes[s] for s in stages]
     split = [[t.weight[s] for t in timings if s in t.weight] for s in stages]
-    weight = [sum(found) / len(found) if found else 0.0 for found in split]
+    weight = [sum(times) / len(times) if times else 0.0 for times in split]
     longest = max(t.span for t in timings)
     measured = 1.0 - sum(t.busy for t in timings) / (longest * len(timings))
     note = _crowded(actors)
@@ -70,7 +70,7 @@ def bubble_of(plan: Plan, timings: Sequence[Timing], actors: Sequence[ActorInfo]
 
 
 def _crowded(actors: Sequence[ActorInfo]) -> str | None:
-    """Why the actors' times cannot be taken for times of their own; None where each has a core or a GPU."""
+    """Why the actors' times include those of others; None if each actor has its own core or GPU."""
     on_cpu = Counter(actor.node_id for actor in actors if actor.device == "cpu")
     for actor in actors:
         count = on_cpu[actor.node_id]

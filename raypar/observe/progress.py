@@ -1,4 +1,4 @@
-"""How far a run is, for the person who waits: a live bar in a terminal, plain lines in a log.
+"""How far a run is, for the person who waits for it: a live bar in a terminal, plain lines in a log.
 
 epoch 2/5 ━━━━━━━━━━━━╸━━━━━━━ 14/23 step 37 loss 0.412 893 samples/s
 """
@@ -17,7 +17,7 @@ from raypar.planning.plan import Plan
 
 
 class ProgressDisplay:
-    """Shows the newest of the reports it is given; a context manager, so that the terminal is always restored.
+    """Shows the newest report; a context manager, so that the terminal is always restored.
 
     A report is a dict of "epoch", "epochs", "step", "done" (batches of this epoch that are done), "total"
     (batches in this epoch), "loss" and "samples_per_s"; each may be None or missing.
@@ -31,7 +31,7 @@ class ProgressDisplay:
         self._last_time = -every_s
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """Print a line of its own, above the bar if there is one."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, report: Mapping[str, Any]) -> None:
@@ -42,8 +42,8 @@ class ProgressDisplay:
 
     def _draw(self, report: Mapping[str, Any]) -> None:
         if self._bar is None:
-            # The bar appears with the first report, so that what starts up before it prints undisturbed. It
-            # also redirects stdout, so that lines from train loops scroll by above it.
+            # The bar appears with the first report, so that what is printed during start-up is undisturbed. It also
+            # redirects stdout, so that lines from train loops scroll by above it.
             self._bar = Progress(
                 TextColumn("{task.fields[epoch]}"),
                 BarColumn(),
@@ -63,7 +63,7 @@ class ProgressDisplay:
 
     def _write(self, report: Mapping[str, Any]) -> None:
         if self._unwritten and self._unwritten.get("epoch") != report.get("epoch"):
-            self._flush()  # how the epoch before ended, as far as it was reported
+            self._flush()  # the last report of the previous epoch
         self._unwritten = report
         if time.monotonic() - self._last_time >= self._every_s:
             self._flush()
@@ -100,7 +100,7 @@ def epoch_text(report: Mapping[str, Any]) -> str:
 
 
 def rest_text(report: Mapping[str, Any]) -> str:
-    """ "14/23 step 37 loss 0.412 893 samples/s", as far as it is known."""
+    """ "14/23 step 37 loss 0.412 893 samples/s", as far as they are known."""
     parts = []
     done, total = report.get("done"), report.get("total")
     if done is not None:

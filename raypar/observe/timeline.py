@@ -1,8 +1,8 @@
 """What each actor did when: as a trace for Perfetto or chrome://tracing, and as a Gantt chart.
 
-replica 0, actor 0  │0F0│0F1│…wait…│0B0│0F2│        measured: one step, a box an action
+replica 0, actor 0  │0F0│0F1│…wait…│0B0│0F2│        measured: one step, one box per action
 replica 0, actor 1      │1F0│1B0   │1F1│
-ideal     actor 0   │0F0│0F1│     │0B0│0F2│         the schedule's own, with the mean times of the actions
+ideal     actor 0   │0F0│0F1│     │0B0│0F2│         the schedule itself, with the mean times of the actions
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Event(NamedTuple):
     """One thing that one actor did in one step.
 
     kind:       "F", "B", "I", "W" as in a schedule; "wait", "send", "reduce", "gather" or "commit".
-    microbatch: -1 where it belongs to none.
-    start, end: seconds since the epoch, by the clock of the actor's machine: those of two machines may differ by as
-                much as their clocks do (a millisecond or so under NTP).
+    microbatch: -1 if it belongs to none.
+    start, end: seconds since 1970 by the clock of the actor's machine; the clocks of two machines differ (by about a
+                millisecond under NTP).
     """
 
     replica: int
@@ -57,17 +57,17 @@ class Event(NamedTuple):
 
 
 def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
-    """The events in the format of chrome://tracing, which Perfetto opens: a process a replica, a thread an actor."""
+    """The events in the format of chrome://tracing, which Perfetto opens: replicas as processes, actors as threads."""
     origin = min((event.start for event in events), default=0.0)
-    found: list[dict[str, Any]] = []
+    trace: list[dict[str, Any]] = []
     for replica, actor in sorted({(event.replica, event.actor) for event in events}):
         for what, name in (("process_name", f"replica {replica}"), ("thread_name", f"actor {actor}")):
-            found.append({"ph": "M", "name": what, "pid": replica, "tid": actor, "args": {"name": name}})
+            trace.append({"ph": "M", "name": what, "pid": replica, "tid": actor, "args": {"name": name}})
     for event in events:
         arguments = {"step": event.step, "stage": event.stage}
         if event.microbatch >= 0:
             arguments["micro-batch"] = event.microbatch
-        found.append(
+        trace.append(
             {
                 "ph": "X",
                 "name": str(event),
@@ -79,12 +79,12 @@ def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
                 "args": arguments,
             }
         )
-    return {"traceEvents": found, "displayTimeUnit": "ms"}
+    return {"traceEvents": trace, "displayTimeUnit": "ms"}
 
 
 def newest_step(events: Sequence[Event]) -> int | None:
-    """The last step that all actors have recorded to its commit; where there is none, the last one that all of them
-    have begun, or None."""
+    """The last step that all actors have recorded up to its commit; if there is none, the last one that all of them
+    have started, or None."""
     actors = {(event.replica, event.actor) for event in events}
     for chosen in ([event for event in events if event.kind == "commit"], events):
         steps = [{e.step for e in chosen if (e.replica, e.actor) == actor} for actor in actors]
@@ -95,8 +95,8 @@ def newest_step(events: Sequence[Event]) -> int | None:
 
 
 def gantt(events: Sequence[Event], schedule: Schedule, title: str) -> str:
-    """The newest step as an SVG chart: a row an actor, and under it the schedule's ideal, each action taking the mean
-    of its measured times and messages none."""
+    """The newest step as an SVG chart: one row per actor, and below them the schedule's ideal, in which each action
+    takes the mean of its measured times and messages take no time."""
     actors = sorted({(event.replica, event.actor) for event in events})
     step = newest_step(events)
     if step is None:
@@ -124,8 +124,8 @@ def _ideal(shown: Sequence[Event], schedule: Schedule) -> list[Row]:
         times.setdefault((event.stage, event.kind), []).append(event.end - event.start)
 
     def duration(action: Action) -> float:
-        found = times.get((action.stage, action.kind), [0.0])
-        return sum(found) / len(found)
+        measured = times.get((action.stage, action.kind), [0.0])
+        return sum(measured) / len(measured)
 
     starts = start_times(schedule, duration)
     return [
@@ -149,7 +149,7 @@ def _bubbles(rows: Sequence[Row], ideal: Sequence[Row]) -> str:
 
 
 def _idle(rows: Sequence[Row]) -> float:
-    """The share of all actors' time, from the first pass of any to the last one, in which they do not compute."""
+    """The share of all actors' time, from the first to the last pass of any of them, in which they do not compute."""
     passes = [(start, end) for _, boxes in rows for event, start, end in boxes if event.is_compute]
     if not passes:
         return 0.0
@@ -187,21 +187,21 @@ def _svg(rows: Sequence[Row], ideal: Sequence[Row], title: str, length: float, n
 
 
 def _box(event: Event, x: float, width: float, y: float) -> str:
-    """A pass fills its row; what else an actor does is a thin line at its foot, so that bubbles stay visible."""
+    """A pass fills its row; everything else is a thin line at the bottom of the row, so that bubbles stay visible."""
     top, height = (y + 2, ROW - 4) if event.is_compute else (y + ROW - 7, 5)
     words = f"{event}, micro-batch {event.microbatch}" if event.kind == "wait" else str(event)
-    found = (
+    box = (
         f'<rect x="{x:.2f}" y="{top}" width="{max(width, 0.4):.2f}" height="{height}" fill="{COLOURS[event.kind]}">'
         f"<title>{escape(words)}</title></rect>"
     )
     label = str(event)
     if event.is_compute and width > 7 * len(label):
         middle = f'x="{x + width / 2:.2f}" y="{y + ROW * 0.67:.0f}"'
-        found += f'<text {middle} text-anchor="middle" font-size="11" fill="white">{label}</text>'
+        box += f'<text {middle} text-anchor="middle" font-size="11" fill="white">{label}</text>'
     elif event.is_compute and width > 7 * len(str(event.microbatch)):
         middle = f'x="{x + width / 2:.2f}" y="{y + ROW * 0.67:.0f}"'
-        found += f'<text {middle} text-anchor="middle" font-size="10" fill="white">{event.microbatch}</text>'
-    return found
+        box += f'<text {middle} text-anchor="middle" font-size="10" fill="white">{event.microbatch}</text>'
+    return box
 
 
 def _axis(length: float, scale: float, y: int) -> list[str]:
@@ -222,11 +222,11 @@ TRACE, CHART = "timeline.json", "timeline.svg"
 
 
 def write_timeline(storage: Storage, plan: Plan, events: Sequence[Event], *, in_turns: bool) -> None:
-    """Write both, over those of an earlier attempt; nothing where no step was recorded.
+    """Write trace and chart, replacing those of an earlier attempt; nothing if no step was recorded.
 
-    in_turns: the actors shared one thread, so that none ever computed beside another; the chart says so.
+    in_turns: the actors shared one thread, so that no two computed at the same time; the chart says so.
 
-    Raises CheckpointError where the storage cannot be written to.
+    Raises CheckpointError if the storage cannot be written to.
     """
     if not events:
         return

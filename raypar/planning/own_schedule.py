@@ -1,10 +1,10 @@
 """A user's own schedule: a table in a CSV file, or a function that makes one.
 
-    0F0,0F1,,0B0,0B1        one row an actor, one action a cell; the order counts, empty cells are for the eye
+    0F0,0F1,,0B0,0B1        one row per actor, one action per cell; only the order matters, empty cells align rows
     ,1F0,1B0,1F1,1B1
 
-Either becomes a Schedule that is checked as raypar's own ones are, when the plan is made: each action once and on
-the actor of its stage, no deadlock. The file is read then too, since the workers do not have it.
+Either becomes a Schedule that is checked when the plan is made: each action once, on the actor of its stage, and no
+deadlock. The file is read then too, since the workers do not have it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from raypar.planning.schedule import Action, Schedule
 
 Cells = Iterable[Iterable[Action | str | None]]
 OwnSchedule = Callable[[Sequence[int], int], Schedule | Cells]
-"""Given the actor of each stage and the number of micro-batches, the schedule: one row an actor of Actions, or of words
-as "2F0"; None and empty words are left out."""
+"""(the actor of each stage, number of micro-batches) -> a Schedule, or one row per actor of Actions or of words such as
+"2F0"; None and empty words are ignored."""
 
 
 @dataclass(frozen=True, repr=False)
 class Table:
-    """A schedule as rows, one an actor, for a fixed number of micro-batches. Called as any maker of schedules is."""
+    """A schedule as rows, one per actor, for a fixed number of micro-batches; called like any maker of schedules."""
 
     name: str
     rows: tuple[tuple[Action, ...], ...]
@@ -38,7 +38,7 @@ class Table:
         return max((action.microbatch for row in self.rows for action in row), default=-1) + 1
 
     def __call__(self, placement: Sequence[int], microbatches: int) -> Schedule:
-        """The schedule for at most as many micro-batches: the actions of those that are missing are left out."""
+        """The schedule for this many micro-batches or fewer: the actions of missing ones are left out."""
         if microbatches > self.microbatches:
             raise ScheduleError(f"the schedule {self.name!r} has {self.microbatches} micro-batches, not {microbatches}")
         rows = (tuple(action for action in row if action.microbatch < microbatches) for row in self.rows)
@@ -49,28 +49,28 @@ class Table:
 
 
 def read_csv(path: str | os.PathLike[str]) -> Table:
-    """The table in a CSV file, as `Schedule.to_csv` writes it; empty lines at its end are left out."""
+    """The table in a CSV file, as `Schedule.to_csv` writes it; empty lines at its end are ignored."""
     name = os.fspath(path)
     try:
         with open(name, newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ScheduleError(
-            f"Plan(schedule={name!r}) cannot be read: {error}; needed a CSV file, one row an actor, cells as 2F0."
+            f"Plan(schedule={name!r}) cannot be read: {error}; needed a CSV file, one row per actor, cells such as 2F0."
         ) from error
     while lines and not "".join(lines[-1]).strip():
         lines.pop()
     table = Table(name, _parsed(name, lines))
     if not table.microbatches:
         raise ScheduleError(
-            f"Plan(schedule={name!r}): the file holds no action; needed one row an actor, cells as 2F0."
+            f"Plan(schedule={name!r}): the file contains no action; needed one row per actor, cells such as 2F0."
         )
     return table
 
 
 def own_schedule(maker: OwnSchedule, placement: Sequence[int], microbatches: int) -> Schedule:
-    """What the user's table or function makes of a placement and a number of micro-batches, checked: as if every stage
-    used the one before it, which is at least as strict as the real model's graph."""
+    """The schedule that the user's table or function makes, checked as if every stage used the previous one, which is
+    at least as strict as the real model's graph."""
     name, placement = name_of(maker), tuple(placement)
     actors = max(placement) + 1
     if not microbatches:
@@ -102,23 +102,23 @@ def name_of(maker: OwnSchedule) -> str:
 def _parsed(name: str, rows: Any) -> tuple[tuple[Action, ...], ...]:
     if isinstance(rows, str) or not isinstance(rows, Iterable):
         raise ScheduleError(
-            f"the schedule {name!r}: found {rows!r}; needed a Schedule, or one row of actions an actor."
+            f"the schedule {name!r}: found {rows!r}; needed a Schedule, or one row of actions per actor."
         )
     return tuple(_parsed_row(f"the schedule {name!r}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _parsed_row(where: str, row: Any) -> tuple[Action, ...]:
+def _parsed_row(caller: str, row: Any) -> tuple[Action, ...]:
     if isinstance(row, str | Action) or not isinstance(row, Iterable):
-        raise ScheduleError(f"{where}: found {row!r}; needed a list of actions, as in ['2F0', '2B0'].")
-    found = []
+        raise ScheduleError(f"{caller}: found {row!r}; needed a list of actions, as in ['2F0', '2B0'].")
+    actions = []
     for number, cell in enumerate(row, 1):
         if isinstance(cell, Action):
-            cell = str(cell)  # which checks that it is one
+            cell = str(cell)  # which is then checked
         if cell is not None and not isinstance(cell, str):
-            raise ScheduleError(f"{where}, cell {number}: found {cell!r}; needed an action as '2F0', or None.")
+            raise ScheduleError(f"{caller}, cell {number}: found {cell!r}; needed an action such as '2F0', or None.")
         if cell is not None and cell.strip():
             try:
-                found.append(Action.parse(cell))
+                actions.append(Action.parse(cell))
             except ScheduleError as error:
-                raise ScheduleError(f"{where}, cell {number}: {error}") from None
-    return tuple(found)
+                raise ScheduleError(f"{caller}, cell {number}: {error}") from None
+    return tuple(actions)

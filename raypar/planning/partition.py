@@ -1,4 +1,4 @@
-"""Where to cut a row of modules into stages of balanced cost."""
+"""Where to split a sequence of modules into stages of balanced cost."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from itertools import accumulate
 
 
 def balanced_cuts(costs: Sequence[float], placement: Sequence[int]) -> list[int]:
-    """The index at which each stage begins, so that the slowest stage is as fast as it can be.
+    """The index at which each stage begins, such that the slowest stage is as fast as possible.
 
-    costs:     of each module, in the order in which they run; any unit.
-    placement: the actor of each stage. Stages that share an actor share its time, so each of them counts
-               as many times as its actor has stages.
+    costs:     the cost of each module, in the order in which they run, in any unit.
+    placement: the actor of each stage. Stages on the same actor share its time, so each of them is weighted by the
+               number of stages of its actor.
 
-    Every stage gets at least one module: `len(costs) >= len(placement)` is the caller's to check. The
-    classic linear partition: best[s][i] is the least possible cost of the worst of the first s stages
-    over the first i modules. Between equal cuts the later one wins, which keeps early stages, whose
-    activations live longest, no smaller than needed.
+    Every stage gets at least one module; the caller must check that `len(costs) >= len(placement)`. This is the classic
+    linear partition: best[s][i] is the least possible cost of the slowest of the first s stages over the first i
+    modules. Of equal splits the one whose stages begin later is taken, which leaves early stages, whose activations
+    live longest, no smaller than needed.
     """
     stages, modules = len(placement), len(costs)
     assert modules >= stages > 0

@@ -38,47 +38,50 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 class Plan:
     """How a model is trained on many processes. Frozen, keyword only, checked when made.
 
-    data:         replicas of the model; each trains on its share of every global batch. Default 1.
-    pipeline:     stage actors a replica, one GPU each. 1 (the default) keeps the whole model in the
-                  train worker, as plain data parallel does.
-    microbatches: parts into which a replica's share of a batch is cut. With a pipeline, more of them
-                  mean a smaller bubble; without one they accumulate gradients. Default None: 1 without
-                  a pipeline, else 4 times `pipeline`, or what a table given as `schedule` has.
-    schedule:     the order in which the actors compute. With one stage an actor: "1f1b" (one forward, one backward:
-                  fewest activations kept), the default; "gpipe" (all forward passes, then all backward ones);
-                  "zb-h1" (as 1f1b, with backward passes cut in two: a third of the bubble). With several:
-                  "interleaved" (placement [0, 1, 0, 1], say) and "zbv" (a V, [0, 1, 1, 0]: the smallest bubble).
-                  raypar.planning.schedules draws them and names their papers. Or one of your own, checked when the
-                  plan is made: a CSV file ("my.csv" or a path), one row an actor, cells as 2F0 (see Action; empty
-                  ones are ignored), which fixes the number of micro-batches; or a function of the actor of each
-                  stage and the number of micro-batches that returns a Schedule, or such rows.
-    placement:    placement[i] is the actor that holds stage i, so there are len(placement) stages.
-                  (0, 1, 0) puts stages 0 and 2 on one GPU. Default None: stage i on actor i.
-    recompute:    which micro-batches keep no activations between their forward and backward pass but run the
-                  forward pass again: less memory for about a third more compute. "never" (the default),
-                  "always", or "except_last": all but the last one of each stage, whose backward pass often
-                  follows at once (the checkpoint modes of torchgpipe).
-    precision:    "fp32" (the default: as the model is written), "bf16" (autocast to bfloat16) or "fp16" (autocast
-                  to float16, with a loss scale that all stages and replicas share). Weights, their gradients and
-                  the optimizer's state keep their own type.
-    compile:      whether each stage's module goes through torch.compile. Default False.
-    data_strategy: how the replicas stay one model. All weigh a replica by the rows (or tokens) that it trained on.
-                  "ddp" (the default): gradients are summed over the replicas once a step, and all take the same step.
-                  "fsdp": the same steps, but at rest each replica keeps only its part of the parameters, gradients and
-                  optimizer state; they are made whole once a step (fully_shard of torch). Then all replicas must call
-                  eval_step, predict and state_dict alike. In local mode replicas share a process: there it is "ddp".
-                  "local_sgd": each replica takes steps of its own, by its own gradient and that one's norm, and the
-                  parameters are averaged every `sync_every` steps (Stich 2019, https://arxiv.org/abs/1805.09767); with
-                  parallelize(outer_optimizer=…) as in DiLoCo. In between, eval_step, predict and state_dict use the
-                  weights of their own replica. Buffers, and what the optimizer keeps, are never averaged.
-                  "scatter": one process that owns several GPUs cuts each micro-batch over them (torch.nn.DataParallel):
-                  data=1, pipeline=1, and as many GPUs as ScalingConfig(resources_per_worker=…) gives a worker. With
-                  one GPU, or on a CPU, it is the plain module.
-    sync_every:   with "local_sgd" only: steps of the run from one average to the next (those whose number it
-                  divides), default 20; or "epoch": behind the step on the last batch of a loop over raypar.batches. A
-                  loop that is left before its last batch brings no average.
+    data:         the number of replicas of the model; each trains on its share of every global batch. Default 1.
+    pipeline:     the number of stage actors per replica, one GPU each. 1 (the default) keeps the whole model in the
+                  train worker, as in plain data parallelism.
+    microbatches: into how many micro-batches a replica's share of a batch is split. With a pipeline, more of them mean
+                  a smaller bubble; without one they accumulate gradients. Default None: 1 without a pipeline, else 4
+                  times `pipeline`, or as many as a table given as `schedule` has. `microbatch_count` is the number.
+    schedule:     the order in which the actors compute. With one stage per actor: "1f1b" (one forward, one backward:
+                  keeps the fewest activations), the default; "gpipe" (all forward passes, then all backward passes);
+                  "zb-h1" (as 1f1b, with backward passes split in two: a third of the bubble). With several stages per
+                  actor: "interleaved" (placement [0, 1, 0, 1], say) and "zbv" (a V, [0, 1, 1, 0]: the smallest bubble).
+                  raypar.planning.schedules draws them and names their papers. Or your own, checked when the plan is
+                  made: a CSV file ("my.csv" or a path), one row per actor, cells such as 2F0 (see Action; empty ones
+                  are ignored), which fixes the number of micro-batches; or a function of the actor of each stage and
+                  the number of micro-batches that returns a Schedule, or such rows.
+    placement:    placement[i] is the actor that holds stage i, so there are len(placement) stages. (0, 1, 0) puts
+                  stages 0 and 2 on one GPU. Default None: stage i on actor i.
+    recompute:    activation checkpointing: which micro-batches keep no activations between their forward and backward
+                  pass and run the forward pass again, for less memory and about a third more compute. "never" (the
+                  default), "always", or "except_last": all but the last one of each stage, whose backward pass often
+                  follows immediately (the checkpoint modes of torchgpipe).
+    precision:    "fp32" (the default: as the model is written), "bf16" (autocast to bfloat16) or "fp16" (autocast to
+                  float16, with one loss scale for all stages and replicas). Weights, their gradients and the
+                  optimizer's state keep their own type.
+    compile:      whether each stage's module is compiled by torch.compile. Default False.
+    data_strategy: how the replicas stay one model. All strategies weight a replica by the rows (or tokens) that it
+                  trained on.
+                  - "ddp" (the default): gradients are summed over the replicas once per step, and all take the same step.
+                  - "fsdp": the same steps, but between steps each replica keeps only its shard of the parameters,
+                    gradients and optimizer state; they are gathered once per step (fully_shard of torch). All replicas
+                    must then call eval_step, predict and state_dict alike. In local mode replicas share a process, so
+                    there it is "ddp".
+                  - "local_sgd": each replica takes steps of its own, by its own gradient and the norm of that, and the
+                    parameters are averaged every `sync_every` steps (Stich 2019, https://arxiv.org/abs/1805.09767);
+                    with parallelize(outer_optimizer=…) as in DiLoCo. In between, eval_step, predict and state_dict use
+                    the weights of their own replica. Buffers and optimizer state are never averaged.
+                  - "scatter": one process that owns several GPUs splits each micro-batch over them
+                    (torch.nn.DataParallel): data=1, pipeline=1, and as many GPUs as
+                    ScalingConfig(resources_per_worker=…) gives a worker. With one GPU, or on a CPU, it is the plain
+                    module.
+    sync_every:   with "local_sgd" only: the number of steps of the run from one average to the next (after the steps
+                  whose number it divides), default 20; or "epoch": after the step on the last batch of a loop over
+                  raypar.batches. A loop that ends before its last batch brings no average.
 
-    Raises PlanError for a field that is unknown, out of range, or contradicts another one.
+    Raises PlanError for an argument that is unknown, out of range, or contradicts another one.
     """
 
     data: int = 1
@@ -127,17 +130,19 @@ class Plan:
         elif self.sync_every is not None:
             raise PlanError(
                 f"Plan(sync_every={self.sync_every!r}, data_strategy={self.data_strategy!r}): only replicas that train "
-                "apart are averaged; set data_strategy='local_sgd', or leave `sync_every` out."
+                "separately are averaged; set data_strategy='local_sgd', or leave `sync_every` out."
             )
 
     def _check_scatter(self) -> None:
-        found = {"data": self.data, "pipeline": self.pipeline, "stages": len(self.actor_of_stage)}
-        found = {name: number for name, number in found.items() if number > 1}
-        if found or self.compile:
-            has = ", ".join(f"{name}={number}" for name, number in found.items()) or "compile=True"
+        sizes = {"data": self.data, "pipeline": self.pipeline, "stages": len(self.actor_of_stage)}
+        problems = [f"{name}={number}" for name, number in sizes.items() if number > 1]
+        if self.compile and not problems:
+            problems = ["compile=True"]
+        if problems:
             raise PlanError(
-                f"Plan(data_strategy='scatter'): found {has}; one process cuts the rows over its devices, each with "
-                "the whole model: set data=1, pipeline=1, one stage and compile=False, or another data_strategy."
+                f"Plan(data_strategy='scatter'): found {', '.join(problems)}; one process splits the rows over its "
+                "devices, each with the whole model: set data=1, pipeline=1, one stage and compile=False, or another "
+                "data_strategy."
             )
 
     def _check_schedule(self) -> None:
@@ -156,7 +161,7 @@ class Plan:
             actors = tuple(placement)
         except TypeError:
             raise PlanError(
-                f"Plan(placement={placement!r}): placement must be a list of actor numbers, one a stage."
+                f"Plan(placement={placement!r}): placement must be a list of actor numbers, one per stage."
             ) from None
         for actor in actors:
             if not isinstance(actor, int) or isinstance(actor, bool) or not 0 <= actor < self.pipeline:
@@ -216,21 +221,21 @@ class Plan:
 
     @property
     def actor_of_stage(self) -> tuple[int, ...]:
-        """The actor of each stage, also where `placement` is None."""
+        """The actor of each stage, also if `placement` is None."""
         return self.placement if self.placement is not None else tuple(range(self.pipeline))
 
     @property
     def schedule_name(self) -> str:
-        """The schedule's name: that of the file or function, where it is the user's own."""
+        """The schedule's name: that of the file or function if it is the user's own."""
         return self.schedule if isinstance(self.schedule, str) else name_of(cast(OwnSchedule, self.schedule))
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them, the schedule by its name."""
+        """The fields as JSON can hold them: the schedule by its name, the number of micro-batches that counts."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**fields, "microbatches": self.microbatch_count, "schedule": self.schedule_name}
 
     def stages_of(self, actor: int) -> list[int]:
-        """The stages that an actor holds, in order."""
+        """The stages of an actor, in order."""
         return [stage for stage, holder in enumerate(self.actor_of_stage) if holder == actor]
 
 
@@ -242,30 +247,30 @@ def schedule_of(plan: Plan, microbatches: int | None = None) -> Schedule:
     return own_schedule(cast(OwnSchedule, plan.schedule), plan.actor_of_stage, count)
 
 
-def _read_schedule(given: Any) -> str | OwnSchedule:
-    """A name or a function as it is; of a file, what it holds."""
-    if isinstance(given, os.PathLike) or (isinstance(given, str) and given.lower().endswith(".csv")):
-        return read_csv(given)
-    if callable(given) and not isinstance(given, type):
-        return cast(OwnSchedule, given)
-    if given not in SCHEDULE_NAMES:
+def _read_schedule(schedule: Any) -> str | OwnSchedule:
+    """A name or a function as it is; a file as the table in it."""
+    if isinstance(schedule, os.PathLike) or (isinstance(schedule, str) and schedule.lower().endswith(".csv")):
+        return read_csv(schedule)
+    if callable(schedule) and not isinstance(schedule, type):
+        return cast(OwnSchedule, schedule)
+    if schedule not in SCHEDULE_NAMES:
         raise PlanError(
-            f"Plan(schedule={given!r}): unknown schedule; {near_names(str(given), SCHEDULE_NAMES)} (or a .csv file, or "
-            "a function that makes one)"
+            f"Plan(schedule={schedule!r}): unknown schedule; {near_names(str(schedule), SCHEDULE_NAMES)} (or a "
+            ".csv file, or a function that makes one)"
         )
-    return cast(str, given)
+    return cast(str, schedule)
 
 
 @worded_arguments(ConfigError)
 @dataclass(frozen=True, kw_only=True)
 class Timeouts:
-    """How long raypar waits before it calls something stuck. All in seconds.
+    """How long raypar waits before it considers something stuck, in seconds.
 
-    start: until the stage actors and train workers are placed and answer; on a cluster that scales by
-           itself this includes the start of new machines. Default 900.
-    peer:  for one message or reduction from another process: inside a step, and where replicas wait for each
-           other (report, sum). Longer than the slowest step, and than a checkpoint takes to be written, since a
-           peer may be busy that long before it sends. Default 600.
+    start: until the stage actors and train workers are placed and answer; on an autoscaling cluster this includes the
+           start of new machines. Default 900.
+    peer:  for one message or reduction from another process, inside a step and where replicas wait for each other
+           (report, sum). Must be longer than the slowest step and than writing a checkpoint, since a peer may be busy
+           that long before it sends. Default 600.
     stop:  for processes to end by themselves before they are killed. Default 10.
     """
 

@@ -1,10 +1,9 @@
 """Schedules as data: which actor computes what, in which order.
 
-A schedule lists compute only, one row an actor, in a notation that prints and parses back: `2F0` is the
-forward pass of stage 2 on micro-batch 0, `2B0` its backward pass. A backward pass may be cut in two: `2I0` computes
-the gradients of the stage's inputs, for which the stage before waits, and `2W0`, any time later, those of its
-weights. Sends and receives are added by `raypar.planning.program`. Drawn as clock ticks (`print(schedule)`), 1F1B with
-two stages:
+A schedule lists compute only, one row per actor, in a notation that can be printed and parsed: `2F0` is the forward
+pass of stage 2 on micro-batch 0, `2B0` its backward pass. A backward pass may be split in two: `2I0` computes the
+gradients of the stage's inputs, for which the previous stage waits, and `2W0`, at any later time, those of its weights.
+`raypar.planning.program` adds sends and receives. Drawn as clock ticks (`print(schedule)`), 1F1B with two stages:
 
     tick     0    1    2    3    4    5    6    7
     actor 0  0F0  0F1  .    0B0  0F2  0B1  .    0B2
@@ -28,8 +27,8 @@ from raypar.errors import ScheduleError
 class Action(NamedTuple):
     """One pass of one stage over one micro-batch.
 
-    kind: "F" forward; "B" backward; or in its place "I", backward for the inputs alone, and "W", backward for the
-    weights alone.
+    kind: "F" forward; "B" backward; or in place of "B" two actions, "I", backward for the inputs only, and "W",
+          backward for the weights only.
     """
 
     stage: int
@@ -42,12 +41,12 @@ class Action(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Action:
         """The action that `str(action)` wrote. Raises ScheduleError for anything else."""
-        found = re.fullmatch(r"(\d+)([FBIW])(\d+)", text.strip())
-        if found is None:
+        match = re.fullmatch(r"(\d+)([FBIW])(\d+)", text.strip())
+        if match is None:
             raise ScheduleError(
                 f"found the action {text!r}; needed stage, kind (F, B, I or W) and micro-batch, as in 2F0"
             )
-        return cls(int(found[1]), found[2], int(found[3]))
+        return cls(int(match[1]), match[2], int(match[3]))
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Schedule:
         return draw(self)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the table to a CSV file that `Plan(schedule=path)` reads: one row an actor, one clock tick a cell."""
+        """Write the table to a CSV file for `Plan(schedule=path)`: one row per actor, one cell per clock tick."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(_ticks(self))
 
@@ -77,13 +76,13 @@ class Schedule:
 
 
 def dependencies(action: Action, stages: int, two_part: Container[tuple[int, int]] = ()) -> list[Action]:
-    """The actions that must end before `action` starts.
+    """The actions that must end before `action` can start.
 
     two_part: (stage, micro-batch) of each backward pass that is split into I and W, as `Schedule.two_part` says; the
               stage before waits for the I alone.
 
-    Stages are numbered along the flow of data, so a chain of all stages is at least as strict as any
-    graph of them: what holds for the chain holds for skip edges too.
+    Stages are numbered in the direction of the data, so a chain of all stages is at least as strict as any graph of
+    them: what holds for the chain also holds with skip connections.
     """
     stage, kind, microbatch = action
     if kind == "F":
@@ -97,10 +96,10 @@ def dependencies(action: Action, stages: int, two_part: Container[tuple[int, int
 
 
 def start_times(schedule: Schedule, duration: Callable[[Action], float], message: float = 0.0) -> dict[Action, float]:
-    """When each action starts if every actor runs its row in order, each action as early as it can; what one actor
-    makes is there for another one a time of `message` later.
+    """When each action starts if every actor runs its row in order, each action as early as possible; a result reaches
+    another actor `message` later.
 
-    Raises ScheduleError when the rows wait for each other in a circle.
+    Raises ScheduleError if the rows wait for each other in a circle.
     """
     placement, stages = schedule.placement, len(schedule.placement)
     starts: dict[Action, float] = {}
@@ -116,8 +115,8 @@ def start_times(schedule: Schedule, duration: Callable[[Action], float], message
                 before = dependencies(action, stages, schedule.two_part)
                 if any(other not in ends for other in before):
                     break
-                there = (ends[other] + message * (placement[other.stage] != actor) for other in before)
-                starts[action] = max([clock[actor], *there])
+                arrivals = (ends[other] + message * (placement[other.stage] != actor) for other in before)
+                starts[action] = max([clock[actor], *arrivals])
                 clock[actor] = ends[action] = starts[action] + duration(action)
                 position[actor] += 1
                 moved = True
@@ -129,8 +128,8 @@ def start_times(schedule: Schedule, duration: Callable[[Action], float], message
 
 
 def most_kept(schedule: Schedule) -> list[int]:
-    """The most activations that each actor saves at any time, of one stage and micro-batch each: from its forward pass
-    to the end of its backward one (its W, where that is split). None in a schedule of forward passes alone."""
+    """The most activations that each actor keeps at any time, each of one stage and micro-batch, from its forward pass
+    to the end of its backward pass (of its W, if split). 0 in a forward-only schedule."""
     trains = any(action.kind != "F" for row in schedule.rows for action in row)
     changes = {"F": 1, "I": 0, "B": -1, "W": -1}
     return [
@@ -142,7 +141,7 @@ def most_kept(schedule: Schedule) -> list[int]:
 
 
 def draw(schedule: Schedule) -> str:
-    """The schedule as a table of clock ticks, one row an actor; a dot is a tick without work."""
+    """The schedule as a table of clock ticks, one row per actor; a dot is an idle tick."""
     cells = _ticks(schedule)
     ticks = len(cells[0])
     width = max((len(cell) for row in cells for cell in row), default=1)
@@ -155,7 +154,7 @@ def draw(schedule: Schedule) -> str:
 
 
 def _ticks(schedule: Schedule) -> list[list[str]]:
-    """What each actor does in each clock tick, "" for nothing."""
+    """What each actor does in each clock tick; "" if it is idle."""
     starts = start_times(schedule, lambda action: 1.0)
     cells = [[""] * (int(max(starts.values(), default=-1)) + 1) for _ in schedule.rows]
     for mine, row in zip(cells, schedule.rows, strict=True):

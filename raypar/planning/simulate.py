@@ -1,4 +1,4 @@
-"""How long a step takes and how much of it actors stand idle, from the measured times of the stages."""
+"""How long a step takes and how much of it actors are idle, from the measured times of the stages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from raypar.planning.schedule import Action, Schedule, most_kept, start_times
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a schedule takes with given times of the stages. In the unit of these times.
+    """How long a schedule takes with given times of the stages, in the unit of these times.
 
     length:      from the start of the first action to the end of the last one.
     busy:        per actor, the time in which it computes.
     bubble:      the share of all actors' time in which they do not compute, from 0 to 1.
-    activations: per actor, the most that it saves at any time, of one stage and micro-batch each.
+    activations: per actor, the most activations that it keeps at any time, each of one stage and micro-batch.
     """
 
     length: float
@@ -34,11 +34,11 @@ def simulate(
     weight: Sequence[float] | None = None,
     message: float = 0.0,
 ) -> Simulation:
-    """Play a schedule: each actor runs its row in order, each action as soon as its inputs are there.
+    """Play a schedule: each actor runs its row in order, each action as soon as its inputs are ready.
 
-    forward, backward: of each stage, the time of a pass over one micro-batch; backward for inputs and weights together.
-    weight:            of each stage, the part of `backward` that W takes where the schedule splits it. None: half.
-    message:           the time that what one actor makes takes to another.
+    forward, backward: per stage, the time of a pass over one micro-batch; backward for inputs and weights together.
+    weight:            per stage, the part of `backward` that W takes if the schedule splits it. None: half.
+    message:           the time from the end of an action to the arrival of its result at another actor.
     """
     weights = [time / 2 for time in backward] if weight is None else weight
 

@@ -121,8 +121,8 @@ def test_a_file_is_written_as_it_is_drawn(tmp_path: Path):
         ("0F0,0B0\n1B0,1F0\n", "deadlocks: actor 0 at 0B0, actor 1 at 1B0 wait for each other"),
         ("0F0,0B0\n1F0,1B0\n2F0,2B0\n", "has 3 rows, needed one for each of pipeline=2 actors"),
         ("0F0\n1F0\n", "has no backward passes; needed B, or I and W, as in 2B0"),
-        ("", "the file holds no action; needed one row an actor, cells as 2F0"),
-        (",,\n", "the file holds no action"),
+        ("", "the file contains no action; needed one row per actor, cells such as 2F0"),
+        (",,\n", "the file contains no action"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said_when_the_plan_is_made(tmp_path: Path, text: str, message: str):
@@ -134,7 +134,7 @@ def test_what_is_wrong_with_a_table_is_said_when_the_plan_is_made(tmp_path: Path
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
     for name in ("none.csv", ".", "binary.csv"):
         (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
-        message = rf"Plan\(schedule={str(tmp_path / name)!r}\) cannot be read: .*; needed a CSV file, one row an actor"
+        message = rf"Plan\(schedule={str(tmp_path / name)!r}\) cannot be read: .*; needed a CSV file, one row per actor"
         with pytest.raises(ScheduleError, match=message):
             Plan(pipeline=2, schedule=tmp_path / name)
 
@@ -176,11 +176,11 @@ def test_a_plan_with_a_function_survives_the_way_to_a_worker():
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (None, "found None; needed a Schedule, or one row of actions an actor"),
+        (None, "found None; needed a Schedule, or one row of actions per actor"),
         ("0F0", "found '0F0'; needed a Schedule"),
         (["0F0", "1F0"], "row 1: found '0F0'; needed a list of actions, as in ['2F0', '2B0']"),
         ([Action(0, "F", 0)], "row 1: found Action("),
-        ([["0F0", 7]], "row 1, cell 2: found 7; needed an action as '2F0', or None"),
+        ([["0F0", 7]], "row 1, cell 2: found 7; needed an action such as '2F0', or None"),
         ([[(0, "F", 0)]], "row 1, cell 1: found (0, 'F', 0)"),
         ([["0F0"], [Action(1, "X", 0)]], "row 2, cell 1: found the action '1X0'"),
         ([["0F0", "0B0"]], "has 1 rows, needed one for each of pipeline=2 actors"),
@@ -207,7 +207,7 @@ def test_a_function_that_fails_is_named_with_what_it_was_given():
 
 
 def test_a_functions_own_refusal_of_a_plan_stays_as_it_is():
-    with pytest.raises(PlanError, match="the schedule 'zbv' needs two stages an actor, in a V"):
+    with pytest.raises(PlanError, match="the schedule 'zbv' needs two stages per actor, in a V"):
         Plan(pipeline=2, schedule=zero_bubble_v)
 
 

@@ -429,7 +429,7 @@ def test_interleaving_loses_nothing_where_a_few_micro_batches_are_left_over(micr
         (interleaved, (0, 1), "'interleaved' needs at least one actor with several stages, found the placement [0, 1]"),
         (interleaved, (0, 1, 2), "set, for example, placement=[0, 1, 2, 0, 1, 2], or another schedule"),
         (interleaved, (0,), "placement=[0, 0]"),
-        (zero_bubble_v, (0, 1), "the schedule 'zbv' needs two stages an actor, in a V, found the placement [0, 1]"),
+        (zero_bubble_v, (0, 1), "the schedule 'zbv' needs two stages per actor, in a V, found the placement [0, 1]"),
         (zero_bubble_v, (0, 1, 0, 1), "found the placement [0, 1, 0, 1]: set, for example, placement=[0, 1, 1, 0]"),
         (zero_bubble_v, (0, 0, 1, 1, 0, 0), "placement=[0, 1, 1, 0]"),
         (zero_bubble_v, (0, 1, 2), "placement=[0, 1, 2, 2, 1, 0]"),
