@@ -36,14 +36,15 @@ def drawn_tree(text: str) -> dict[str, str]:
     return parents
 
 
-def test_the_tree_drawn_in_the_docstring_is_the_tree_of_classes():
+def test_the_drawn_tree_is_the_real_one():
     assert errors.__doc__ is not None
     real = {cls.__name__: cls.__mro__[1].__name__ for cls in ALL if cls is not RayparError}
     assert drawn_tree(errors.__doc__) == real
 
 
 @each_error
-def test_an_error_survives_pickling_with_its_message_and_attributes(cls: type[RayparError]):
+def test_an_error_survives_pickling(cls: type[RayparError]):
+    """With its message and attributes."""
     attributes = {"replica": 1, "stage": 2, "step": 3, "checkpoint": "/runs/a", "note": ("any", "value")}
     error = cls("stage 2 found 3, needed 4", **attributes)
     again = pickle.loads(pickle.dumps(error))
@@ -84,16 +85,17 @@ def test_notes_of_an_error_survive_pickling():
     assert pickle.loads(pickle.dumps(error)).__notes__ == ["raised on 10.0.0.1"]
 
 
-def test_only_what_failed_during_the_run_is_worth_another_try():
+def test_only_run_errors_are_retryable():
     assert {cls.__name__ for cls in ALL if cls.retryable} == {cls.__name__ for cls in subclasses(RunError)}
 
 
-def test_where_a_run_error_happened_is_unknown_until_it_is_said():
+def test_a_run_error_has_a_place():
+    """Unknown by default."""
     assert (RunError("lost").replica, RunError("lost").stage) == (None, None)
     assert (RunError("lost", replica=1, stage=2).replica, RunError("lost", replica=1, stage=2).stage) == (1, 2)
 
 
-def test_a_non_finite_error_names_the_checkpoint_of_the_last_committed_step():
+def test_a_non_finite_error_names_the_checkpoint():
     error = NonFiniteError("the loss became nan at step 8.", step=8, stage=1)
     assert error.checkpoint is None
     named = error.with_checkpoint("/runs/digits/checkpoint_00000007")
@@ -115,9 +117,7 @@ FIRST_TEN = "known: 'k0', 'k1', 'k2', 'k3', 'k4', 'k5', 'k6', 'k7', 'k8', 'k9', 
         ("zzz", [f"k{n}" for n in range(12)], FIRST_TEN),
     ],
 )
-def test_a_message_about_an_unknown_name_ends_with_the_near_ones_or_the_first_ten(
-    wanted: str, known: list[str], text: str
-):
+def test_near_names_or_the_first_ten(wanted: str, known: list[str], text: str):
     assert near_names(wanted, known) == text
 
 

@@ -64,7 +64,7 @@ class Plan:
     compile:      whether each stage's module is compiled by torch.compile. Default False.
     data_strategy: how the replicas stay one model. All strategies weight a replica by the rows (or tokens) that it
                   trained on.
-                  - "ddp" (the default): gradients are summed over the replicas once per step, and all take the same step.
+                  - "ddp" (the default): gradients are summed over the replicas once per step; all take the same step.
                   - "fsdp": the same steps, but between steps each replica keeps only its shard of the parameters,
                     gradients and optimizer state; they are gathered once per step (fully_shard of torch). All replicas
                     must then call eval_step, predict and state_dict alike. In local mode replicas share a process, so

@@ -45,7 +45,8 @@ def states_while_writing(path: str) -> Iterator[tuple[str, int]]:
         yield from ((name, length) for length in sorted({*range(0, size, every), size - 1}))
 
 
-def test_a_checkpoint_that_was_cut_off_at_any_byte_is_passed_over(storage: Storage):
+def test_a_truncated_checkpoint_is_skipped(storage: Storage):
+    """Truncated at any byte."""
     whole = write(storage, 1)
     path = Path(write(storage, 2))
     assert newest_checkpoint(storage) == str(path)
@@ -63,7 +64,8 @@ def test_a_checkpoint_that_was_cut_off_at_any_byte_is_passed_over(storage: Stora
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_whose_file_was_cut_off_or_lost_after_it_was_written_is_passed_over(storage: Storage, name: str):
+def test_a_damaged_file_makes_a_checkpoint_skipped(storage: Storage, name: str):
+    """Also if it was truncated or lost after the checkpoint was complete."""
     whole = write(storage, 1)
     path = Path(write(storage, 2))
     (path / name).write_bytes((path / name).read_bytes()[:-1])
@@ -75,7 +77,7 @@ def test_a_checkpoint_whose_file_was_cut_off_or_lost_after_it_was_written_is_pas
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_with_one_wrong_byte_is_refused_when_it_is_read(storage: Storage, name: str):
+def test_one_wrong_byte_is_refused(storage: Storage, name: str):
     path = write(storage, 2)
     content = Path(path, name).read_bytes()
     whole = read_manifest(path, storage.filesystem)
@@ -102,9 +104,7 @@ def test_a_wrong_byte_is_named_with_its_file(storage: Storage):
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-def test_a_run_resumes_from_the_one_before_a_checkpoint_that_is_damaged_inside(
-    storage: Storage, name: str, caplog: pytest.LogCaptureFixture
-):
+def test_a_run_skips_a_damaged_checkpoint(storage: Storage, name: str, caplog: pytest.LogCaptureFixture):
     """A file of the right size with a wrong byte once made every resume fail, until somebody deleted it by hand."""
     before, newest = (write(storage, step) for step in (1, 2))
     assert checkpoint_to_resume(storage) == newest
@@ -115,14 +115,15 @@ def test_a_run_resumes_from_the_one_before_a_checkpoint_that_is_damaged_inside(
     assert f"checkpoint_00000002/{name} is damaged" in caplog.text
 
 
-def test_without_an_undamaged_checkpoint_a_run_starts_anew(storage: Storage):
+def test_damaged_checkpoints_alone_mean_a_new_run(storage: Storage):
     assert checkpoint_to_resume(storage) is None
     path = write(storage, 1)
     Path(path, "__0_0.distcp").write_bytes(bytes(Path(path, "__0_0.distcp").stat().st_size))
     assert checkpoint_to_resume(storage) is None
 
 
-def test_what_was_written_just_now_is_kept_behind_a_damaged_checkpoint_of_a_later_step(storage: Storage):
+def test_the_checkpoint_just_written_is_kept(storage: Storage):
+    """A damaged checkpoint of a later step may sort after it."""
     for step in (5, 7, 9):
         path = write(storage, step)
     damaged, written = path, f"{storage.path}/checkpoint_00000007"
@@ -139,14 +140,14 @@ def written_by_another(storage: Storage, step: int, number: int) -> str:
         return write(storage, step)
 
 
-def test_a_checkpoint_of_a_newer_raypar_is_refused_with_both_formats(storage: Storage):
+def test_a_newer_format_is_refused(storage: Storage):
     path = written_by_another(storage, 2, 99)
     with pytest.raises(OtherFormatError, match="found format 99, this one reads 2; update raypar"):
         verify(path, storage.filesystem)
 
 
 @pytest.mark.parametrize("number", [1, 99])
-def test_a_run_never_begins_anew_in_place_of_checkpoints_of_another_raypar(storage: Storage, number: int):
+def test_checkpoints_of_another_raypar_stay(storage: Storage, number: int):
     """They were passed over like damaged ones, with a warning: the run began anew in the same folder, and its
     num_to_keep deleted them."""
     for step in (1, 2, 3):
@@ -176,7 +177,8 @@ def test_a_run_without_checkpoints_has_no_newest_one(storage: Storage):
     assert names(storage) == []
 
 
-def test_checkpoints_are_listed_by_step_and_other_files_are_left_out(storage: Storage, tmp_path: Path):
+def test_checkpoints_are_listed_by_step(storage: Storage, tmp_path: Path):
+    """Without other files."""
     for step in (10, 9, 100):
         write(storage, step)
     (tmp_path / "digits" / "checkpoint_latest").mkdir()
@@ -186,7 +188,8 @@ def test_checkpoints_are_listed_by_step_and_other_files_are_left_out(storage: St
     assert newest_checkpoint(storage) == str(tmp_path / "digits" / "checkpoint_00000100")
 
 
-def test_a_step_that_is_saved_again_gets_a_name_of_its_own_and_is_the_newer_one(storage: Storage):
+def test_a_step_saved_again_gets_a_new_name(storage: Storage):
+    """And is the newer checkpoint."""
     paths = [write(storage, 5) for _ in range(12)]
     assert names(storage)[:3] == ["checkpoint_00000005", "checkpoint_00000005_1", "checkpoint_00000005_2"]
     assert len(set(paths)) == 12
@@ -204,7 +207,7 @@ def test_only_the_newest_are_kept(storage: Storage):
     assert names(storage) == ["checkpoint_00000005"]
 
 
-def test_a_checkpoint_that_was_cut_off_never_counts_as_one_of_those_that_are_kept(storage: Storage):
+def test_truncated_checkpoints_do_not_count(storage: Storage):
     """A run that died while it wrote step 9, and goes on from step 5 with other batches, comes by steps 7 and 8 before
     that. With num_to_keep=1 the ruin of step 9 must not be the one that stays."""
     for step in (5, 7, 9):
@@ -214,7 +217,7 @@ def test_a_checkpoint_that_was_cut_off_never_counts_as_one_of_those_that_are_kep
     assert names(storage) == ["checkpoint_00000007"]
 
 
-def test_a_run_whose_folder_is_a_file_is_told_so(storage: Storage):
+def test_a_folder_that_is_a_file_is_named(storage: Storage):
     """What pyarrow raised came through as it was, also from `raypar inspect FILE`."""
     Path(storage.path).write_text("no folder")
     for look in (checkpoint_to_resume, newest_checkpoint):
@@ -238,7 +241,7 @@ class _Failing:
 
 
 @pytest.mark.parametrize("call", ["open_input_stream", "get_file_info"])
-def test_a_store_that_fails_for_a_while_makes_no_run_begin_anew(storage: Storage, call: str):
+def test_a_failing_store_starts_no_run_anew(storage: Storage, call: str):
     """A manifest that could not be read over a network, just then, was taken for one that was cut off."""
     write(storage, 1)
     failing = Storage(storage.path, _Failing(call, OSError("no connection")))
@@ -246,9 +249,7 @@ def test_a_store_that_fails_for_a_while_makes_no_run_begin_anew(storage: Storage
         checkpoint_to_resume(failing)
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_stays_and_the_log_says_so(
-    storage: Storage, caplog: pytest.LogCaptureFixture
-):
+def test_an_undeletable_checkpoint_is_logged(storage: Storage, caplog: pytest.LogCaptureFixture):
     """A PermissionError came out of `report` behind a checkpoint that was written well."""
     for step in (1, 2, 3):
         write(storage, step)

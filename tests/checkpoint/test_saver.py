@@ -43,7 +43,8 @@ def test_history_may_hold_what_is_not_finite(storage: Storage):
     assert str(manifest_of(write(storage, 1, history=history))["history"]) == str(history)
 
 
-def test_the_weights_are_a_plain_state_dict_in_the_order_of_the_model(storage: Storage):
+def test_weights_are_a_plain_state_dict(storage: Storage):
+    """In the order of the model."""
     found = read_state_dict(write(storage, 7))
     assert list(found) == ["fc.weight", "fc.bias"]
     layer = nn.ModuleDict({"fc": nn.Linear(2, 2)})
@@ -51,7 +52,8 @@ def test_the_weights_are_a_plain_state_dict_in_the_order_of_the_model(storage: S
     assert layer["fc"].weight.tolist() == [[7.0, 7.0], [7.0, 7.0]]
 
 
-def test_the_weights_can_be_read_from_a_path_a_uri_or_a_checkpoint_of_ray(storage: Storage):
+def test_read_state_dict_takes_any_place(storage: Storage):
+    """A path, a URI, or a checkpoint of Ray."""
     path = write(storage, 7)
     of_ray = SimpleNamespace(path=path, filesystem=storage.filesystem)
     for each in (path, Path(path), f"file://{path}", of_ray):
@@ -92,7 +94,8 @@ def test_a_checkpoint_can_be_moved_as_a_folder(storage: Storage, tmp_path: Path)
     assert saved_values(tmp_path / "best")["model", "fc.weight"][0, 0] == 7.0
 
 
-def test_a_store_that_refuses_to_write_is_told_and_leaves_older_checkpoints_alone(storage: Storage, tmp_path: Path):
+def test_a_store_that_refuses_to_write(storage: Storage, tmp_path: Path):
+    """The error names it, and older checkpoints are untouched."""
     before = write(storage, 2)
     (tmp_path / "digits" / "checkpoint_00000003").write_text("a file where a folder is needed")
     with pytest.raises(
@@ -124,9 +127,8 @@ def training_of(name: str) -> Training:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_checkpoint_is_of_the_step_behind_which_it_was_begun_not_of_those_taken_meanwhile(
-    pool: Processes, tmp_path: Path, name: str
-):
+def test_a_checkpoint_is_of_its_step(pool: Processes, tmp_path: Path, name: str):
+    """Of the step after which it was started, not of those taken while it is written."""
     training = training_of(name)
     plan = training.plan
     found = pool.run(plan.data * plan.pipeline, save_behind_each_step, training, str(tmp_path))
@@ -143,7 +145,8 @@ def test_a_checkpoint_is_of_the_step_behind_which_it_was_begun_not_of_those_take
             assert same_values(buffers, {name: of_second[name] for name in buffers})
 
 
-def test_every_process_writes_and_what_they_hold_alike_is_written_once(pool: Processes, tmp_path: Path):
+def test_every_process_writes(pool: Processes, tmp_path: Path):
+    """What they hold alike is written once."""
     plan = Plan(data=2, pipeline=2, microbatches=2)
     training = Training(plan, "cnn", "adamw", ("fc1",), rows=((2, 2),) * 3)
     pool.run(4, save_behind_each_step, training, str(tmp_path))
@@ -157,7 +160,7 @@ def test_every_process_writes_and_what_they_hold_alike_is_written_once(pool: Pro
     assert needed > 2 * headers
 
 
-def test_the_buffers_into_which_state_is_copied_stay_from_one_save_to_the_next(storage: Storage):
+def test_saves_reuse_their_buffers(storage: Storage):
     """New ones would cost page faults each time, and on a GPU to lock them into memory."""
     saver = SharedSaver(storage, None, 1.0)  # type: ignore[arg-type]  # nothing is written here
     state = {"model": {"weight": torch.ones(1000), "view": torch.ones(10, 10)[2:4]}}
@@ -170,7 +173,8 @@ def test_the_buffers_into_which_state_is_copied_stay_from_one_save_to_the_next(s
     assert copies[0] == copies[1] != state["model"]["weight"].data_ptr()
 
 
-def test_a_store_that_stands_still_is_given_up_after_the_limit_and_not_written_to_meanwhile(storage: Storage):
+def test_a_stuck_store_is_abandoned(storage: Storage):
+    """After the limit; nothing more is written to it while it is stuck."""
     saver = SharedSaver(storage, None, 0.01)  # type: ignore[arg-type]  # nothing is written here
     stuck: Future[None] = Future()
     saver.under_way = SaveRequest(1, "there"), stuck
@@ -181,7 +185,8 @@ def test_a_store_that_stands_still_is_given_up_after_the_limit_and_not_written_t
         saver.wait()
 
 
-def test_a_disk_that_is_full_for_one_process_is_told_in_all_and_training_goes_on(pool: Processes, tmp_path: Path):
+def test_a_full_disk_is_an_error_in_all_processes(pool: Processes, tmp_path: Path):
+    """And training continues."""
     found = pool.run(2, save_behind_each_step, training_of("1x2"), str(tmp_path), "full")
     for of_rank in found:
         assert isinstance(of_rank[0], CheckpointError)
@@ -194,7 +199,8 @@ def test_a_disk_that_is_full_for_one_process_is_told_in_all_and_training_goes_on
     assert [Path(path).name[-1] for path in list_checkpoints(storage)] == ["2", "3"]
 
 
-def test_a_process_that_dies_while_it_writes_ends_the_wait_of_the_others(pool: Processes, tmp_path: Path):
+def test_a_death_while_writing_ends_the_wait(pool: Processes, tmp_path: Path):
+    """Of the other processes."""
     found = pool.run(2, save_behind_each_step, training_of("1x2"), str(tmp_path), "dies")
     assert found[1] is DIED
     assert isinstance(found[0], RayparError)
@@ -206,7 +212,7 @@ def test_a_path_without_a_checkpoint_is_told(tmp_path: Path):
         read_state_dict(tmp_path / "nowhere")
 
 
-def test_a_store_that_is_not_known_or_cannot_be_reached_is_told_with_the_path():
+def test_an_unknown_store_is_named():
     """What pyarrow raised came through as it was."""
     for uri in ("what://runs", "s3://k:s@b/runs?endpoint_override=127.0.0.1:1&scheme=what"):
         with pytest.raises(ConfigError, match=r"storage_path='.*' cannot be reached: "):

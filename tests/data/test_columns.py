@@ -40,7 +40,7 @@ NUMBERS = np.arange(24, dtype=np.float32)
         (pa.array([[1, 2], [3, 4]], pa.large_list(pa.int8())), np.array([[1, 2], [3, 4]], np.int8)),
     ],
 )
-def test_a_column_becomes_an_array_with_one_row_an_example(array: pa.Array, expected: np.ndarray):
+def test_a_column_becomes_an_array(array: pa.Array, expected: np.ndarray):
     found = to_array(array)
     assert found.dtype == expected.dtype
     assert np.array_equal(found, expected)

@@ -31,7 +31,7 @@ def rows_of(groups: RowGroups, column: str = "x") -> list[Any]:
 # ---------------------------------------------------------------- what is there
 
 
-def test_the_row_groups_of_all_files_are_numbered_in_their_order(tmp_path: Path):
+def test_row_groups_are_numbered_through_files(tmp_path: Path):
     write(tmp_path / "b.parquet", size=2, x=[5, 6, 7])
     write(tmp_path / "a.parquet", size=3, x=[0, 1, 2, 3])
     groups = RowGroups("here", tmp_path)
@@ -39,7 +39,7 @@ def test_the_row_groups_of_all_files_are_numbered_in_their_order(tmp_path: Path)
     assert rows_of(groups) == [0, 1, 2, 3, 5, 6, 7]
 
 
-def test_what_is_hidden_in_a_folder_is_no_data_and_a_folder_may_be_named_like_a_file(tmp_path: Path):
+def test_hidden_files_are_not_data(tmp_path: Path):
     """Spark writes a folder train.parquet, and what is not yet whole below _temporary."""
     write(tmp_path / "d" / "train.parquet" / "part-0.parquet", x=[1])
     for hidden in ("_temporary/0/part-1.parquet", ".part-2.parquet", "_part-3.parquet"):
@@ -69,7 +69,8 @@ def test_a_large_row_group_is_read_in_steps(tmp_path: Path):
     assert np.array_equal(np.concatenate(steps), x)
 
 
-def test_the_bytes_of_a_row_do_not_depend_on_the_columns_that_are_chosen(tmp_path: Path):
+def test_row_bytes_count_all_columns(tmp_path: Path):
+    """Whichever are chosen."""
     path = write(
         tmp_path / "a.parquet",
         x=pa.array([1, 2], pa.int16()),
@@ -80,7 +81,7 @@ def test_the_bytes_of_a_row_do_not_depend_on_the_columns_that_are_chosen(tmp_pat
     assert RowGroups("here", path).row_bytes == RowGroups("here", path, ["x"]).row_bytes == 2 + 1 + 3 * 8
 
 
-def test_columns_behind_nested_ones_are_found_in_the_footer(tmp_path: Path):
+def test_columns_after_nested_ones(tmp_path: Path):
     """A footer lists the leaves of all columns, one after the other."""
     path = write(
         tmp_path / "a.parquet",
@@ -115,7 +116,7 @@ def test_columns_behind_nested_ones_are_found_in_the_footer(tmp_path: Path):
         ({"x": [[["a"]]] * 4}, r"a\.parquet, column 'x' has type list<.*string"),
     ],
 )
-def test_what_footers_tell_is_known_before_a_row_is_read(tmp_path: Path, columns: dict[str, Any], message: str):
+def test_footers_tell_errors_early(tmp_path: Path, columns: dict[str, Any], message: str):
     groups = RowGroups("here", write(tmp_path / "a.parquet", size=2, **columns))
     with pytest.raises(DataError, match=rf"here: .*{message}.*; choose the columns to read with batches"):
         groups.check()
@@ -139,14 +140,15 @@ def test_files_that_differ_in_their_schema_are_told_apart(tmp_path: Path, other:
         RowGroups("here", tmp_path).check()
 
 
-def test_a_name_that_stands_for_two_columns_is_told(tmp_path: Path):
+def test_two_columns_of_one_name_are_refused(tmp_path: Path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]), path)
     with pytest.raises(DataError, match=r"a\.parquet has 2 columns 'x', needed one"):
         RowGroups("here", path).check()
 
 
-def test_files_may_differ_in_columns_that_are_not_chosen_in_the_order_and_in_metadata(tmp_path: Path):
+def test_harmless_differences_between_files(tmp_path: Path):
+    """In columns that are not chosen, in the order of columns, and in metadata."""
     write(tmp_path / "a.parquet", x=[1], y=[1.5], z=["a"])
     write(tmp_path / "b.parquet", z=[2], x=pa.array([2]), y=[2.5])
     table = pq.read_table(tmp_path / "b.parquet").replace_schema_metadata({"made": "by hand"})
@@ -155,7 +157,7 @@ def test_files_may_differ_in_columns_that_are_not_chosen_in_the_order_and_in_met
     assert (rows_of(groups), rows_of(groups, "y")) == ([1, 2], [1.5, 2.5])
 
 
-def test_a_column_that_one_of_the_files_lacks_is_named_with_the_near_ones(tmp_path: Path):
+def test_a_column_missing_from_one_file_is_named(tmp_path: Path):
     write(tmp_path / "a.parquet", label=[1])
     write(tmp_path / "b.parquet", lable=[1])
     with pytest.raises(DataError, match=r"here: .*b\.parquet has no column 'label'; did you mean 'lable'\?"):
@@ -179,9 +181,7 @@ def test_a_column_that_one_of_the_files_lacks_is_named_with_the_near_ones(tmp_pa
         ),
     ],
 )
-def test_what_no_footer_tells_is_told_with_file_and_row_group_when_it_is_read(
-    tmp_path: Path, columns: dict[str, Any], message: str
-):
+def test_errors_that_no_footer_tells(tmp_path: Path, columns: dict[str, Any], message: str):
     """Files may come without statistics, and a footer only counts the numbers in a row group's lists."""
     groups = RowGroups("here", write(tmp_path / "a.parquet", size=2, statistics=False, **columns))
     groups.check()
@@ -189,7 +189,8 @@ def test_what_no_footer_tells_is_told_with_file_and_row_group_when_it_is_read(
         rows_of(groups)
 
 
-def test_a_file_that_was_damaged_is_named_with_its_row_group(tmp_path: Path):
+def test_a_damaged_file_is_named(tmp_path: Path):
+    """With its row group."""
     path = write(tmp_path / "a.parquet", size=500, x=np.random.default_rng(0).integers(0, 1 << 60, 1000))
     groups = RowGroups("here", path)
     content = bytearray(path.read_bytes())
@@ -199,7 +200,7 @@ def test_a_file_that_was_damaged_is_named_with_its_row_group(tmp_path: Path):
         rows_of(groups)
 
 
-def test_a_damaged_page_is_found_where_the_file_has_checksums(tmp_path: Path):
+def test_checksums_reveal_a_damaged_page(tmp_path: Path):
     """One wrong byte in what is stored as it is changes a number, and nothing else would tell."""
     path = tmp_path / "rows.parquet"
     table = pa.table({"x": np.arange(1000.0)})

@@ -12,12 +12,13 @@ def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("raypar reads")]
 
 
-def test_items_come_in_their_order_and_the_thread_ends_with_them():
+def test_items_come_in_order():
+    """And the thread ends with them."""
     assert list(ahead(iter(range(5)), lambda: None)) == list(range(5))
     assert not readers()
 
 
-def test_the_next_item_is_made_while_one_is_in_use_and_no_further_one():
+def test_only_one_item_is_made_ahead():
     made = [threading.Event() for _ in range(4)]
 
     def items() -> Iterator[int]:
@@ -39,7 +40,7 @@ def test_items_are_made_in_another_thread():
     assert list(ahead((threading.current_thread() for _ in range(2)), lambda: None)) != [threading.current_thread()] * 2
 
 
-def test_an_error_is_raised_where_the_item_would_have_come():
+def test_an_error_is_raised_in_place_of_the_item():
     def items() -> Iterator[int]:
         yield 0
         raise OSError("the disk is gone")
@@ -51,7 +52,7 @@ def test_an_error_is_raised_where_the_item_would_have_come():
     assert not readers()
 
 
-def test_closing_stops_the_item_that_is_being_made_and_waits_for_its_thread():
+def test_closing_stops_the_thread():
     begun, stopped = threading.Event(), threading.Event()
 
     def items() -> Iterator[int]:

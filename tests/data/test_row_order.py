@@ -50,7 +50,8 @@ def batches(order: RowOrder, first: int = 0, replica: int = 0, replicas: int = 1
 
 @settings(deadline=None, max_examples=300)
 @given(orders())
-def test_each_row_comes_once_an_epoch_but_for_a_last_short_batch_that_is_left_out(order: RowOrder):
+def test_each_row_comes_once_per_epoch(order: RowOrder):
+    """Except those of a last short batch that is dropped."""
     found = batches(order)
     rows = list(chain(*found))
     assert len(found) == order.count
@@ -60,7 +61,7 @@ def test_each_row_comes_once_an_epoch_but_for_a_last_short_batch_that_is_left_ou
 
 @settings(deadline=None, max_examples=300)
 @given(orders(), st.integers(1, 4))
-def test_the_shares_of_the_replicas_are_the_global_batches_in_their_order(order: RowOrder, replicas: int):
+def test_shares_make_up_the_global_batches(order: RowOrder, replicas: int):
     of_replicas = [batches(order, 0, replica, replicas) for replica in range(replicas)]
     for index, batch in enumerate(batches(order)):
         assert [of_replica[index] for of_replica in of_replicas] == [
@@ -70,9 +71,7 @@ def test_the_shares_of_the_replicas_are_the_global_batches_in_their_order(order:
 
 @settings(deadline=None, max_examples=300)
 @given(orders(), st.integers(1, 3), st.data())
-def test_a_batch_is_found_from_the_first_window_that_holds_a_row_of_it_on(
-    order: RowOrder, replicas: int, data: st.DataObject
-):
+def test_reading_starts_at_the_first_window_needed(order: RowOrder, replicas: int, data: st.DataObject):
     first = data.draw(st.integers(0, max(0, order.count - 1)))
     replica = data.draw(st.integers(0, replicas - 1))
     assert batches(order, first, replica, replicas) == batches(order, 0, replica, replicas)[first:]
@@ -84,7 +83,8 @@ def test_a_batch_is_found_from_the_first_window_that_holds_a_row_of_it_on(
 
 @settings(deadline=None, max_examples=300)
 @given(orders())
-def test_a_window_holds_whole_row_groups_of_no_more_rows_than_it_may_and_each_group_once(order: RowOrder):
+def test_windows_hold_whole_row_groups(order: RowOrder):
+    """Each group once, and no more rows than the window may have."""
     found = [window.groups for window in order.windows()]
     if not order.drop_last:
         assert sorted(chain(*found)) == [group for group, size in enumerate(order.sizes) if size]
@@ -101,9 +101,8 @@ def test_without_a_seed_rows_come_as_they_are_stored(order: RowOrder):
 
 @settings(deadline=None)
 @given(SIZES, st.integers(0, 5), st.integers(0, 5))
-def test_what_fits_into_one_window_is_permuted_as_a_whole_however_it_is_stored(
-    sizes: tuple[int, ...], seed: int, epoch: int
-):
+def test_one_window_is_permuted_as_a_whole(sizes: tuple[int, ...], seed: int, epoch: int):
+    """However it is stored."""
     order = RowOrder(sizes, batch_size=3, window=sum(sizes), seed=seed, epoch=epoch)
     whole = np.random.default_rng([seed, epoch]).permutation(sum(sizes)).tolist()
     assert list(chain(*batches(order))) == whole
@@ -114,7 +113,7 @@ def test_the_order_is_the_same_whatever_the_batch_size():
     assert len(found) == 1
 
 
-def test_seeds_epochs_and_windows_each_have_an_order_of_their_own():
+def test_each_seed_epoch_and_window_has_its_order():
     """NumPy fills short seeds up with zeros, so that [seed, epoch] and [seed, epoch, 0] are one."""
     found = {
         tuple(chain(*batches(RowOrder((10,) * 6, 4, window=20, seed=seed, epoch=epoch))))
@@ -127,7 +126,8 @@ def test_seeds_epochs_and_windows_each_have_an_order_of_their_own():
     assert tuple(np.random.default_rng([0, 0]).permutation(50)) not in inside
 
 
-def test_a_row_may_come_anywhere_in_the_epoch_but_stays_near_those_of_its_group():
+def test_rows_of_a_group_stay_together():
+    """A row may come anywhere in the epoch, but near those of its group."""
     places: set[int] = set()
     for epoch in range(60):
         found = list(chain(*batches(RowOrder((5,) * 8, batch_size=4, window=10, seed=0, epoch=epoch))))
@@ -140,5 +140,6 @@ def test_a_row_may_come_anywhere_in_the_epoch_but_stays_near_those_of_its_group(
 @pytest.mark.parametrize(
     ("rows", "replicas", "expected"), [(7, 3, [(0, 3), (3, 5), (5, 7)]), (1, 3, [(0, 1), (1, 1), (1, 1)])]
 )
-def test_a_share_is_contiguous_and_the_first_ones_are_larger(rows: int, replicas: int, expected: list[tuple[int, int]]):
+def test_shares_are_contiguous(rows: int, replicas: int, expected: list[tuple[int, int]]):
+    """And the first ones are larger."""
     assert [share(rows, replica, replicas) for replica in range(replicas)] == expected

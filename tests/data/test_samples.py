@@ -42,7 +42,8 @@ def of_stream(rows: int, batch_size: int, first: int = 0, replica: int = 0, repl
 # ---------------------------------------------------------------- what can be indexed
 
 
-def test_a_data_set_has_the_global_order_of_its_seed_and_each_replica_fetches_its_own_samples():
+def test_each_replica_fetches_its_own_samples():
+    """In the order of the seed, which is the same for all replicas."""
     order = RowOrder((51,), batch_size=8, window=51, seed=1, epoch=2)
     expected = np.random.default_rng([1, 2]).permutation(51).tolist()
     sets = [Numbers(51) for _ in range(3)]
@@ -52,14 +53,14 @@ def test_a_data_set_has_the_global_order_of_its_seed_and_each_replica_fetches_it
     assert sorted(chain(*(each.fetched for each in sets))) == list(range(51))
 
 
-def test_a_resumed_epoch_fetches_no_sample_that_lies_before_its_next_batch():
+def test_a_resumed_epoch_fetches_no_earlier_sample():
     numbers = Numbers(10)
     order = RowOrder((10,), batch_size=4, window=10, seed=None)
     assert [batch.tolist() for batch in indexed("here", numbers, order, 2, 0, 1)] == [[8, 9]]
     assert numbers.fetched == [8, 9]
 
 
-def test_samples_are_fetched_when_their_batch_is_asked_for():
+def test_samples_are_fetched_on_request():
     """Not ahead, and not on a thread: random transforms draw from torch's one generator, as dropout does."""
     numbers = Numbers(10)
     with closing(indexed("here", numbers, RowOrder((10,), 4, 10, None), 0, 0, 1)) as found:
@@ -67,7 +68,9 @@ def test_samples_are_fetched_when_their_batch_is_asked_for():
         assert numbers.fetched == [0, 1, 2, 3]
 
 
-def test_a_data_set_that_fetches_several_samples_at_once_is_asked_to():
+def test_samples_are_fetched_together():
+    """If the data set can."""
+
     class AtOnce(Numbers):
         def __getitems__(self, rows: list[int]) -> list[int]:
             return [-row for row in rows]
@@ -82,17 +85,18 @@ def test_a_data_set_that_fetches_several_samples_at_once_is_asked_to():
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_a_stream_is_cut_into_global_batches_whatever_the_number_of_replicas(replicas: int):
+def test_a_stream_has_global_batches(replicas: int):
+    """Whatever the number of replicas."""
     shares = [of_stream(11, 4, replica=replica, replicas=replicas) for replica in range(replicas)]
     assert [list(chain(*parts)) for parts in zip(*shares, strict=True)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
 
 
-def test_a_resumed_stream_passes_over_what_was_trained_on():
+def test_a_resumed_stream_skips_trained_samples():
     assert of_stream(11, 4, first=2) == [[8, 9, 10]]
     assert of_stream(11, 4, first=3) == []
 
 
-def test_a_last_batch_of_a_stream_that_is_not_full_can_be_left_out():
+def test_a_stream_can_drop_its_last_batch():
     assert of_stream(11, 4, drop_last=True) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
@@ -121,7 +125,9 @@ class Pair(NamedTuple):
 
 
 @pytest.mark.parametrize("rows", [[7, 8], []])
-def test_a_batch_has_the_form_of_its_samples_also_where_it_has_no_row(rows: list[int]):
+def test_a_batch_has_the_form_of_its_samples(rows: list[int]):
+    """Also if it has no rows."""
+
     def batch_of(sample: Any) -> Any:
         return collate("here", [sample] * (len(rows) or 1), rows)
 

@@ -132,9 +132,7 @@ def test_a_torch_data_set_is_shuffled_as_parquet_is(tmp_path: Path):
 
 @pytest.mark.parametrize("make", [indexed, streamed, Stream])
 @pytest.mark.parametrize("step", range(1, 6))
-def test_a_run_that_crashed_behind_any_step_goes_on_at_the_next_batch(
-    tmp_path: Path, make: Callable[[], Any], step: int
-):
+def test_a_crashed_run_resumes_at_the_next_batch(tmp_path: Path, make: Callable[[], Any], step: int):
     """Also behind the last batch of an epoch, where only the end of the stream tells that it was the last."""
     shuffle = make is indexed
     before = train(tmp_path, make(), crash_after=step, shuffle=shuffle)
@@ -145,9 +143,8 @@ def test_a_run_that_crashed_behind_any_step_goes_on_at_the_next_batch(
         assert sorted(chain(*before[epoch], *after[epoch])) == list(range(ROWS))
 
 
-def test_a_run_that_goes_on_in_the_midst_of_an_epoch_reads_only_the_row_groups_that_it_still_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_resumed_run_skips_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It reads only those that the rest of the epoch needs."""
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"x": pa.array(map(float, range(40)))}), path, row_group_size=4)
     read: list[int] = []
@@ -164,9 +161,8 @@ def test_a_run_that_goes_on_in_the_midst_of_an_epoch_reads_only_the_row_groups_t
     assert len(set(read)) == 4  # of 10: batches 7 to 9 lie in the last two windows, of two row groups each
 
 
-def test_a_data_set_that_is_sharded_by_others_begins_its_epoch_again_and_logs_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_shards_of_others_restart_the_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """And the log says so."""
     first = train(tmp_path, sharded(), crash_after=4, shuffle=False)
     assert [len(steps) for steps in first] == [3, 1]
     with caplog.at_level(logging.WARNING, "raypar"):
@@ -175,7 +171,8 @@ def test_a_data_set_that_is_sharded_by_others_begins_its_epoch_again_and_logs_it
     assert "resumes by epoch only, so epoch 1 begins again, of which 1 batches were trained on before" in caplog.text
 
 
-def test_a_global_batch_holds_as_many_rows_of_each_shard(tmp_path: Path):
+def test_global_batches_take_from_each_shard(tmp_path: Path):
+    """As many rows of each."""
     first, second = train(tmp_path, sharded(), replicas=2, shuffle=False)
     assert sorted(first) == sorted(second) == [[0, 2], [1, 3], [4, 6], [5, 7], [8], [9]]
     full, _ = train(tmp_path / "b", sharded(), replicas=2, shuffle=False, drop_last=True)
@@ -186,7 +183,8 @@ def test_a_global_batch_holds_as_many_rows_of_each_shard(tmp_path: Path):
         train(tmp_path / "c", sharded(), replicas=2, shuffle=False, batch_size=3)
 
 
-def test_progress_shows_no_total_before_the_end_of_a_stream_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stream_has_no_total_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Progress shows none before the end of the stream."""
     monkeypatch.setattr("raypar.loop.session.Rate.count", lambda rate, samples: True)
     shown: list[dict[str, Any]] = []
     train(tmp_path, streamed(), passes=1, on_progress=shown.append, shuffle=False, batch_size=2)
@@ -198,7 +196,7 @@ def test_progress_shows_no_total_before_the_end_of_a_stream_tells_it(tmp_path: P
 
 
 @pytest.mark.parametrize("make", [streamed, Stream, sharded])
-def test_what_has_an_order_of_its_own_is_not_shuffled(tmp_path: Path, make: Callable[[], Any]):
+def test_streams_and_shards_are_not_shuffled(tmp_path: Path, make: Callable[[], Any]):
     with pytest.raises(
         UsageError, match=r"batches\('train', shuffle=True\): found a \w+, whose order is its own; needed"
     ):
@@ -219,7 +217,7 @@ def test_a_stream_that_gives_nothing_is_told(tmp_path: Path):
         train(tmp_path, lambda: only, shuffle=False)
 
 
-def test_a_last_batch_that_alone_is_not_full_is_no_epoch(tmp_path: Path):
+def test_an_epoch_needs_a_batch(tmp_path: Path):
     with pytest.raises(DataError, match="gave no sample, or too few for a full batch"):
         train(tmp_path / "a", streamed(), shuffle=False, batch_size=11, drop_last=True)
     with pytest.raises(DataError, match="the data set has 10 rows, so no batch is full"):
@@ -239,12 +237,13 @@ class NoLength(Dataset[int]):
         (3, r"datasets\['train'\]: found int, needed the path or URI of Parquet data, .* or a ray\.data\.Dataset"),
     ],
 )
-def test_what_is_no_data_set_is_refused_before_a_run_starts(given: Any, message: str):
+def test_what_is_no_data_set_is_refused(given: Any, message: str):
+    """Before a run starts."""
     with pytest.raises(DataError, match=message):
         check_datasets({"train": given})
 
 
-def test_what_can_be_read_is_accepted_without_reading_it():
+def test_checking_reads_no_sample():
     def never() -> Any:
         raise AssertionError("read on the driver")
 

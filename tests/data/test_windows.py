@@ -83,7 +83,7 @@ def readers() -> list[str]:
     replicas=st.integers(1, 3),
     shuffle=st.booleans(),
 )
-def test_each_row_comes_once_an_epoch_in_the_same_global_batches_whatever_the_number_of_replicas(
+def test_global_batches_do_not_depend_on_replicas(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: list[int],
     files: int,
@@ -92,6 +92,7 @@ def test_each_row_comes_once_an_epoch_in_the_same_global_batches_whatever_the_nu
     replicas: int,
     shuffle: bool,
 ):
+    """Each row comes once per epoch."""
     groups = write(tmp_path_factory.mktemp("d"), sizes, files=min(files, len(sizes)))
     order = request_of(groups, batch_size, window, seed=3 if shuffle else None)
     alone = read(groups, order)
@@ -103,7 +104,7 @@ def test_each_row_comes_once_an_epoch_in_the_same_global_batches_whatever_the_nu
     assert read(groups, order, middle) == alone[middle:]
 
 
-def test_a_batch_may_be_put_together_from_several_windows(tmp_path: Path):
+def test_a_batch_may_span_windows(tmp_path: Path):
     groups = write(tmp_path, [3] * 7)
     found = read(groups, request_of(groups, batch_size=10, window=3))
     assert [len(batch) for batch in found] == [10, 10, 1]
@@ -113,7 +114,7 @@ def test_a_batch_may_be_put_together_from_several_windows(tmp_path: Path):
 # ---------------------------------------------------------------- what is read
 
 
-def test_a_resumed_epoch_reads_nothing_that_lies_before_its_next_batch(tmp_path: Path, reads: Reads):
+def test_a_resumed_epoch_reads_nothing_earlier(tmp_path: Path, reads: Reads):
     groups = write(tmp_path, [5] * 20)
     order = request_of(groups, batch_size=5, window=10)
     whole = read(groups, order)
@@ -124,14 +125,15 @@ def test_a_resumed_epoch_reads_nothing_that_lies_before_its_next_batch(tmp_path:
     assert set(reads.groups) == {group for window in order.windows(17) for group in window.groups}
 
 
-def test_only_the_row_groups_that_hold_rows_of_the_replica_are_read(tmp_path: Path, reads: Reads):
+def test_only_needed_row_groups_are_read(tmp_path: Path, reads: Reads):
+    """Those with rows of the replica."""
     groups = write(tmp_path, [5] * 20)
     order = request_of(groups, batch_size=50, window=10, seed=None)
     assert read(groups, order, replica=1, replicas=2) == [list(range(25, 50)), list(range(75, 100))]
     assert sorted(reads.groups) == [*range(5, 10), *range(15, 20)]
 
 
-def test_a_data_set_of_one_window_is_read_once_for_all_epochs(tmp_path: Path, reads: Reads):
+def test_one_window_is_read_once(tmp_path: Path, reads: Reads):
     """Each epoch and each evaluation read and decoded the whole file again."""
     groups = write(tmp_path, [5] * 4)
     for epoch in range(3):
@@ -140,9 +142,7 @@ def test_a_data_set_of_one_window_is_read_once_for_all_epochs(tmp_path: Path, re
     assert not readers()
 
 
-def test_the_rows_of_two_windows_are_in_memory_and_of_those_only_the_replicas_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_two_windows_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Whatever the size of the data set. Buffers that are used again are the same arrays."""
     groups = write(tmp_path, [5] * 40)
     buffers: dict[int, np.ndarray] = {}
@@ -182,7 +182,8 @@ def test_a_batch_is_the_loops_own_to_change(tmp_path: Path):
 # ---------------------------------------------------------------- how it ends
 
 
-def test_the_threads_end_with_the_epoch_with_a_break_and_with_an_error_of_the_loop(tmp_path: Path):
+def test_the_threads_end_with_the_loop(tmp_path: Path):
+    """With the epoch, a break, or an error."""
     groups = write(tmp_path, [5] * 20)
     assert len(read(groups, request_of(groups))) == 25
     assert not readers()
@@ -200,9 +201,7 @@ def test_the_threads_end_with_the_epoch_with_a_break_and_with_an_error_of_the_lo
     assert not readers()
 
 
-def test_a_loop_that_is_left_does_not_wait_for_a_window_that_is_being_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_leaving_a_loop_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The thread went on until the window was whole, which takes long where the store is slow."""
     groups = write(tmp_path, [5] * 4)
     order = request_of(groups, batch_size=5, window=5)
@@ -226,7 +225,7 @@ def test_a_loop_that_is_left_does_not_wait_for_a_window_that_is_being_read(
 @pytest.mark.parametrize(
     ("raised", "wanted"), [(OSError("HTTP 503"), RunError), (pa.ArrowInvalid("bad page"), DataError)]
 )
-def test_an_error_of_the_reading_thread_is_raised_in_the_loop(
+def test_a_reading_error_is_raised_in_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, wanted: type[Exception]
 ):
     """A store that fails may answer again, so that the run may be tried again; what cannot be decoded stays so."""

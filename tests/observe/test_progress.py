@@ -26,7 +26,8 @@ def test_what_is_not_known_is_left_out() -> None:
     assert shown([{"step": 3, "epoch": None, "loss": None, "done": 3}], terminal=False) == "3 batches step 3\n"
 
 
-def test_a_log_gets_few_lines_and_always_how_an_epoch_ended() -> None:
+def test_a_log_gets_few_lines() -> None:
+    """But always the end of an epoch."""
     reports = [{"epoch": epoch, "epochs": 2, "step": epoch * 8 + done} for epoch in range(2) for done in range(1, 9)]
     assert shown(reports, terminal=False, every_s=1000).splitlines() == [
         "epoch 1/2 step 1",
@@ -35,7 +36,8 @@ def test_a_log_gets_few_lines_and_always_how_an_epoch_ended() -> None:
     ]
 
 
-def test_a_terminal_gets_a_bar_that_goes_away_at_the_end() -> None:
+def test_a_terminal_gets_a_bar() -> None:
+    """Which disappears at the end."""
     text = shown([REPORT, {**REPORT, "step": 4}], terminal=True)
     assert "epoch 1/2" in text
     assert "━" in text

@@ -58,7 +58,8 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("timeline"), V, trace=True)
 
 
-def test_each_action_of_each_step_is_in_the_trace_once_and_no_two_of_an_actor_overlap(traced: Path):
+def test_each_action_is_traced_once(traced: Path):
+    """No two of one actor overlap."""
     trace = json.loads((traced / "timeline.json").read_text())["traceEvents"]
     passes = [event for event in trace if event["ph"] == "X" and event["cat"] in "FBIW"]
     needed = Counter(str(action) for row in schedule_of(V).rows for action in row)
@@ -71,7 +72,8 @@ def test_each_action_of_each_step_is_in_the_trace_once_and_no_two_of_an_actor_ov
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
-def test_what_an_actor_does_besides_computing_is_in_the_trace_too(traced: Path):
+def test_other_work_is_traced_too(traced: Path):
+    """Besides computing."""
     trace = json.loads((traced / "timeline.json").read_text())["traceEvents"]
     assert {event["cat"] for event in trace if event["ph"] == "X"} >= {"wait", "send", "reduce", "commit"}
     names = {(e["name"], e["args"]["name"]) for e in trace if e["ph"] == "M"}
@@ -80,7 +82,8 @@ def test_what_an_actor_does_besides_computing_is_in_the_trace_too(traced: Path):
     }
 
 
-def test_the_chart_has_a_row_an_actor_a_box_an_action_and_the_ideal_under_it(traced: Path):
+def test_the_chart(traced: Path):
+    """One row per actor, one box per action, and the ideal below."""
     chart = ET.parse(traced / "timeline.svg").getroot()
     words = [text.text or "" for text in chart.iter(f"{SVG}text")]
     rows = [f"replica {replica}, actor {actor}" for replica in (0, 1) for actor in (0, 1)]
@@ -98,7 +101,7 @@ def test_the_chart_has_a_row_an_actor_a_box_an_action_and_the_ideal_under_it(tra
     "plan", [V, Plan(pipeline=4, microbatches=4), Plan(data=2, pipeline=4, microbatches=2)], ids=["zbv", "1f1b", "two"]
 )
 @pytest.mark.parametrize("how", ["user code", "not finite", "Ctrl-C"])
-def test_a_run_that_fails_leaves_the_timeline_of_the_steps_before(tmp_path: Path, plan: Plan, how: str):
+def test_a_failed_run_leaves_a_timeline(tmp_path: Path, plan: Plan, how: str):
     """That is when one wants it most, and there was none."""
 
     def failing() -> None:
@@ -119,7 +122,7 @@ def test_a_run_that_fails_leaves_the_timeline_of_the_steps_before(tmp_path: Path
     assert f"step {STEPS}" in (tmp_path / "traced" / "timeline.svg").read_text()
 
 
-def test_what_is_evaluated_behind_a_step_is_no_part_of_it(tmp_path: Path):
+def test_evaluation_is_no_part_of_a_step(tmp_path: Path):
     """Its messages were drawn into the last step, which the chart then stretched to the end of the evaluation."""
 
     def loop_that_evaluates() -> None:
@@ -137,7 +140,9 @@ def test_what_is_evaluated_behind_a_step_is_no_part_of_it(tmp_path: Path):
     assert kinds[0] == kinds[1]
 
 
-def test_a_step_that_breaks_off_is_in_the_trace_and_the_chart_shows_the_last_whole_one(tmp_path: Path):
+def test_the_chart_shows_the_last_whole_step(tmp_path: Path):
+    """A step that was interrupted is in the trace only."""
+
     def failing() -> None:
         calls = itertools.count()
 
@@ -159,7 +164,9 @@ def test_a_step_that_breaks_off_is_in_the_trace_and_the_chart_shows_the_last_who
     assert "step 1" in (tmp_path / "traced" / "timeline.svg").read_text()
 
 
-def test_where_the_timeline_of_a_failed_run_cannot_be_written_its_error_is_told(tmp_path: Path):
+def test_a_failed_timeline_hides_no_error(tmp_path: Path):
+    """If the timeline of a failed run cannot be written, the run's own error is raised."""
+
     def failing() -> None:
         make().train_step(torch.ones(8, 8), torch.zeros(8, 8))
         (tmp_path / "traced" / "timeline.json").mkdir(parents=True)
@@ -178,7 +185,7 @@ def test_trace_is_a_yes_or_a_no():
         raypar.Trainer(loop, plan=Plan(), trace=1)  # type: ignore[arg-type]
 
 
-def test_the_ideal_is_the_schedule_with_the_mean_times_of_the_actions():
+def test_the_ideal_has_the_mean_times():
     schedule = one_forward_one_backward((0, 1), 2)
     slow = [Event(0, a.stage, 1, *(a.kind, a.stage, a.microbatch), 10.0 + n, 11.0 + n)
             for row in schedule.rows for n, a in enumerate(row)]  # fmt: skip

@@ -43,14 +43,16 @@ def words(schedule: Schedule) -> list[str]:
 # ---------------------------------------------------------------- a file
 
 
-def test_a_file_is_the_schedule_of_a_plan_and_says_how_many_micro_batches_there_are(tmp_path: Path):
+def test_a_file_is_a_schedule(tmp_path: Path):
+    """It also fixes the number of micro-batches."""
     for path in (written(tmp_path, PLAIN), str(written(tmp_path, PLAIN))):
         plan = Plan(pipeline=2, schedule=path)
         assert plan.microbatch_count == 2
         assert words(schedule_of(plan)) == ["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"]
 
 
-def test_a_file_is_read_when_the_plan_is_made_since_the_workers_do_not_have_it(tmp_path: Path):
+def test_a_file_is_read_when_the_plan_is_made(tmp_path: Path):
+    """The workers do not have the file."""
     path = written(tmp_path, PLAIN)
     plan = Plan(pipeline=2, schedule=path)
     path.unlink()
@@ -60,13 +62,13 @@ def test_a_file_is_read_when_the_plan_is_made_since_the_workers_do_not_have_it(t
     assert schedule_of(there) == schedule_of(plan)
 
 
-def test_a_table_may_split_some_backward_passes_and_not_others(tmp_path: Path):
+def test_a_table_may_mix_whole_and_split_passes(tmp_path: Path):
     plan = Plan(pipeline=2, placement=[0, 1, 1, 0], schedule=written(tmp_path, TORCH))
     assert schedule_of(plan).two_part == {(stage, number) for stage in (1, 2, 3) for number in (0, 1)}
     assert words(schedule_of(plan, 1)) == ["0F0 3F0 3I0 3W0 0B0", "1F0 2F0 2I0 1I0 2W0 1W0"]
 
 
-def test_a_short_batch_leaves_out_the_actions_of_the_micro_batches_that_are_missing(tmp_path: Path):
+def test_a_short_batch_leaves_out_actions(tmp_path: Path):
     plan = Plan(pipeline=2, schedule=written(tmp_path, PLAIN))
     assert words(schedule_of(plan, 1)) == ["0F0 0B0", "1F0 1B0"]
     assert schedule_of(plan, 0).rows == ((), ())
@@ -74,7 +76,8 @@ def test_a_short_batch_leaves_out_the_actions_of_the_micro_batches_that_are_miss
         schedule_of(plan, 3)
 
 
-def test_the_plan_may_say_the_tables_number_of_micro_batches_but_no_other(tmp_path: Path):
+def test_a_table_fixes_the_micro_batches(tmp_path: Path):
+    """The plan may repeat the number, but give no other."""
     path = written(tmp_path, PLAIN)
     assert Plan(pipeline=2, microbatches=2, schedule=path) == Plan(pipeline=2, schedule=path)
     message = r"Plan\(microbatches=8\): the schedule '.*my\.csv' has 2 micro-batches; leave `microbatches` out"
@@ -82,11 +85,12 @@ def test_the_plan_may_say_the_tables_number_of_micro_batches_but_no_other(tmp_pa
         Plan(pipeline=2, microbatches=8, schedule=path)
 
 
-def test_a_spreadsheets_mark_and_empty_last_lines_do_no_harm(tmp_path: Path):
+def test_a_spreadsheets_extras_do_no_harm(tmp_path: Path):
+    """Its mark at the start, and empty last lines."""
     assert read_csv(written(tmp_path, "\ufeff" + PLAIN + "\n ,\n\n")).rows == read_csv(written(tmp_path, PLAIN)).rows
 
 
-def test_a_plan_prints_and_saves_a_table_by_its_name_alone(tmp_path: Path):
+def test_a_table_prints_as_its_name(tmp_path: Path):
     path = written(tmp_path, PLAIN)
     plan = Plan(pipeline=2, schedule=path)
     assert f"schedule=<schedule {str(path)!r}: 2 actors, 2 micro-batches>" in repr(plan)
@@ -125,7 +129,7 @@ def test_a_file_is_written_as_it_is_drawn(tmp_path: Path):
         (",,\n", "the file contains no action"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_said_when_the_plan_is_made(tmp_path: Path, text: str, message: str):
+def test_wrong_tables_are_refused_by_the_plan(tmp_path: Path, text: str, message: str):
     with pytest.raises(ScheduleError, match=re.escape(message)) as caught:
         Plan(pipeline=2, schedule=written(tmp_path, text))
     assert "my.csv" in str(caught.value)
@@ -152,7 +156,7 @@ def as_words(placement: Sequence[int], microbatches: int) -> list[list[str | Non
     return rows
 
 
-def test_a_function_makes_the_schedule_from_the_placement_and_the_number_of_micro_batches():
+def test_a_function_makes_the_schedule():
     plan = Plan(pipeline=2, placement=[0, 1, 0], microbatches=3, schedule=as_words)
     assert schedule_of(plan).rows == gpipe((0, 1, 0), 3).rows
     assert schedule_of(plan, 2).rows == gpipe((0, 1, 0), 2).rows
@@ -166,7 +170,7 @@ def test_a_function_may_return_a_schedule_or_actions():
     assert schedule_of(Plan(pipeline=2, schedule=lambda placement, microbatches: rows)).rows == rows
 
 
-def test_a_plan_with_a_function_survives_the_way_to_a_worker():
+def test_a_plan_with_a_function_can_be_sent():
     plan = cloudpickle.loads(cloudpickle.dumps(Plan(pipeline=2, schedule=lambda p, m: as_words(p, m))))
     assert schedule_of(plan).rows == gpipe((0, 1), 8).rows
     named = Plan(pipeline=2, schedule=as_words)
@@ -187,7 +191,9 @@ def test_a_plan_with_a_function_survives_the_way_to_a_worker():
         ([["0F0", "0B0"], ["1F0", "1B0", "1F1"]], "has 1F1, but only 1 micro-batches"),
     ],
 )
-def test_what_a_function_returns_is_checked_when_the_plan_is_made(made: Any, message: str):
+def test_results_of_a_function_are_checked(made: Any, message: str):
+    """When the plan is made."""
+
     def mine(placement: Sequence[int], microbatches: int) -> Any:
         return made
 
@@ -196,7 +202,9 @@ def test_what_a_function_returns_is_checked_when_the_plan_is_made(made: Any, mes
     assert "the schedule 'mine'" in str(caught.value)
 
 
-def test_a_function_that_fails_is_named_with_what_it_was_given():
+def test_a_failing_function_is_named():
+    """With its arguments."""
+
     def mine(placement: Sequence[int], microbatches: int) -> Any:
         raise KeyError("oh")
 
@@ -206,10 +214,10 @@ def test_a_function_that_fails_is_named_with_what_it_was_given():
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_a_functions_own_refusal_of_a_plan_stays_as_it_is():
+def test_a_functions_own_error_is_kept():
     with pytest.raises(PlanError, match="the schedule 'zbv' needs two stages per actor, in a V"):
         Plan(pipeline=2, schedule=zero_bubble_v)
 
 
-def test_what_a_table_keeps_is_known_as_of_any_other_schedule():
+def test_activations_of_a_table_are_counted():
     assert most_kept(own_schedule(Table("mine", gpipe((0, 1), 4).rows), (0, 1), 4)) == [4, 4]

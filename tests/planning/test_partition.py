@@ -34,7 +34,7 @@ def problems(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 @settings(deadline=None)
 @given(problems())
-def test_no_other_cut_has_a_faster_slowest_stage(problem: tuple[list[int], list[int]]):
+def test_no_other_split_is_faster(problem: tuple[list[int], list[int]]):
     costs, placement = problem
     starts = balanced_cuts(costs, placement)
     assert slowest(costs, placement, starts) == best_of_all_cuts(costs, placement)
@@ -42,7 +42,8 @@ def test_no_other_cut_has_a_faster_slowest_stage(problem: tuple[list[int], list[
 
 @settings(deadline=None)
 @given(problems())
-def test_every_stage_gets_a_module_and_no_module_is_left_out(problem: tuple[list[int], list[int]]):
+def test_every_stage_gets_modules(problem: tuple[list[int], list[int]]):
+    """And no module is left out."""
     costs, placement = problem
     starts = balanced_cuts(costs, placement)
     assert len(starts) == len(placement)
@@ -61,11 +62,11 @@ def test_every_stage_gets_a_module_and_no_module_is_left_out(problem: tuple[list
         ([0.5, 0.25, 0.25, 1.0], [0, 1], [0, 3]),
     ],
 )
-def test_modules_are_cut_where_the_stages_weigh_the_same(costs: list[float], placement: list[int], starts: list[int]):
+def test_splits_balance_the_stages(costs: list[float], placement: list[int], starts: list[int]):
     assert balanced_cuts(costs, placement) == starts
 
 
-def test_stages_that_share_an_actor_get_less_each():
+def test_stages_on_one_actor_get_less():
     assert balanced_cuts([1] * 8, [0, 1, 2]) == [0, 3, 6]
     assert balanced_cuts([1] * 8, [0, 1, 0]) == [0, 2, 6]
 

@@ -61,7 +61,7 @@ def test_the_arguments_are_shown():
         assert f"{last}: '" in pydoc.render_doc(cls)
 
 
-def test_without_a_placement_each_stage_has_an_actor_of_its_own():
+def test_each_stage_has_its_own_actor_by_default():
     assert Plan(pipeline=3).actor_of_stage == (0, 1, 2)
 
 
@@ -70,13 +70,14 @@ def test_a_placement_says_which_actor_holds_which_stage():
     assert plan.placement == plan.actor_of_stage == (0, 1, 0)
 
 
-def test_a_plan_with_a_list_and_one_with_a_tuple_are_equal_and_hash_alike():
+def test_a_placement_may_be_a_list():
+    """Equal to the plan with a tuple, with the same hash."""
     one, other = Plan(pipeline=2, placement=[0, 1, 0]), Plan(pipeline=2, placement=(0, 1, 0))
     assert one == other
     assert len({one, other}) == 1
 
 
-def test_several_stages_can_share_the_one_actor_of_a_plan_without_a_pipeline():
+def test_one_actor_can_have_several_stages():
     assert Plan(placement=[0, 0]).actor_of_stage == (0, 0)
 
 
@@ -93,7 +94,7 @@ def test_a_number_cannot_be_left_open(field: str):
         Plan(**{field: None})
 
 
-def test_an_unknown_field_is_refused_with_the_near_name():
+def test_an_unknown_argument_is_refused():
     with pytest.raises(PlanError, match=r"Plan has no argument 'pipelines': did you mean 'pipeline'"):
         Plan(pipelines=2)  # type: ignore[call-arg]
 
@@ -103,7 +104,7 @@ def test_a_plan_takes_keywords_only():
         Plan(2)  # type: ignore[misc]
 
 
-def test_an_unknown_schedule_is_refused_with_the_near_name():
+def test_an_unknown_schedule_is_refused():
     with pytest.raises(PlanError, match=r"Plan\(schedule='1F1B'\): unknown schedule; did you mean '1f1b'\?"):
         Plan(schedule="1F1B")
 
@@ -115,23 +116,24 @@ def test_a_schedule_is_a_name(value: Any):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_plan_can_name_each_schedule_with_a_placement_that_it_can_use(name: str):
+def test_each_schedule_has_a_name(name: str):
     assert schedule_of(Plan(pipeline=2, placement=[0, 1, 1, 0], schedule=name)).name == name
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1"])
-def test_a_plan_of_one_stage_takes_any_schedule_of_one_stage_an_actor(name: str):
+def test_one_stage_takes_any_schedule(name: str):
+    """Of those with one stage per actor."""
     assert schedule_of(Plan(schedule=name, microbatches=3)).rows
 
 
 @pytest.mark.parametrize(("name", "needed"), [("interleaved", "[0, 1, 0, 1]"), ("zbv", "[0, 1, 1, 0]")])
-def test_a_schedule_of_several_stages_an_actor_is_refused_without_the_placement_it_needs(name: str, needed: str):
+def test_a_schedule_needs_its_placement(name: str, needed: str):
     message = f"the schedule {name!r} needs .*, found the placement .0, 1.: set, for example, placement="
     with pytest.raises(PlanError, match=message + re.escape(needed)):
         Plan(pipeline=2, schedule=name)
 
 
-def test_a_plan_names_its_schedule_placement_and_number_of_micro_batches():
+def test_schedule_of_a_plan():
     plan = Plan(pipeline=2, placement=(0, 1, 0), microbatches=4, schedule="gpipe")
     assert schedule_of(plan) == gpipe((0, 1, 0), 4)
     assert schedule_of(Plan(pipeline=2)) == one_forward_one_backward((0, 1), 8)
@@ -146,7 +148,7 @@ def test_a_short_batch_has_the_schedule_of_fewer_micro_batches():
 @pytest.mark.parametrize(
     ("field", "known"), [("recompute", RECOMPUTE_NAMES), ("precision", PRECISION_NAMES), ("compile", (True, False))]
 )
-def test_recomputing_precision_and_compilation_can_be_chosen(field: str, known: tuple[Any, ...]):
+def test_known_values_are_accepted(field: str, known: tuple[Any, ...]):
     for value in known:
         assert getattr(Plan(**{field: value}), field) == value
 
@@ -163,12 +165,13 @@ def test_recomputing_precision_and_compilation_can_be_chosen(field: str, known: 
         ("compile", 1, r"Plan\(compile=1\)"),
     ],
 )
-def test_what_is_none_of_the_known_values_is_refused_with_the_near_ones(field: str, value: Any, message: str):
+def test_an_unknown_value_is_refused(field: str, value: Any, message: str):
     with pytest.raises(PlanError, match=message):
         Plan(**{field: value})
 
 
-def test_replicas_that_train_apart_are_averaged_every_20_steps_unless_the_plan_says_otherwise():
+def test_averages_default_to_every_20_steps():
+    """With local SGD, unless the plan says otherwise."""
     assert (Plan().data_strategy, Plan().sync_every) == ("ddp", None)
     assert Plan(data_strategy="local_sgd").sync_every == 20
     assert [Plan(data_strategy="local_sgd", sync_every=every).sync_every for every in (1, "epoch")] == [1, "epoch"]
@@ -190,7 +193,7 @@ def test_replicas_that_train_apart_are_averaged_every_20_steps_unless_the_plan_s
         ({"data_strategy": "local_sgd", "sync_every": "step"}, r"needed a whole number of steps, .*, or 'epoch'"),
     ],
 )
-def test_a_data_strategy_and_what_it_cannot_be_combined_with(fields: dict[str, Any], message: str):
+def test_data_strategies_that_do_not_fit(fields: dict[str, Any], message: str):
     with pytest.raises(PlanError, match=message):
         Plan(**fields)
 
@@ -205,10 +208,11 @@ def test_a_data_strategy_and_what_it_cannot_be_combined_with(fields: dict[str, A
         ("01", r"found actor '0'"),
         ([0, 0], r"Plan\(placement=\[0, 0\]\) gives no stage to actor 1 of pipeline=2; each actor needs at least one"),
         ([], r"gives no stage to actor 0"),
-        (2, r"Plan\(placement=2\): placement must be a list of actor numbers, one a stage"),
+        (2, r"Plan\(placement=2\): placement must be a list of actor numbers, one per stage"),
     ],
 )
-def test_a_placement_must_give_each_actor_a_stage_and_name_no_other(placement: Any, message: str):
+def test_wrong_placements_are_refused(placement: Any, message: str):
+    """Each actor needs a stage, and there are no others."""
     with pytest.raises(PlanError, match=message):
         Plan(pipeline=2, placement=placement)
 
@@ -243,7 +247,7 @@ def test_every_timeout_is_a_number_of_seconds_above_zero():
                 Timeouts(**{field.name: value})
 
 
-def test_an_unknown_timeout_is_refused_with_the_near_name():
+def test_an_unknown_timeout_is_refused():
     with pytest.raises(ConfigError, match=r"Timeouts has no argument 'peers': did you mean 'peer'\?"):
         Timeouts(peers=3)  # type: ignore[call-arg]
 

@@ -154,9 +154,10 @@ def causes(all_programs: Sequence[Program]) -> dict[tuple[int, int], list[int]]:
 
 @settings(deadline=None)
 @given(any_maker, any_graph, any_microbatches, st.randoms(use_true_random=False))
-def test_every_program_ends_in_whatever_order_the_actors_advance_though_a_send_waits_for_its_receive(
+def test_programs_end_in_any_order(
     make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int, chance: Random
 ):
+    """Whichever actor advances first, and even if a send waits for its receive."""
     placement, edges = graph
     found = programs(make(placement, microbatches), edges)
     ran = play(found, placement, chance)
@@ -165,7 +166,7 @@ def test_every_program_ends_in_whatever_order_the_actors_advance_though_a_send_w
 
 @settings(deadline=None)
 @given(any_maker, any_graph, any_microbatches, st.randoms(use_true_random=False))
-def test_each_action_runs_exactly_once_after_all_that_it_needs(
+def test_each_action_runs_once_after_its_inputs(
     make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int, chance: Random
 ):
     placement, edges = graph
@@ -186,9 +187,8 @@ def test_each_action_runs_exactly_once_after_all_that_it_needs(
 
 @settings(deadline=None)
 @given(any_maker, any_graph, any_microbatches)
-def test_each_value_that_crosses_actors_is_made_posted_sent_used_and_released_once(
-    make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int
-):
+def test_each_message_is_handled_once(make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int):
+    """Made, posted, sent, used and released."""
     placement, edges = graph
     crossing = [(s, t) for s, t in edges if placement[s] != placement[t]]
     wanted = {Message(s, "F", number, t) for s, t in crossing for number in range(microbatches)}
@@ -235,9 +235,8 @@ def test_receives_are_posted_ahead_by_a_fixed_distance(
 
 @settings(deadline=None)
 @given(any_maker, any_graph)
-def test_receive_buffers_do_not_grow_with_the_number_of_micro_batches(
-    make: Maker, graph: tuple[tuple[int, ...], list[Edge]]
-):
+def test_receive_buffers_are_bounded(make: Maker, graph: tuple[tuple[int, ...], list[Edge]]):
+    """They do not grow with the number of micro-batches."""
     placement, edges = graph
     into = Counter(target for _, target in edges) + Counter(source for source, _ in edges)
     bound = (1 + AHEAD) * max(into.values(), default=0)
@@ -247,9 +246,7 @@ def test_receive_buffers_do_not_grow_with_the_number_of_micro_batches(
 
 @settings(deadline=None)
 @given(any_maker, any_graph, any_microbatches)
-def test_the_bounds_that_check_returns_are_those_that_are_reached(
-    make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int
-):
+def test_the_bounds_are_reached(make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int):
     placement, edges = graph
     schedule = make(placement, microbatches)
     bounds = check(schedule, edges)
@@ -262,9 +259,8 @@ def test_the_bounds_that_check_returns_are_those_that_are_reached(
 
 @settings(deadline=None)
 @given(placements(), any_microbatches)
-def test_stage_s_of_S_keeps_the_activations_of_at_most_S_minus_s_micro_batches_under_1f1b(
-    placement: tuple[int, ...], microbatches: int
-):
+def test_activations_kept_under_1f1b(placement: tuple[int, ...], microbatches: int):
+    """Stage s of S keeps those of at most S - s micro-batches."""
     schedule = one_forward_one_backward(placement, microbatches)
     bounds = check(schedule, [(stage, stage + 1) for stage in range(len(placement) - 1)])
     for actor, row in enumerate(schedule.rows):
@@ -277,9 +273,10 @@ def test_stage_s_of_S_keeps_the_activations_of_at_most_S_minus_s_micro_batches_u
 
 @settings(deadline=None)
 @given(any_maker, any_graph, any_microbatches)
-def test_a_message_is_released_in_the_midst_of_a_program_only_once_it_was_used_or_many_have_followed_it(
+def test_messages_are_released_after_their_use(
     make: Maker, graph: tuple[tuple[int, ...], list[Edge]], microbatches: int
 ):
+    """In the middle of a program: once the receiver has used them, or many others have followed."""
     placement, edges = graph
     found = programs(make(placement, microbatches), edges)
     before = causes(found)
@@ -304,7 +301,7 @@ def test_a_message_is_released_in_the_midst_of_a_program_only_once_it_was_used_o
                 assert before[actor, index][user] > position or behind > len(found)
 
 
-def test_under_1f1b_a_sender_lets_go_of_its_tensors_while_the_step_goes_on():
+def test_1f1b_releases_sends_within_the_step():
     def most_kept(program: Program) -> int:
         changes = (isinstance(i, Send) - isinstance(i, Release) for i in program)
         return max(itertools.accumulate(changes))
@@ -315,14 +312,14 @@ def test_under_1f1b_a_sender_lets_go_of_its_tensors_while_the_step_goes_on():
 
 
 @pytest.mark.parametrize("make", [gpipe, forward_only])
-def test_sent_tensors_that_nothing_comes_back_for_are_let_go_of_all_the_same(make: Maker):
+def test_sends_without_an_answer_are_released(make: Maker):
     edges = [(0, 1), (1, 2), (0, 2)]
     few, many = (check(make((0, 1, 2), microbatches), edges) for microbatches in (16, 64))
     assert few.sent == many.sent
     assert max(many.sent) <= 2 * (3 + 2)
 
 
-def test_where_two_actors_may_each_be_behind_with_the_other_nobody_waits_for_a_send():
+def test_no_send_is_waited_for_if_both_lag():
     """GPipe on [0, 1, 0]: actor 0 takes up what stage 1 sends only after all its passes of stage 0, so that it must
     not wait until actor 1, which waits for it, has taken up those."""
     assert check(gpipe((0, 1, 0), 64), [(0, 1), (1, 2)]).sent == (64, 64)
@@ -341,7 +338,8 @@ def shown(program: Program) -> str:
     return " ".join(words)
 
 
-def test_the_programs_drawn_in_the_docstring_are_the_real_ones():
+def test_drawings_of_programs():
+    """In the docstring."""
     rows = (("0F0", "0F1", "0B0", "0B1"), ("1F0", "1B0", "1F1", "1B1"))
     schedule = Schedule("drawn", (0, 1), 2, tuple(tuple(map(Action.parse, row)) for row in rows))
     assert module.__doc__ is not None
@@ -362,12 +360,13 @@ def test_two_stages_as_programs():
     ]
 
 
-def test_what_stays_on_one_actor_is_neither_sent_nor_received():
+def test_nothing_is_sent_within_an_actor():
     found = programs(gpipe((0, 0), 2), [(0, 1)])
     assert list(map(shown, found)) == ["0F0 0F1 1F0 1F1 1B0 1B1 0B0 0B1"]
 
 
-def test_a_skip_edge_goes_straight_from_its_source_to_its_target():
+def test_a_skip_edge_is_one_message():
+    """Straight from its source to its target."""
     found = programs(forward_only((0, 1, 2), 1), [(0, 1), (0, 2), (1, 2)])
     assert list(map(shown, found)) == [
         "0F0 send(0F0▶1) send(0F0▶2) release(0F0▶1) release(0F0▶2)",
@@ -376,7 +375,7 @@ def test_a_skip_edge_goes_straight_from_its_source_to_its_target():
     ]
 
 
-def test_values_travel_in_the_order_of_their_use_though_they_were_made_in_another():
+def test_messages_travel_in_the_order_of_use():
     """The history: actor 0 holds stages 0 and 1 and, under gpipe, runs stage 0 on all micro-batches first; stage 2 uses
     the values of both. A channel once carried messages in the order of their making: all of stage 0's before the first
     of stage 1's, so that actor 1 held as many receive buffers as there are micro-batches."""
@@ -408,12 +407,13 @@ def broken(text: str, placement: tuple[int, ...] = (0, 1), microbatches: int = 1
         ("0F0 0B0 | 1B0 1F0", "deadlocks: actor 0 at 0B0, actor 1 at 1B0 wait for each other"),
     ],
 )
-def test_a_table_that_repeats_forgets_misplaces_or_waits_in_a_circle_is_refused(text: str, message: str):
+def test_wrong_tables_are_refused(text: str, message: str):
+    """Those that repeat, omit or misplace an action, or deadlock."""
     with pytest.raises(ScheduleError, match=f"the schedule 'mine' {re.escape(message)}"):
         check(broken(text), [(0, 1)])
 
 
-def test_actors_that_wait_for_each_other_across_two_micro_batches_are_refused():
+def test_a_deadlock_across_micro_batches_is_refused():
     circular = broken("0F0 0F1 2F0 2F1 2B0 2B1 0B1 0B0 | 1F0 1F1 1B0 1B1", (0, 1, 0), 2)
     assert check(circular, [(0, 1), (1, 2)])  # another order of backward passes is no circle …
     circular = broken("0F0 2F0 0F1 2F1 2B0 2B1 0B0 0B1 | 1F1 1F0 1B0 1B1", (0, 1, 0), 2)
@@ -422,14 +422,14 @@ def test_actors_that_wait_for_each_other_across_two_micro_batches_are_refused():
 
 
 @pytest.mark.parametrize("edge", [(1, 0), (0, 0), (0, 2), (-1, 1)])
-def test_an_edge_must_lead_from_an_earlier_stage_to_a_later_one(edge: Edge):
+def test_an_edge_must_lead_to_a_later_stage(edge: Edge):
     with pytest.raises(ScheduleError, match=re.escape(f"the edge {edge} does not lead from an earlier stage")):
         check(gpipe((0, 1), 2), [edge])
 
 
 @settings(deadline=None)
 @given(any_graph, st.integers(1, 8), st.randoms(use_true_random=False))
-def test_a_schedule_with_one_action_taken_out_or_said_twice_is_never_accepted(
+def test_one_action_more_or_less_is_refused(
     graph: tuple[tuple[int, ...], list[Edge]], microbatches: int, chance: Random
 ):
     placement, edges = graph
@@ -446,9 +446,8 @@ def test_a_schedule_with_one_action_taken_out_or_said_twice_is_never_accepted(
 
 @settings(deadline=None)
 @given(any_graph, st.integers(1, 4), st.randoms(use_true_random=False))
-def test_whatever_order_check_accepts_ends_in_the_other_simulator_too(
-    graph: tuple[tuple[int, ...], list[Edge]], microbatches: int, chance: Random
-):
+def test_the_other_simulator_agrees(graph: tuple[tuple[int, ...], list[Edge]], microbatches: int, chance: Random):
+    """Whatever schedule `check` accepts ends there too."""
     placement, edges = graph
     rows = [list(row) for row in gpipe(placement, microbatches).rows]
     for row in rows:

@@ -47,7 +47,7 @@ def test_anything_else_is_no_action(text: str):
 # ---------------------------------------------------------------- the drawing
 
 
-def test_the_table_drawn_in_the_docstring_is_the_real_one():
+def test_the_drawing_in_the_docstring():
     assert module.__doc__ is not None
     drawn = module.__doc__.split("\n\n")[-1]
     assert table(drawn) == draw(one_forward_one_backward((0, 1), 3))
@@ -59,7 +59,7 @@ def test_cells_widen_with_the_numbers_of_micro_batches():
     assert lines[0].index("10") == lines[1].index("0F10")
 
 
-def test_what_waits_in_a_circle_cannot_be_drawn():
+def test_a_deadlock_cannot_be_drawn():
     rows = ((Action(0, "F", 0), Action(0, "B", 0)), (Action(1, "B", 0), Action(1, "F", 0)))
     circular = Schedule("mine", (0, 1), 1, rows)
     with pytest.raises(ScheduleError, match="'mine' deadlocks: actor 0 at 0B0, actor 1 at 1B0 wait for each other"):
@@ -69,34 +69,38 @@ def test_what_waits_in_a_circle_cannot_be_drawn():
 # ---------------------------------------------------------------- order and time
 
 
-def test_a_forward_pass_comes_after_that_of_the_stage_before_and_a_backward_pass_after_its_own_and_the_next():
+def test_dependencies_of_whole_passes():
+    """A forward pass waits for that of the previous stage; a backward pass for its own forward pass and for the next
+    stage."""
     assert dependencies(Action(0, "F", 5), stages=3) == []
     assert dependencies(Action(2, "F", 5), stages=3) == [Action(1, "F", 5)]
     assert dependencies(Action(2, "B", 5), stages=3) == [Action(2, "F", 5)]
     assert dependencies(Action(1, "B", 5), stages=3) == [Action(1, "F", 5), Action(2, "B", 5)]
 
 
-def test_a_backward_pass_in_two_parts_waits_for_what_a_whole_one_waits_for_and_its_second_part_for_its_first():
+def test_dependencies_of_split_backward_passes():
+    """I waits for what a whole backward pass waits for, and W waits for I."""
     split = {(1, 5), (2, 5)}
     assert dependencies(Action(2, "I", 5), 3, split) == [Action(2, "F", 5)]
     assert dependencies(Action(1, "I", 5), 3, split) == [Action(1, "F", 5), Action(2, "I", 5)]
     assert dependencies(Action(1, "W", 5), 3, split) == [Action(1, "I", 5)]
 
 
-def test_a_backward_pass_waits_for_the_first_part_alone_of_one_that_is_split():
+def test_a_backward_pass_waits_only_for_i():
+    """If the next stage's backward pass is split."""
     assert dependencies(Action(0, "B", 5), 2, {(1, 5)}) == [Action(0, "F", 5), Action(1, "I", 5)]
     assert dependencies(Action(0, "I", 5), 2, {(0, 5)}) == [Action(0, "F", 5), Action(1, "B", 5)]
     assert dependencies(Action(0, "B", 6), 2, {(1, 5)}) == [Action(0, "F", 6), Action(1, "B", 6)]
 
 
-def test_a_schedule_knows_which_of_its_backward_passes_are_split():
+def test_two_part_backward_passes():
     mixed = Schedule("mixed", (0, 1), 2, parsed("0F0 0F1 0B0 0B1", "1F0 1I0 1W0 1F1 1B1"))
     assert mixed.two_part == {(1, 0)}
     assert start_times(mixed, lambda action: 1.0)[Action(0, "B", 0)] == 3  # one tick before 1W0 ends
     assert gpipe((0, 1), 2).two_part == frozenset()
 
 
-def test_each_action_starts_as_early_as_its_actor_and_its_inputs_allow():
+def test_actions_start_as_early_as_possible():
     starts = start_times(gpipe((0, 1), 2), lambda action: 2.0 if action.kind == "B" else 1.0)
     assert {str(action): start for action, start in starts.items()} == {
         "0F0": 0, "0F1": 1, "1F0": 1, "1F1": 2, "1B0": 3, "1B1": 5, "0B0": 5, "0B1": 7,
@@ -106,7 +110,8 @@ def test_each_action_starts_as_early_as_its_actor_and_its_inputs_allow():
 # ---------------------------------------------------------------- memory
 
 
-def test_activations_are_kept_from_the_forward_pass_to_the_end_of_the_backward_one():
+def test_how_long_activations_are_kept():
+    """From the forward pass to the end of the backward pass."""
     assert most_kept(gpipe((0, 1), 4)) == [4, 4]
     split = Schedule("mine", (0, 1), 3, parsed("0F0 0F1 0B0 0F2 0B1 0B2", "1F0 1I0 1F1 1I1 1F2 1W0 1I2 1W1 1W2"))
     assert most_kept(split) == [2, 3]

@@ -90,9 +90,8 @@ any_microbatches = st.integers(0, 12)
         (zero_bubble_v, (0, 1, 1, 0), 2),
     ],
 )
-def test_the_table_drawn_in_a_schedules_docstring_is_the_real_one(
-    make: Maker, placement: Sequence[int], microbatches: int
-):
+def test_drawings_of_schedules(make: Maker, placement: Sequence[int], microbatches: int):
+    """In the docstrings."""
     paragraphs = (inspect.getdoc(make) or "").split("\n\n")
     (drawn,) = [table(text) for text in paragraphs if text.lstrip().startswith("tick")]
     assert drawn == draw(make(placement, microbatches))
@@ -103,7 +102,7 @@ def test_each_schedule_names_its_paper():
         assert re.search(r"et al\. \d{4}, https://arxiv\.org/abs/\d", inspect.getdoc(make) or "")
 
 
-def test_the_idle_times_in_the_modules_docstring_are_the_real_ones():
+def test_idle_times_in_the_docstring():
     said = dict(re.findall(r"^    (\S+) +(\d+) %", module.__doc__ or "", re.MULTILINE))
     assert list(said) == list(SCHEDULES)
     for name, make in SCHEDULES.items():
@@ -112,7 +111,7 @@ def test_the_idle_times_in_the_modules_docstring_are_the_real_ones():
         assert int(said[name]) == round(100 * (1 - 3 * stages_each * 4 / length(make(placement, 4))))
 
 
-def test_gpipe_runs_all_forward_passes_and_then_all_backward_ones():
+def test_gpipe_runs_all_forward_passes_first():
     assert str(gpipe((0, 1, 2), 4)) == table("""
         tick     0    1    2    3    4    5    6    7    8    9    10   11
         actor 0  0F0  0F1  0F2  0F3  .    .    .    .    0B0  0B1  0B2  0B3
@@ -121,7 +120,8 @@ def test_gpipe_runs_all_forward_passes_and_then_all_backward_ones():
         """)
 
 
-def test_one_forward_one_backward_takes_as_long_and_starts_backward_passes_early():
+def test_1f1b_takes_as_long_as_gpipe():
+    """It starts backward passes earlier."""
     assert str(one_forward_one_backward((0, 1, 2), 4)) == table("""
         tick     0    1    2    3    4    5    6    7    8    9    10   11
         actor 0  0F0  0F1  0F2  .    .    0B0  0F3  0B1  .    0B2  .    0B3
@@ -138,7 +138,7 @@ def test_gpipe_with_two_stages_on_one_actor():
         """)
 
 
-def test_one_forward_one_backward_with_two_stages_on_one_actor():
+def test_1f1b_with_two_stages_on_one_actor():
     assert str(one_forward_one_backward((0, 1, 0), 2)) == table("""
         tick     0    1    2    3    4    5    6    7    8
         actor 0  0F0  0F1  2F0  2B0  2F1  0B0  2B1  .    0B1
@@ -162,7 +162,8 @@ def test_one_forward_one_backward_in_a_v():
         """)
 
 
-def test_with_one_actor_one_forward_one_backward_accumulates_gradients():
+def test_1f1b_of_one_actor():
+    """It accumulates gradients."""
     assert compute(one_forward_one_backward((0,), 3)) == ["0F0 0B0 0F1 0B1 0F2 0B2"]
 
 
@@ -187,9 +188,7 @@ def test_a_batch_without_rows_has_an_empty_table(make: Maker):
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("microbatches", [8, 16])
 @pytest.mark.parametrize("make", CLASSIC.values(), ids=CLASSIC)
-def test_with_a_stage_an_actor_both_schedules_take_no_more_ticks_than_the_bubble_bound(
-    make: Maker, stages: int, microbatches: int
-):
+def test_gpipe_and_1f1b_reach_the_bubble_bound(make: Maker, stages: int, microbatches: int):
     found = make(range(stages), microbatches)
     ticks = max(start_times(found, lambda action: 1.0).values()) + 1
     assert ticks == 2 * (microbatches + stages - 1)
@@ -197,9 +196,7 @@ def test_with_a_stage_an_actor_both_schedules_take_no_more_ticks_than_the_bubble
 
 @pytest.mark.parametrize("placement", [(0, 1, 2), (0, 1, 0), (0, 1, 0, 1), (0, 1, 1, 0)])
 @pytest.mark.parametrize("make", CLASSIC.values(), ids=CLASSIC)
-def test_a_stage_goes_through_the_micro_batches_in_their_order_as_a_plain_loop_does(
-    make: Maker, placement: Sequence[int]
-):
+def test_stages_take_micro_batches_in_order(make: Maker, placement: Sequence[int]):
     found = make(placement, 5)
     for stage in range(len(placement)):
         for kind in "FB":
@@ -208,7 +205,7 @@ def test_a_stage_goes_through_the_micro_batches_in_their_order_as_a_plain_loop_d
 
 
 @pytest.mark.parametrize("placement", [(0, 1, 2, 3), (0, 1, 0), (0, 0, 1), (0, 1, 0, 1), (0, 1, 1, 0), (0, 1, 2, 0)])
-def test_one_forward_one_backward_runs_no_forward_pass_while_a_backward_one_is_ready(placement: Sequence[int]):
+def test_1f1b_prefers_backward_passes(placement: Sequence[int]):
     found = one_forward_one_backward(placement, 8)
     starts = start_times(found, lambda action: 1.0)
     for row in found.rows:
@@ -223,9 +220,8 @@ def test_one_forward_one_backward_runs_no_forward_pass_while_a_backward_one_is_r
 
 @settings(deadline=None)
 @given(named(), any_microbatches)
-def test_every_schedule_has_each_action_once_and_ends_though_a_send_waits_for_its_receive(
-    case: tuple[str, tuple[int, ...]], microbatches: int
-):
+def test_every_schedule_passes_the_check(case: tuple[str, tuple[int, ...]], microbatches: int):
+    """Each action occurs once, and all programs end even if a send waits for its receive."""
     name, placement = case
     found = SCHEDULES[name](placement, microbatches)
     assert (found.name, found.placement, found.microbatches) == (name, placement, microbatches)
@@ -239,9 +235,8 @@ def test_every_schedule_has_each_action_once_and_ends_though_a_send_waits_for_it
 
 @settings(deadline=None)
 @given(named(), any_microbatches)
-def test_gradients_of_a_stage_are_added_in_the_order_of_the_micro_batches(
-    case: tuple[str, tuple[int, ...]], microbatches: int
-):
+def test_gradients_are_added_in_order(case: tuple[str, tuple[int, ...]], microbatches: int):
+    """Of the micro-batches."""
     name, placement = case
     found = SCHEDULES[name](placement, microbatches)
     for stage, holder in enumerate(placement):
@@ -253,9 +248,7 @@ def test_gradients_of_a_stage_are_added_in_the_order_of_the_micro_batches(
 
 @settings(deadline=None)
 @given(named(), any_microbatches)
-def test_activations_are_bounded_as_documented_whatever_the_number_of_micro_batches(
-    case: tuple[str, tuple[int, ...]], microbatches: int
-):
+def test_activations_are_bounded_as_documented(case: tuple[str, tuple[int, ...]], microbatches: int):
     name, placement = case
     actors = range(max(placement) + 1)
     stages = [[stage for stage, holder in enumerate(placement) if holder == actor] for actor in actors]
@@ -273,9 +266,7 @@ def test_activations_are_bounded_as_documented_whatever_the_number_of_micro_batc
 
 @settings(deadline=None)
 @given(placements(), any_microbatches)
-def test_neither_interleaving_nor_splitting_backward_passes_ever_takes_longer_than_1f1b(
-    placement: tuple[int, ...], microbatches: int
-):
+def test_no_schedule_takes_longer_than_1f1b(placement: tuple[int, ...], microbatches: int):
     plain = length(one_forward_one_backward(placement, microbatches))
     assert length(zero_bubble_h1(placement, microbatches)) <= plain
     if len(set(placement)) < len(placement):
@@ -319,7 +310,7 @@ def test_cost_grows_linearly_with_micro_batches(make: Maker, placement: tuple[in
 
 @pytest.mark.parametrize("actors", [2, 3, 4, 8])
 @pytest.mark.parametrize("microbatches", [4, 8, 16, 32])
-def test_each_schedule_leaves_a_smaller_bubble_than_the_one_before(actors: int, microbatches: int):
+def test_bubbles_shrink_from_schedule_to_schedule(actors: int, microbatches: int):
     plain = range(actors)
     found = [
         2 * length(one_forward_one_backward(plain, microbatches)),
@@ -333,7 +324,8 @@ def test_each_schedule_leaves_a_smaller_bubble_than_the_one_before(actors: int, 
 
 @pytest.mark.parametrize("actors", [2, 3, 4, 8])
 @pytest.mark.parametrize("rounds", [1, 2, 4, 8])
-def test_two_stages_an_actor_interleaved_leave_half_the_bubble_of_1f1b(actors: int, rounds: int):
+def test_interleaved_halves_the_bubble(actors: int, rounds: int):
+    """With two stages per actor."""
     work = 3 * 2 * actors * rounds
     plain = 2 * length(one_forward_one_backward(range(actors), actors * rounds)) - work
     assert length(interleaved(round_robin(actors), actors * rounds)) - work == plain / 2
@@ -341,21 +333,24 @@ def test_two_stages_an_actor_interleaved_leave_half_the_bubble_of_1f1b(actors: i
 
 @pytest.mark.parametrize("actors", [2, 3, 4, 8])
 @pytest.mark.parametrize("rounds", [1, 2, 3, 8])
-def test_h1_leaves_each_actor_idle_for_one_tick_per_other_actor_a_third_of_1f1b(actors: int, rounds: int):
+def test_h1_leaves_a_third_of_the_bubble(actors: int, rounds: int):
+    """Each actor is idle for one tick per other actor."""
     microbatches = actors * rounds
     assert length(zero_bubble_h1(range(actors), microbatches)) == 3 * microbatches + actors - 1
     assert length(one_forward_one_backward(range(actors), microbatches)) == 3 * (microbatches + actors - 1)
 
 
 @pytest.mark.parametrize("microbatches", [2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 64])
-def test_in_a_v_of_two_actors_they_wait_for_the_first_micro_batch_alone(microbatches: int):
+def test_a_v_of_two_actors_waits_only_once(microbatches: int):
+    """For the first micro-batch."""
     found = zero_bubble_v((0, 1, 1, 0), microbatches)
     assert length(found) == 6 * microbatches + 1  # the second actor cannot begin before tick 1: no order is shorter
 
 
 @pytest.mark.parametrize("actors", [3, 4, 8])
 @pytest.mark.parametrize("rounds", [1, 2, 3, 4, 8])
-def test_a_v_of_more_actors_is_at_most_two_percent_longer_than_any_order_must_be(actors: int, rounds: int):
+def test_a_v_of_more_actors_is_nearly_shortest(actors: int, rounds: int):
+    """At most two percent longer than any order must be."""
     microbatches = actors * rounds
     shortest = 6 * microbatches + actors - 1  # the actor in the turn of the V cannot begin before tick actors - 1
     assert shortest <= length(zero_bubble_v(vee(actors), microbatches)) <= 1.025 * shortest
@@ -363,14 +358,15 @@ def test_a_v_of_more_actors_is_at_most_two_percent_longer_than_any_order_must_be
 
 @pytest.mark.parametrize("weight", [0.5, 0.75, 1.25, 1.5])
 @pytest.mark.parametrize("microbatches", [4, 8, 16])
-def test_a_v_of_two_actors_is_the_shortest_also_where_weights_take_less_or_more_time(weight: float, microbatches: int):
+def test_a_v_of_two_actors_is_the_shortest(weight: float, microbatches: int):
+    """Also if W takes less or more time."""
     plain = 2 * length(one_forward_one_backward((0, 1), microbatches), weight)
     h1 = 2 * length(zero_bubble_h1((0, 1), microbatches), weight)
     assert length(zero_bubble_v((0, 1, 1, 0), microbatches), weight) < h1 < plain
 
 
 @pytest.mark.parametrize("microbatches", [5, 8, 16, 32])
-def test_in_a_v_of_two_actors_few_backward_passes_are_cut_in_two(microbatches: int):
+def test_a_v_of_two_actors_splits_few_passes(microbatches: int):
     kinds = [action.kind for row in zero_bubble_v((0, 1, 1, 0), microbatches).rows for action in row]
     assert kinds.count("I") == kinds.count("W") == 2 * 3  # in two stages: the first micro-batch and the last two
 
@@ -404,7 +400,8 @@ def megatron(actors: int, times: int, microbatches: int) -> Schedule:
 @pytest.mark.parametrize("actors", [2, 3, 4, 8])
 @pytest.mark.parametrize("times", [2, 3])
 @pytest.mark.parametrize("rounds", [1, 2, 4, 8])
-def test_interleaved_takes_no_longer_and_keeps_no_more_than_megatrons_order(actors: int, times: int, rounds: int):
+def test_interleaved_is_as_good_as_megatrons(actors: int, times: int, rounds: int):
+    """It takes no longer and keeps no more activations."""
     theirs = megatron(actors, times, actors * rounds)
     check(theirs, chain(actors * times))
     ours = interleaved(round_robin(actors, times), actors * rounds)
@@ -415,7 +412,8 @@ def test_interleaved_takes_no_longer_and_keeps_no_more_than_megatrons_order(acto
 
 
 @pytest.mark.parametrize("microbatches", [5, 9, 13, 17])
-def test_interleaving_loses_nothing_where_a_few_micro_batches_are_left_over(microbatches: int):
+def test_interleaving_with_left_over_micro_batches(microbatches: int):
+    """Nothing is lost."""
     work = 3 * 2 * microbatches
     assert length(interleaved(round_robin(4), microbatches)) - work == 3 * (4 - 1)
 
@@ -435,9 +433,8 @@ def test_interleaving_loses_nothing_where_a_few_micro_batches_are_left_over(micr
         (zero_bubble_v, (0, 1, 2), "placement=[0, 1, 2, 2, 1, 0]"),
     ],
 )
-def test_a_placement_that_a_schedule_cannot_use_is_refused_with_one_that_it_can(
-    make: Maker, placement: Sequence[int], message: str
-):
+def test_an_unusable_placement_is_refused(make: Maker, placement: Sequence[int], message: str):
+    """The message shows one that the schedule can use."""
     with pytest.raises(PlanError, match=re.escape(message)):
         make(placement, 4)
 

@@ -30,7 +30,7 @@ def test_equal_stages_reach_the_bound_of_the_bubble(make: Maker, stages: int, mi
     assert 1 - found.bubble == pytest.approx(microbatches / (microbatches + stages - 1))
 
 
-def test_the_slowest_stage_sets_the_pace_and_the_others_wait_for_it():
+def test_the_slowest_stage_sets_the_pace():
     found = simulate(gpipe((0, 1), 4), forward=[1.0, 3.0], backward=[1.0, 3.0])
     assert found.busy == (8.0, 24.0)
     assert found.length == 1 + 24 + 1  # the slow stage computes without a gap between the fast one's first and last
@@ -42,24 +42,25 @@ def test_stages_that_share_an_actor_share_its_time():
     assert found == Simulation(length=20.0, busy=(20.0,), activations=(4,))
 
 
-def test_forward_passes_alone_can_be_simulated_too():
+def test_forward_only_can_be_simulated():
     found = simulate(forward_only((0, 1), 3), forward=[1.0, 1.0], backward=[9.0, 9.0])
     assert found == Simulation(length=4.0, busy=(3.0, 3.0), activations=(0, 0))
 
 
-def test_the_parts_of_a_backward_pass_take_half_of_it_each_where_their_own_times_are_not_known():
+def test_split_backward_passes_default_to_halves():
     schedule = zero_bubble_h1((0, 1), 4)
     known = simulate(schedule, [1.0, 1.0], [2.0, 2.0], weight=[1.0, 1.0])
     assert simulate(schedule, [1.0, 1.0], [2.0, 2.0]) == known == Simulation(13.0, (12.0, 12.0), (2, 2))
 
 
-def test_a_part_of_a_backward_pass_takes_what_the_other_one_leaves_of_it():
+def test_split_backward_passes_share_the_time():
     schedule = Schedule("mine", (0, 1), 1, ((Action(0, "F", 0), Action(0, "B", 0)), tuple(map(Action.parse, IN_PARTS))))
     assert simulate(schedule, [1.0, 2.0], [4.0, 5.0], weight=[9.0, 1.0]).length == 1 + 2 + (5 - 1) + 4
     assert simulate(schedule, [1.0, 2.0], [4.0, 5.0], weight=[9.0, 4.5]).length == 1 + 2 + (5 - 4.5) + 4.5
 
 
-def test_a_message_takes_its_time_from_one_actor_to_another_but_none_within_one():
+def test_messages_between_actors_take_time():
+    """But not within one actor."""
     assert simulate(gpipe((0, 1), 1), [1.0, 1.0], [2.0, 2.0], message=0.5).length == 1 + 0.5 + 1 + 2 + 0.5 + 2
     assert simulate(gpipe((0, 0), 1), [1.0, 1.0], [2.0, 2.0], message=0.5).length == 6
 
@@ -70,7 +71,7 @@ def test_the_activations_that_actors_save_are_counted():
     assert simulate(zero_bubble_v((0, 1, 1, 0), 8), [1.0] * 4, [2.0] * 4).activations == (4, 4)
 
 
-def test_a_batch_without_rows_takes_no_time_and_has_no_bubble():
+def test_an_empty_batch_takes_no_time():
     found = simulate(gpipe((0, 1), 0), [1.0, 1.0], [1.0, 1.0])
     assert found == Simulation(length=0.0, busy=(0, 0), activations=(0, 0))
     assert found.bubble == 0.0
@@ -80,7 +81,7 @@ def test_stages_that_take_no_time_have_no_bubble():
     assert simulate(gpipe((0, 1), 2), [0.0, 0.0], [0.0, 0.0]).bubble == 0.0
 
 
-def test_a_schedule_that_does_not_end_is_not_simulated():
+def test_a_deadlock_is_not_simulated():
     stuck = Schedule("mine", (0,), 1, ((Action(0, "B", 0), Action(0, "F", 0)),))
     with pytest.raises(ScheduleError, match="'mine' deadlocks"):
         simulate(stuck, [1.0], [1.0])
