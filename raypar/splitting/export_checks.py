@@ -188,7 +188,7 @@ def _agree(model: nn.Module, graph: fx.Graph, of_one_row: Exported) -> bool:
                 _Trial(model, candidate, of_one_row.calls, seed).outcome(inputs)
                 for candidate in (graph, of_one_row.graph)
             )
-        except Exception:  # whatever it is that the graph cannot do with one row
+        except Exception:  # the graph cannot run with one row, for any reason
             return False
         if not tree.same(one, other):
             return False

@@ -8,10 +8,9 @@
 An opaque module's forward runs outside the trace, without hooks, on fake tensors, only to learn the shapes of its
 outputs. Whatever it changes on itself is put back afterwards.
 
-Traps: torch.export inlines every module it sees, so calls are caught at the class (`__call__`), whatever way of calling
-a module a class has; it puts a module's attributes back after tracing, so what a forward returns is handed out by a
-function; and it sets flags by which code can tell that it is exported, which `Root` hides.
-"""
+Traps: torch.export inlines every module it sees, so calls are caught at the class (`__call__`), which also works for
+classes with a `__call__` of their own; it puts a module's attributes back after tracing, so what a forward returns is
+handed out by a function; and it sets flags by which code can tell that it is exported, which `Root` hides."""
 
 from __future__ import annotations
 
@@ -89,7 +88,7 @@ class OpaqueCalls:
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
-        """Catch the calls of opaque modules, by whatever way of calling a module its class has."""
+        """Catch the calls of opaque modules, at their classes."""
         classes = {type(module) for module in self.model.modules() if id(module) in self.names}
         call_methods = {cls: vars(cls).get("__call__") for cls in classes}
         for cls, method in call_methods.items():

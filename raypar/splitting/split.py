@@ -1,6 +1,6 @@
 """A traced model split into stages.
 
-A split is a list of module names at which a new stage begins; whatever is called between two of them, functional code
+A split is a list of module names at which a new stage begins; what is called between two of them, functional code
 included, belongs to the stage before:
 
     conv1  relu  max_pool2d │ conv2  relu  max_pool2d  flatten  fc1  relu │ fc2

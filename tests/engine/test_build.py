@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import copy
-import random
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,53 +39,6 @@ def batch_norm_net() -> nn.Module:
 
 
 # ---------------------------------------------------------------- the whole model
-
-
-def test_every_process_builds_the_same_weights_from_the_seed():
-    kept = torch.get_rng_state()
-    torch.manual_seed(123)
-    one = build_whole(spec(CNN)).state_dict()
-    torch.manual_seed(456)
-    other = build_whole(spec(CNN)).state_dict()
-    torch.set_rng_state(kept)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_a_model_may_draw_from_numpy_and_python_too():
-    def build() -> nn.Module:
-        layer = nn.Linear(1, 1)
-        layer.bias.data[0] = np.random.rand() + random.random()
-        return layer
-
-    assert torch.equal(build_whole(spec(build)).bias, build_whole(spec(build)).bias)  # type: ignore[arg-type]
-
-
-def test_what_is_no_module_is_refused():
-    with pytest.raises(ModelError, match=r"build_model\(\) returned dict, needed a torch\.nn\.Module"):
-        build_whole(spec(lambda: {"weights": 1}))  # type: ignore[arg-type, return-value]
-
-
-def test_a_module_returned_twice_is_refused():
-    """Each actor keeps a part of its own. In local mode all replicas would train one and the same weights, and the
-    second stage found the first one's."""
-    model = CNN()
-    build_whole(spec(lambda: model))
-    with pytest.raises(ModelError, match="returned before; needed a new one at each call"):
-        build_whole(spec(lambda: model))
-    build_whole(spec(lambda: copy.deepcopy(model)))
-
-
-@pytest.mark.parametrize(
-    ("layer", "found"),
-    [
-        (lambda: nn.LazyLinear(2), r"'1\.weight' has no shape yet"),
-        (lambda: nn.Embedding(3, 2, sparse=True), r"'1' has sparse=True"),
-        (lambda: nn.EmbeddingBag(3, 2, sparse=True), r"'1' has sparse=True"),
-    ],
-)
-def test_what_no_actor_could_train_is_refused(layer: Callable[[], nn.Module], found: str):
-    with pytest.raises(ModelError, match=found):
-        build_whole(spec(lambda: nn.Sequential(nn.Linear(1, 1), layer())))
 
 
 class Counting(nn.Linear):

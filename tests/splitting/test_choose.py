@@ -41,29 +41,30 @@ def never(units: Split) -> list[float]:
     raise AssertionError(f"measured {units}, though nobody needs to know")
 
 
-# ---------------------------------------------------------------- where to cut
+# ---------------------------------------------------------------- where to split
 
 
-def test_one_stage_is_not_cut_and_not_even_built():
+def test_one_stage_is_not_split_nor_built():
     def build() -> nn.Module:
         raise AssertionError("built")
 
     assert choose_split(spec(build), (0,), None, IMAGES, never) == Split()
 
 
-def test_the_users_names_are_taken_in_the_order_of_the_model_without_measuring():
+def test_the_users_names_in_the_models_order():
+    """Nothing is measured then."""
     split = choose_split(spec(CNN), (0, 1, 0), ["fc2", "conv2"], IMAGES, never)
     assert split == Split(names=("conv2", "fc2"), opened=(), arguments=("images",))
 
 
-def test_with_example_inputs_a_model_is_cut_in_balance_by_measured_time():
+def test_balance_by_measured_time():
     assert choose_split(spec(CNN), (0, 1), None, IMAGES, measured(4, 4, 1, 1)).names == ("conv2",)
     assert choose_split(spec(CNN), (0, 1), None, IMAGES, measured(1, 1, 4, 4)).names == ("fc2",)
     assert choose_split(spec(CNN), (0, 1, 2), None, IMAGES, measured(4, 4, 1, 1)).names == ("conv2", "fc1")
     assert choose_split(spec(CNN), (0, 1, 0), None, IMAGES, measured(1, 4, 4, 1)).names == ("conv2", "fc2")
 
 
-def test_each_module_that_could_begin_a_stage_is_measured():
+def test_each_possible_stage_is_measured():
     asked: list[Split] = []
 
     def measure(units: Split) -> list[float]:
@@ -74,13 +75,14 @@ def test_each_module_that_could_begin_a_stage_is_measured():
     assert asked == [Split(names=("1", "2", "3", "4", "5"), opened=(), arguments=("input",))]
 
 
-def test_without_example_inputs_the_number_of_parameters_decides_and_a_warning_says_what_to_do():
+def test_without_example_parameters_are_counted():
+    """Without example_inputs the number of parameters decides, and a warning says what to do."""
     with pytest.warns(UserWarning, match=r"by the number of parameters .*: give parallelize example_inputs to balance"):
         split = choose_split(spec(CNN), (0, 1), None, None, never)
     assert split.names == ("fc1",)  # the linear layers hold 96 % of the parameters
 
 
-def test_blocks_are_opened_where_there_are_too_few_modules():
+def test_blocks_are_opened_for_enough_modules():
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -124,8 +126,8 @@ def by_size(units: Split) -> list[float]:
     return [0.01 if name == "head" else 1.0 if units.opened else 6.0 for name in ("first", *units.names)]
 
 
-def test_a_module_that_is_larger_than_a_fair_share_is_opened_though_there_are_enough_modules():
-    """A backbone with a head was cut between the two: 1,575,936 parameters here, 1,539 there."""
+def test_a_module_above_a_fair_share_is_opened():
+    """A backbone with a head was split between the two: 1,575,936 parameters here, 1,539 there."""
     asked: list[Split] = []
 
     def measure(units: Split) -> list[float]:
@@ -139,7 +141,9 @@ def test_a_module_that_is_larger_than_a_fair_share_is_opened_though_there_are_en
         assert choose_split(spec(Net), (0, 1), None, None, never).names == ("backbone.layers.3",)
 
 
-def test_modules_that_share_fairly_stay_closed_and_are_measured_once():
+def test_a_fair_share_opens_nothing():
+    """The modules are measured once."""
+
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -170,9 +174,11 @@ class Hooked(Backbone):
 
 
 @pytest.mark.parametrize("backbone", [LooksAtValues, SharedNormBackbone, Hooked])
-def test_a_module_that_cannot_be_cut_inside_stays_whole_and_a_warning_says_that_the_stages_are_lopsided(
+def test_what_cannot_be_split_inside_stays_whole(
     backbone: Callable[[], nn.Module],
 ):
+    """A warning says that the stages are far from balanced."""
+
     def measure(units: Split) -> list[float]:
         return [3.0, 3.0, 0.01] if units.opened else [6.0, 0.01]
 
@@ -181,7 +187,7 @@ def test_a_module_that_cannot_be_cut_inside_stays_whole_and_a_warning_says_that_
     assert split == Split(("head",), (), ("x",))
 
 
-def test_a_module_whose_inside_cannot_be_measured_stays_whole():
+def test_what_cannot_be_measured_stays_whole():
     def measure(units: Split) -> list[float]:
         if units.opened:
             raise SplitError("a stage changes 'x' in place")
@@ -191,7 +197,9 @@ def test_a_module_whose_inside_cannot_be_measured_stays_whole():
         assert choose_split(spec(Net), (0, 1), None, WIDE, measure).names == ("head",)
 
 
-def test_opening_a_module_that_brings_no_better_balance_is_not_kept():
+def test_opening_without_gain_is_dropped():
+    """A module stays whole if opening it brings no better balance."""
+
     def measure(units: Split) -> list[float]:
         return [0.01, 0.01, 6.0, 0.01, 0.01, 0.01, 0.01] if units.opened else [6.0, 0.01]
 
@@ -199,11 +207,14 @@ def test_opening_a_module_that_brings_no_better_balance_is_not_kept():
         assert choose_split(spec(Net), (0, 1), None, WIDE, measure).opened == ()
 
 
-def test_stages_on_one_actor_are_in_balance_whatever_they_cost():
+def test_stages_on_one_actor_are_balanced():
+    """Whatever they cost."""
     assert choose_split(spec(Net), (0, 0), None, WIDE, by_size) == Split(("head",), (), ("x",))
 
 
-def test_the_names_of_the_arguments_that_batches_pass_come_from_example_inputs():
+def test_arguments_come_from_example_inputs():
+    """The names of the arguments of forward that batches pass."""
+
     class WithMask(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -282,23 +293,27 @@ ROWS = torch.zeros(2, 4)
         (CNN, 3, ["conv2"], None, r"makes 2 stages, but the plan has 3"),
     ],
 )
-def test_a_model_that_cannot_be_cut_is_refused_before_its_weights_are_allocated(
+def test_what_cannot_be_split_is_refused_early(
     build: Callable[[], nn.Module], stages: int, split: list[str] | None, example: Any, message: str
 ):
+    """Before any weights are allocated."""
     with pytest.raises(SplitError, match=message):
         choose_split(spec(OnMetaOnly(build)), tuple(range(stages)), split, example, never)
 
 
-def test_the_same_value_may_stay_inside_a_stage():
+def test_any_value_may_stay_inside_a_stage():
     assert choose_split(spec(OnMetaOnly(boxed)), (0, 1), ["3"], ROWS, never).names == ("3",)
 
 
-def test_inputs_that_do_not_fit_forward_are_refused_before_weights_are_allocated():
+def test_inputs_that_do_not_fit_are_refused_early():
+    """Before any weights are allocated."""
     with pytest.raises(ModelError, match=r"the inputs do not fit CNN\.forward.*too many positional arguments"):
         choose_split(spec(OnMetaOnly(CNN)), (0, 1), ["conv2"], (IMAGES, IMAGES), never)
 
 
-def test_a_model_that_cannot_be_built_without_storage_is_built_for_real_while_no_other_process_of_the_machine_builds():
+def test_one_process_builds_at_a_time():
+    """A model that cannot be built on the meta device is built for real, while no other process here builds one."""
+
     def build() -> nn.Module:
         model = mlp()
         assert model[1].weight.sum().item() != 7
@@ -310,7 +325,9 @@ def test_a_model_that_cannot_be_built_without_storage_is_built_for_real_while_no
     assert choose_split(spec(build), (0, 1), ["3"], IMAGES, never).names == ("3",)
 
 
-def test_code_that_looks_at_values_has_its_borders_checked_at_the_first_step_instead():
+def test_borders_of_code_that_looks_at_values():
+    """Such code cannot run on the meta device: its borders are checked at the first step."""
+
     class Looks(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum().item() > 0 else -x
@@ -337,28 +354,6 @@ def test_measured_times_separate_the_convolutions():
     assert "conv2" in choose_split(spec(CNN), (0, 1, 2), None, images, measure).names
 
 
-def test_every_unit_takes_time():
-    times = measure_units(spec(CNN), Split(("conv2", "fc1", "fc2")), IMAGES, CPU)
-    assert len(times) == 4
-    assert all(seconds > 0 for seconds in times)
-
-
-def test_units_with_skips_dictionaries_and_outputs_without_a_gradient_can_be_measured():
-    class Skips(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.a, self.b = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-            first = self.embed(tokens)
-            second = self.a(first * mask)
-            return {"logits": self.b(second) + first, "best": second.argmax(-1)}
-
-    inputs = {"tokens": torch.ones(3, 2, dtype=torch.int64), "mask": torch.ones(3, 2, 1)}
-    times = measure_units(spec(Skips), Split(("a", "b"), (), ("tokens", "mask")), inputs, CPU)
-    assert all(seconds > 0 for seconds in times)
-
-
 # ---------------------------------------------------------------- where torch.fx is not enough
 
 
@@ -373,7 +368,8 @@ class AsksForLength(nn.Module):
         return self.b(self.a(x) if x.shape[1] > 3 else x)  # type: ignore[no-any-return]
 
 
-def test_a_cut_carries_the_form_of_the_inputs_only_where_the_graph_needs_torch_export():
+def test_an_example_only_where_export_needs_it():
+    """A split carries the shapes of the inputs only if the graph needs torch.export."""
     asked: list[Split] = []
 
     def measure(units: Split) -> list[float]:
@@ -385,12 +381,8 @@ def test_a_cut_carries_the_form_of_the_inputs_only_where_the_graph_needs_torch_e
     assert [units.example for units in asked] == [None, described(WIDE)]
 
 
-def test_torch_export_too_sees_a_model_before_its_weights_are_allocated():
+def test_exporting_needs_no_weights():
+    """torch.export, too, sees the model on the meta device."""
     assert choose_split(spec(OnMetaOnly(AsksForLength)), (0, 1), ["b"], WIDE, never).example == described(WIDE)
     with pytest.raises(SplitError, match=r"torch\.fx could not trace .*With parallelize\(example_inputs=…\)"):
         choose_split(spec(OnMetaOnly(AsksForLength)), (0, 1), ["b"], None, never)
-
-
-def test_the_units_of_an_exported_graph_can_be_measured():
-    units = Split(("b",), (), ("x",), described(WIDE))
-    assert all(seconds > 0 for seconds in measure_units(spec(AsksForLength), units, WIDE, CPU))

@@ -1,4 +1,4 @@
-"""The graph of a forward by torch.export: its leaves are the user's modules, and no batch gives a wrong number."""
+"""The graph of a forward by torch.export: it calls the user's modules, and no batch gives a wrong number."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def test_a_graph_has_the_form_of_one_of_torch_fx() -> None:
     assert ops(graph) == ["a", "relu.default", "b", "mul.Tensor", "add.Tensor", "sub.Tensor"]
 
 
-def test_sequentials_and_named_modules_are_opened_and_others_are_not() -> None:
+def test_which_modules_are_opened() -> None:
+    """Sequentials and the named ones."""
+
     class Nested(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -117,7 +119,8 @@ class WithTrees(nn.Module):
         return Pair(self.last(found["value"]) * more * (-1 if flip else 1), None)
 
 
-def test_trees_of_every_kind_come_in_go_between_the_leaves_and_come_out() -> None:
+def test_trees_of_every_kind_pass_through() -> None:
+    """In, between the modules, and out."""
     model = WithTrees()
 
     def inputs(rows: int) -> dict[str, Any]:
@@ -140,24 +143,27 @@ class TakesAll(nn.Module):
 class HandsOver(Branching):
     def __init__(self) -> None:
         super().__init__()
-        self.leaf = TakesAll()
+        self.inner = TakesAll()
         self.weights = nn.ParameterList([torch.rand(6), torch.rand(6)])
         self.plain = torch.rand(6)
 
     def forward(self, x: Tensor) -> tuple[Tensor, nn.Parameter]:  # type: ignore[override]
         constant = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-        y, size, weight = self.leaf(super().forward(x), [*self.weights, self.plain], constant, torch.Size([3, 4]))
+        y, size, weight = self.inner(super().forward(x), [*self.weights, self.plain], constant, torch.Size([3, 4]))
         return y * size[1] * weight, self.weights[0]
 
 
-def test_a_leaf_may_be_handed_parameters_constants_lists_and_sizes() -> None:
+def test_what_modules_may_be_passed() -> None:
+    """Parameters, constants, lists and sizes."""
     model = HandsOver()
     found, weight = exported(model)(ROWS)
     assert torch.equal(found, model(ROWS)[0])
     assert weight is model.weights[0]
 
 
-def test_the_leaves_are_the_users_modules_with_their_hooks_dropout_and_mode() -> None:
+def test_modules_keep_hooks_dropout_and_mode() -> None:
+    """The graph calls the user's own modules."""
+
     class Dropped(Branching):
         def __init__(self) -> None:
             super().__init__()
@@ -168,12 +174,12 @@ def test_the_leaves_are_the_users_modules_with_their_hooks_dropout_and_mode() ->
 
     model, fired = Dropped(), []
     model.a.register_forward_pre_hook(lambda *_: fired.append("before"))
-    model.a.register_forward_hook(lambda module, inputs, output: fired.append("behind") or output * 3)
+    model.a.register_forward_hook(lambda module, inputs, output: fired.append("after") or output * 3)
     code = exported(model)
     assert fired == []
     torch.manual_seed(1)
     found = code(ROWS)
-    assert fired == ["before", "behind"]
+    assert fired == ["before", "after"]
     torch.manual_seed(1)
     assert torch.equal(found, model(ROWS))
     assert bool((found == 0).any())
@@ -182,9 +188,11 @@ def test_the_leaves_are_the_users_modules_with_their_hooks_dropout_and_mode() ->
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_of_the_forward_itself_is_on_in_the_graph_of_training_alone_and_draws_in_each_run(
+def test_dropout_in_forward_draws_in_training(
     training: bool,
 ) -> None:
+    """Dropout that forward itself calls is in the graph of training alone, and draws in each run."""
+
     class Noisy(Branching):
         def forward(self, x: Tensor) -> Tensor:
             y = F.dropout(super().forward(x), 0.5, self.training)
@@ -199,7 +207,9 @@ def test_dropout_of_the_forward_itself_is_on_in_the_graph_of_training_alone_and_
     assert torch.equal(*found) is not training
 
 
-def test_what_is_computed_from_a_buffer_is_computed_in_each_step_and_one_changed_in_place_is_changed() -> None:
+def test_buffers_are_read_in_each_step() -> None:
+    """What is computed from a buffer is computed in each step, and a buffer that is changed in place is changed."""
+
     class Averages(Branching):
         def __init__(self) -> None:
             super().__init__()
@@ -218,7 +228,9 @@ def test_what_is_computed_from_a_buffer_is_computed_in_each_step_and_one_changed
     assert torch.equal(model.get_buffer("mean"), plain.get_buffer("mean"))
 
 
-def test_a_leaf_that_works_in_place_stays_though_nobody_takes_what_it_returns() -> None:
+def test_a_module_that_works_in_place_stays() -> None:
+    """Though nobody uses what it returns."""
+
     class InPlace(Branching):
         def __init__(self) -> None:
             super().__init__()
@@ -233,7 +245,9 @@ def test_a_leaf_that_works_in_place_stays_though_nobody_takes_what_it_returns() 
     assert torch.equal(exported(model)(ROWS), model(ROWS))
 
 
-def test_a_graph_runs_on_another_device_than_it_was_made_on() -> None:
+def test_a_graph_runs_on_another_device() -> None:
+    """Than the one it was made on."""
+
     class Makes(Branching):
         def forward(self, x: Tensor) -> Tensor:
             places = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * torch.tensor([0.5], device=x.device)
@@ -276,21 +290,23 @@ class Remembers(nn.Module):
         return self.last * random.random() * float(np.random.rand())
 
 
-def test_exporting_leaves_modules_buffers_and_random_generators_as_they_were() -> None:
+def test_exporting_changes_nothing() -> None:
+    """Modules, buffers and random generators are as they were."""
+
     class Around(Branching):
         def __init__(self) -> None:
             super().__init__()
-            self.leaf = Remembers()
+            self.inner = Remembers()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.leaf(super().forward(x)) + torch.rand(6)
+            return self.inner(super().forward(x)) + torch.rand(6)
 
     model = Around()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     was = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     call_of = nn.Linear.__call__
     exported(model)
-    assert (model.leaf.calls, model.leaf.seen, model.leaf.last) == (0, [], None)
+    assert (model.inner.calls, model.inner.seen, model.inner.last) == (0, [], None)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(type(tensor) in (Tensor, nn.Parameter) for tensor in (*model.parameters(), *model.buffers()))
     assert torch.equal(was[0], torch.get_rng_state())
@@ -299,7 +315,7 @@ def test_exporting_leaves_modules_buffers_and_random_generators_as_they_were() -
     assert "__call__" not in vars(Remembers)
 
 
-def test_nothing_in_a_forward_is_told_that_it_is_exported() -> None:
+def test_exporting_is_hidden_from_forward() -> None:
     told: list[bool] = []
 
     class Asks(Branching):
@@ -311,10 +327,12 @@ def test_nothing_in_a_forward_is_told_that_it_is_exported() -> None:
     assert told == [False]
 
 
-# ---------------------------------------------------------------- batches of another form
+# ---------------------------------------------------------------- batches that do not fit
 
 
-def test_rows_and_lengths_may_differ_from_batch_to_batch_and_from_the_example() -> None:
+def test_rows_and_lengths_may_differ() -> None:
+    """From batch to batch, and from the example."""
+
     class Lengths(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -342,7 +360,9 @@ def test_rows_and_lengths_may_differ_from_batch_to_batch_and_from_the_example() 
         (torch.ones(4, 6, dtype=torch.int64), r"x has 2 dimensions of torch\.int64, in example_inputs 2"),
     ],
 )
-def test_a_batch_that_the_forward_would_treat_otherwise_is_refused(batch: Tensor, message: str) -> None:
+def test_a_batch_that_breaks_a_guard_is_refused(batch: Tensor, message: str) -> None:
+    """The forward would treat it differently."""
+
     class Sevens(Branching):
         def forward(self, x: Tensor) -> Tensor:
             return -super().forward(x) if x.shape[0] == 7 else super().forward(x)
@@ -370,7 +390,8 @@ class AsksForOne(nn.Module):
         return self.b(self.a(x * place).mT).sum(-1)  # type: ignore[no-any-return]
 
 
-def test_a_question_for_one_row_whose_answer_makes_no_difference_does_not_matter() -> None:
+def test_one_row_where_it_makes_no_difference() -> None:
+    """A forward may ask whether there is one row, if the answer makes no difference to what it computes."""
     model = AsksForOne(lambda length: length > 5)
     with pytest.raises(ModelError, match=r"x is of shape \(1, 9, 6\), .* was traced for .*x\.shape\[0\] != 1"):
         exported(model, torch.rand(4, 9, 6))(torch.rand(1, 9, 6))
@@ -393,7 +414,8 @@ def test_a_size_of_one_in_the_example_stays_one() -> None:
         code(torch.rand(5, 6), torch.rand(5, 6))
 
 
-def test_a_plain_value_that_differs_from_the_example_is_refused() -> None:
+def test_another_plain_value_is_refused() -> None:
+    """Than in the example."""
     inputs = {"both": (ROWS, {"y": ROWS}), "flip": True, "more": torch.rand(4, 1)}
     code = exported(WithTrees(), inputs)
     with pytest.raises(ModelError, match="it holds False, in example_inputs that was True"):
@@ -402,7 +424,9 @@ def test_a_plain_value_that_differs_from_the_example_is_refused() -> None:
         code(**inputs | {"both": [ROWS, {"y": ROWS}]})
 
 
-def test_a_leaf_that_returns_another_structure_than_it_did_is_refused() -> None:
+def test_another_structure_returned_is_refused() -> None:
+    """A module must return what it did when the model was exported."""
+
     class Sometimes(nn.Module):
         both = True
 
@@ -412,17 +436,17 @@ def test_a_leaf_that_returns_another_structure_than_it_did_is_refused() -> None:
     class Around(Branching):
         def __init__(self) -> None:
             super().__init__()
-            self.leaf = Sometimes()
+            self.inner = Sometimes()
 
         def forward(self, x: Tensor) -> Tensor:
-            one, other = self.leaf(super().forward(x))
+            one, other = self.inner(super().forward(x))
             return one + other  # type: ignore[no-any-return]
 
     model = Around()
     code = exported(model)
     code(ROWS)
-    model.leaf.both = False
-    with pytest.raises(ModelError, match=r"the module 'leaf' has returned something .*: found a tensor, None, need"):
+    model.inner.both = False
+    with pytest.raises(ModelError, match=r"the module 'inner' has returned something .*: found a tensor, None, need"):
         code(ROWS)
 
 
@@ -502,20 +526,20 @@ class TellsSize(Branching):
 
     def __init__(self) -> None:
         super().__init__()
-        self.leaf = self.Leaf()
+        self.inner = self.Leaf()
 
     def forward(self, x: Tensor) -> Tensor:
-        y, rows = self.leaf(super().forward(x))
+        y, rows = self.inner(super().forward(x))
         return y / rows  # type: ignore[no-any-return]
 
 
 class LeafLooks(Branching):
     def __init__(self) -> None:
         super().__init__()
-        self.leaf = LooksAtValues()
+        self.inner = LooksAtValues()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leaf(super().forward(x))  # type: ignore[no-any-return]
+        return self.inner(super().forward(x))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -531,7 +555,7 @@ class LeafLooks(Branching):
         (Keeps, "the forward changes its attribute 'last'"),
         (InstallsHooks, "the forward installs hooks on its modules"),
         (GivesObject, r'"self\.b\(x, object\(\)\)" a module gets a value of type object, needed tensors, plain values'),
-        (TellsSize, "the module 'leaf' returns a number that depends on the shape"),
+        (TellsSize, "the module 'inner' returns a number that depends on the shape"),
     ],
 )
 def test_what_a_graph_would_lose_is_refused(build: Callable[[], nn.Module], message: str) -> None:
@@ -541,7 +565,8 @@ def test_what_a_graph_would_lose_is_refused(build: Callable[[], nn.Module], mess
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_hooks_on_the_model_itself_and_on_opened_modules_are_refused() -> None:
+def test_hooks_that_would_be_lost_are_refused() -> None:
+    """On the model itself and on opened modules."""
     model = nn.Sequential(Branching())
     model[0].register_forward_hook(lambda *_: None)
     export_graph(model, described(ROWS))
@@ -549,10 +574,11 @@ def test_hooks_on_the_model_itself_and_on_opened_modules_are_refused() -> None:
         export_graph(model, described(ROWS), ["0"])
 
 
-# ---------------------------------------------------------------- as the way out where torch.fx fails
+# ---------------------------------------------------------------- when torch.fx fails
 
 
-def test_torch_fx_comes_first_and_torch_export_only_with_an_example() -> None:
+def test_torch_fx_comes_first() -> None:
+    """torch.export follows, if there is an example."""
     straight = graph_of(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), Split(example=described(ROWS)))
     assert [str(node.target) for node in straight.nodes] == ["input", "0", "1", "output"]
     model = Branching()
@@ -561,7 +587,8 @@ def test_torch_fx_comes_first_and_torch_export_only_with_an_example() -> None:
         graph_of(model, Split(arguments=("x",)))
 
 
-def test_a_model_that_neither_can_trace_is_refused_with_both_lines_and_what_to_do() -> None:
+def test_what_neither_can_trace_is_refused() -> None:
+    """The error names both lines, and what to do."""
     with pytest.raises(SplitError) as caught:
         graph_of(LooksAtValues(), Split(arguments=("x",), example=described(ROWS)))
     message = str(caught.value)
@@ -572,7 +599,7 @@ def test_a_model_that_neither_can_trace_is_refused_with_both_lines_and_what_to_d
     assert "wire the modules by hand (raypar.Wired), or set pipeline=1" in message
 
 
-def test_what_torch_export_cannot_make_good_is_not_tried() -> None:
+def test_export_is_not_tried_in_vain() -> None:
     with pytest.raises(SplitError, match="its forward changes its attribute 'calls'") as caught:
         graph_of(CountsOnly(), Split(arguments=("x",), example=described(ROWS)))
     assert "torch.export" not in str(caught.value)
@@ -588,7 +615,8 @@ class CountsOnly(nn.Module):
         return self.a(x) / self.calls  # type: ignore[no-any-return]
 
 
-def test_an_example_is_small_whatever_the_size_of_its_tensors() -> None:
+def test_an_example_is_small() -> None:
+    """Whatever the size of its tensors."""
     example = described({"x": torch.zeros(100, 1000), "flag": True})
     assert len(pickle.dumps(example)) < 500
     assert pickle.loads(pickle.dumps(example)) == example

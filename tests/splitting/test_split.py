@@ -44,11 +44,11 @@ def run_stages(model: nn.Module, graphs: Sequence[StageGraph], inputs: Tree) -> 
     return found[-1]
 
 
-# ---------------------------------------------------------------- the models that are cut here
+# ---------------------------------------------------------------- the models that are split here
 
 
 class Skips(nn.Module):
-    """The first module's value is used behind the second and behind the fourth one, the mask behind the third alone."""
+    """The first module's value is used after the second and after the fourth one, the mask after the third alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,8 @@ class UsedByHand(nn.Module):
 # ---------------------------------------------------------------- what goes where
 
 
-def test_functional_code_goes_with_the_stage_it_follows_as_the_docstring_draws_it():
+def test_the_drawing_is_the_split():
+    """Functional code belongs to the stage of the module before it, as the docstring draws it."""
     assert module.__doc__ is not None
     rows = re.findall(r"^ {4}(.*│.*)$", module.__doc__, re.MULTILINE)
     drawn = [cell.split() for cell in rows[0].split("│")]
@@ -137,12 +138,13 @@ def test_functional_code_goes_with_the_stage_it_follows_as_the_docstring_draws_i
         (nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(784, 8)), nn.Sequential(nn.ReLU())), ["1"]),
     ],
 )
-def test_a_model_run_stage_by_stage_computes_what_it_computes_whole(model: nn.Module, split: list[str]):
+def test_stages_compute_what_the_model_does(model: nn.Module, split: list[str]):
     images = torch.rand(2, 1, 28, 28)
     assert torch.equal(run_stages(model, graphs_of(model, split), images), model(images))
 
 
-def test_a_value_goes_straight_to_each_stage_that_uses_it_and_so_does_an_input():
+def test_values_go_straight_to_their_users():
+    """So do inputs of the model."""
     model = Skips()
     graphs = graphs_of(model, ["b", "c", "d"])
     assert [graph.inputs for graph in graphs] == [["x"], [], ["mask"], []]
@@ -155,7 +157,8 @@ def test_a_value_goes_straight_to_each_stage_that_uses_it_and_so_does_an_input()
     assert found["rows"] == 3
 
 
-def test_a_value_that_two_stages_use_is_made_once_and_sent_to_both():
+def test_a_value_for_two_stages_is_made_once():
+    """It is sent to both."""
     first = graphs_of(Skips(), ["b", "c", "d"])[0]
     assert {target: len(names) for target, names in first.sends.items()} == {1: 1, 3: 2}
     assert first.sends[1][0] in first.sends[3]
@@ -169,7 +172,9 @@ def test_the_inputs_of_a_model_can_come_as_a_dict():
     assert torch.equal(found["logits"], model(**inputs)["logits"])
 
 
-def test_an_argument_with_a_default_is_used_when_it_was_traced_as_given():
+def test_a_default_that_is_passed_is_used():
+    """An argument with a default is used if the model was traced with it."""
+
     class Optional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -187,7 +192,7 @@ def test_an_argument_with_a_default_is_used_when_it_was_traced_as_given():
         run_stages(model, with_bias, x)
 
 
-def test_a_stage_without_the_models_inputs_does_not_ask_for_them():
+def test_a_stage_without_inputs_asks_for_none():
     codes = [StageCode.of_graph(CNN(), graph) for graph in graphs_of(CNN(), ["conv2"])]
     assert [code.uses_inputs for code in codes] == [True, False]
 
@@ -201,7 +206,7 @@ def test_names_may_come_in_any_order():
     assert check_split(graph, ["fc2", "conv2"], 3) == ["conv2", "fc2"]
 
 
-def test_a_split_at_a_block_inside_a_list_opens_nothing_else():
+def test_a_split_inside_a_list_opens_only_it():
     model = Tower()
     assert parents_of(model, ["blocks.1", "head"]) == ("blocks",)
     graphs = graphs_of(model, ["blocks.1", "head"])
@@ -215,13 +220,14 @@ def test_a_split_inside_a_block_opens_that_block():
     assert torch.equal(run_stages(model, graphs, x), model(x))
 
 
-def test_a_split_at_the_parent_begins_at_its_first_module():
+def test_a_parent_begins_at_its_first_module():
     graph = trace(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2))))
     assert check_split(graph, ["1"], 2) == ["1"]
     assert [described(graph.graph) for graph in split_graph(graph, ["1"])] == [["0"], ["1.0", "1.1"]]
 
 
-def test_without_names_modules_are_opened_until_there_is_one_for_each_stage():
+def test_modules_are_opened_until_enough():
+    """Until there is one module for each stage."""
     model = Tower(blocks=2)
     assert opened_for(model, 4, Split()) == ()
     opened = opened_for(model, 6, Split())
@@ -247,13 +253,14 @@ def test_without_names_modules_are_opened_until_there_is_one_for_each_stage():
         (["conv2", "fc1", "fc1"], 4, "'fc1' begins at the same module as another name (fc1, fc1)"),
     ],
 )
-def test_a_split_that_does_not_fit_the_model_or_the_plan_is_refused(split: Any, stages: int, message: str):
+def test_a_split_that_does_not_fit_is_refused(split: Any, stages: int, message: str):
+    """Neither the model nor the plan."""
     model = CNN()
     with pytest.raises(SplitError, match=re.escape(message)):
         check_split(trace(model, None, parents_of(model, split)), split, stages)
 
 
-def test_a_module_that_forward_does_not_call_cannot_begin_a_stage():
+def test_an_uncalled_module_begins_no_stage():
     model = UsedByHand()
     model.extra = nn.Linear(1, 1)
     with pytest.raises(SplitError, match=r"the model's forward does not call 'extra'; it calls \['a', 'b'\]"):
@@ -266,7 +273,8 @@ def test_two_names_for_the_same_module_are_refused():
         check_split(trace(model), ["1", "1.0"], 3)
 
 
-def test_more_stages_than_modules_are_refused_with_both_numbers():
+def test_more_stages_than_modules_are_refused():
+    """The error gives both numbers."""
     with pytest.raises(
         SplitError, match=r"the plan has 5 stages, but CNN has only 4 modules .*\(conv1, conv2, fc1, fc2\)"
     ):
@@ -278,7 +286,8 @@ def test_more_stages_than_modules_are_refused_with_both_numbers():
 # ---------------------------------------------------------------- who owns what
 
 
-def test_every_parameter_and_buffer_belongs_to_the_stage_that_uses_it():
+def test_a_tensor_belongs_to_its_user():
+    """Every parameter and buffer belongs to the stage that uses it."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
     held = holders(model, [graphs_of(model, ["1", "3"])])
     owner = {name: stages[0] for name, stages in held.items()}
@@ -290,7 +299,8 @@ def test_every_parameter_and_buffer_belongs_to_the_stage_that_uses_it():
     assert (owner["0.weight"], owner["3.bias"]) == (0, 2)
 
 
-def test_a_parameter_that_forward_uses_by_hand_belongs_to_the_stage_that_uses_it_and_an_unused_one_to_the_first():
+def test_who_owns_parameters_used_by_hand():
+    """A parameter that forward uses by hand belongs to the stage that uses it, an unused one to the first stage."""
     model, x = UsedByHand(), torch.rand(2, 4)
     graphs = graphs_of(model, ["b"])
     assert holders(model, [graphs]) == {
@@ -300,7 +310,7 @@ def test_a_parameter_that_forward_uses_by_hand_belongs_to_the_stage_that_uses_it
 
 
 class Masked(nn.Module):
-    """Uses one buffer behind each of its modules."""
+    """Uses one buffer after each of its modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,7 +321,8 @@ class Masked(nn.Module):
         return self.c(self.b(self.a(x) * self.mask) * self.mask) + self.mask  # type: ignore[no-any-return]
 
 
-def test_a_buffer_that_several_stages_read_belongs_to_the_first_of_them_and_crosses_to_the_others():
+def test_a_shared_buffer_crosses_from_its_owner():
+    """A buffer that several stages read belongs to the first of them and crosses to the others."""
     model, x = Masked(), torch.rand(2, 4)
     graphs = graphs_of(model, ["b", "c"])
     assert holders(model, [graphs])["mask"] == [0]
@@ -320,7 +331,9 @@ def test_a_buffer_that_several_stages_read_belongs_to_the_first_of_them_and_cros
 
 
 @pytest.mark.parametrize("where", [0, 1])
-def test_a_buffer_that_crosses_must_not_be_changed_in_place_by_its_owner_nor_by_a_receiver(where: int):
+def test_a_crossing_buffer_changed_in_place(where: int):
+    """It is refused, whether its owner or a receiver changes it."""
+
     class Counts(Masked):
         def forward(self, x: Tensor) -> Tensor:
             y = self.a(x) * self.mask
@@ -337,7 +350,7 @@ def test_a_buffer_that_crosses_must_not_be_changed_in_place_by_its_owner_nor_by_
         run_stages(model, graphs, torch.rand(2, 4))
 
 
-def test_a_buffer_that_one_stage_alone_changes_in_place_is_changed():
+def test_a_buffer_of_one_stage_may_change():
     class Averages(Masked):
         def forward(self, x: Tensor) -> Tensor:
             y = self.a(x)
@@ -350,19 +363,22 @@ def test_a_buffer_that_one_stage_alone_changes_in_place_is_changed():
     assert torch.equal(model.mask, plain.mask)  # type: ignore[arg-type]
 
 
-def test_a_parameter_that_two_stages_share_is_owned_by_the_first_under_all_its_names():
+def test_a_tied_parameter_has_one_owner():
+    """The first stage that uses a shared parameter owns it, under all its names."""
     model = Tied()
     found = holders(model, [graphs_of(model, ["head"])])
     assert (found["embed.weight"], found["head.weight"]) == ([0], [0, 1])
 
 
-def test_parameters_tied_within_a_stage_are_no_hindrance():
+def test_ties_within_a_stage_are_allowed():
     model = Tied()
     held = holders(nn.Sequential(model, nn.Linear(10, 2)), [graphs_of(nn.Sequential(model, nn.Linear(10, 2)), ["1"])])
     assert held["0.embed.weight"] == held["0.head.weight"] == [0]
 
 
-def test_the_weights_of_a_module_called_in_two_stages_are_held_by_both_and_owned_by_the_first():
+def test_a_module_called_in_two_stages():
+    """Both stages hold its weights, and the first one owns them."""
+
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -376,7 +392,7 @@ def test_the_weights_of_a_module_called_in_two_stages_are_held_by_both_and_owned
     assert found == {"a.weight": [0, 1], "a.bias": [0, 1], "b.weight": [1], "b.bias": [1]}
 
 
-def test_a_module_with_buffers_called_in_two_stages_is_refused():
+def test_buffers_used_in_two_stages_are_refused():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -390,7 +406,9 @@ def test_a_module_with_buffers_called_in_two_stages_is_refused():
         holders(model, [graphs_of(model, ["b"])])
 
 
-def test_what_the_train_graph_and_the_eval_graph_use_in_different_stages_is_held_by_both():
+def test_graphs_that_differ_by_mode():
+    """What the train graph and the eval graph use in different stages is held by both stages."""
+
     class Differs(nn.Module):
         def __init__(self) -> None:
             super().__init__()

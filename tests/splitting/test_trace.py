@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from models import CNN, mlp
-from raypar.errors import ModelError, SplitError
-from raypar.splitting.model import bind_inputs, call, on_meta
+from raypar.errors import SplitError
 from raypar.splitting.trace import module_calls, trace
 
 
@@ -29,7 +28,7 @@ def described(graph: fx.Graph) -> list[str]:
 
 
 class Block(nn.Module):
-    """Looks at a value: it can be a leaf of a graph, but not be traced itself."""
+    """Looks at a value: it can be called in a graph, but not be traced itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,13 +63,14 @@ class WithOptions(nn.Module):
 # ---------------------------------------------------------------- the graph
 
 
-def test_what_happens_between_the_modules_becomes_nodes_of_its_own():
+def test_code_between_modules_becomes_nodes():
     assert described(trace(CNN())) == [
         "conv1", "relu", "max_pool2d", "conv2", "relu", "max_pool2d", "flatten", "fc1", "relu", "fc2",
     ]  # fmt: skip
 
 
-def test_sequentials_are_opened_at_every_depth_and_other_modules_are_not():
+def test_only_sequentials_are_opened():
+    """At every depth."""
     assert module_calls(trace(Nested())) == ["body.0", "body.1.0", "body.1.1", "block"]
     assert module_calls(trace(mlp())) == ["0", "1", "2", "3", "4", "5"]
 
@@ -88,7 +88,9 @@ def test_a_module_that_is_named_is_opened_too():
     assert module_calls(trace(Outer(), opened=["cnn"])) == ["cnn.conv1", "cnn.conv2", "cnn.fc1", "cnn.fc2"]
 
 
-def test_a_module_that_is_called_twice_is_listed_once_where_it_is_called_first():
+def test_a_module_called_twice_is_listed_once():
+    """Where it is called first."""
+
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -112,9 +114,7 @@ def test_a_module_that_is_called_twice_is_listed_once_where_it_is_called_first()
         (["x", "scale"], ["x", "scale"], {"scale": 3.0}),
     ],
 )
-def test_an_argument_that_is_not_given_keeps_its_default(
-    given: list[str] | None, inputs: list[str], options: dict[str, Any]
-):
+def test_a_missing_argument_keeps_its_default(given: list[str] | None, inputs: list[str], options: dict[str, Any]):
     model, x = WithOptions(), torch.rand(2, 4)
     graph = trace(model, given)
     assert [str(node.target) for node in graph.nodes if node.op == "placeholder"] == inputs
@@ -122,53 +122,18 @@ def test_an_argument_that_is_not_given_keeps_its_default(
     assert not any("_assert" in name for name in described(graph))
 
 
-def test_a_branch_on_a_given_argument_cannot_be_traced():
+def test_a_branch_on_an_argument():
+    """It cannot be traced."""
     with pytest.raises(SplitError, match='"return -y if flip else y"'):
         trace(WithOptions(), ["x", "flip"])
-
-
-@pytest.mark.parametrize(
-    ("inputs", "names"),
-    [
-        (torch.zeros(1), ["x"]),
-        ((torch.zeros(1),), ["x"]),
-        ([torch.zeros(1), torch.zeros(2)], ["x", "mask"]),
-        ({"mask": torch.zeros(2), "x": torch.zeros(1)}, ["x", "mask"]),
-        ({"x": torch.zeros(1), "scale": 3.0}, ["x", "scale"]),
-    ],
-)
-def test_a_tensor_is_the_first_argument_a_sequence_the_positional_ones_a_dict_the_keywords(
-    inputs: Any, names: list[str]
-):
-    assert list(bind_inputs(WithOptions(), inputs)) == names
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ({"y": torch.zeros(1)}, "missing a required argument: 'x'"),
-        ({"x": torch.zeros(1), "y": 1}, "got an unexpected keyword argument 'y'"),
-        ((1, 2, 3, 4, 5), "too many positional arguments"),
-    ],
-)
-def test_inputs_that_do_not_fit_forward_are_refused_with_its_signature(inputs: Any, message: str):
-    with pytest.raises(ModelError, match=re.escape("the inputs do not fit WithOptions.forward(x: ")) as caught:
-        bind_inputs(WithOptions(), inputs)
-    assert message in str(caught.value)
-    assert "a dict its keyword arguments" in str(caught.value)
-
-
-def test_a_whole_model_is_called_by_the_same_rule():
-    model, x, mask = WithOptions(), torch.rand(2, 4), torch.tensor([1.0, 0.0, 1.0, 0.0])
-    assert torch.equal(call(model, x), model(x))
-    assert torch.equal(call(model, (x, mask)), model(x, mask))
-    assert torch.equal(call(model, {"x": x, "flip": True}), model(x, flip=True))
 
 
 # ---------------------------------------------------------------- what cannot be traced
 
 
-def test_a_forward_that_looks_at_values_is_refused_and_the_line_is_named():
+def test_looking_at_values_is_refused():
+    """The line is named."""
+
     class Looks(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             y = F.relu(x)
@@ -203,7 +168,7 @@ def checked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapper
 
 
-def test_where_no_line_of_the_users_is_known_the_forward_is_named():
+def test_without_a_line_the_forward_is_named():
     """Decorators like those of transformers stop torch.fx before it comes to the forward."""
 
     class Decorated(nn.Module):
@@ -236,13 +201,14 @@ class TakesAnything(nn.Module):
         return self.fc(x)  # type: ignore[no-any-return]
 
 
-def test_a_forward_that_uses_arguments_without_names_is_refused_and_one_that_only_takes_them_is_not():
+def test_arguments_without_names_are_refused():
+    """A forward that uses *args is refused; one that only takes them is not."""
     with pytest.raises(SplitError, match=r"Starred cannot be .* its forward uses \*more, which has no fixed number"):
         trace(Starred())
     assert module_calls(trace(TakesAnything())) == ["fc"]
 
 
-# ---------------------------------------------------------------- what a graph would lose without a word
+# ---------------------------------------------------------------- what a graph would lose silently
 
 
 class UsesBuffer(nn.Module):
@@ -258,7 +224,8 @@ class UsesBuffer(nn.Module):
         return y / self.scale.sqrt()
 
 
-def test_what_is_computed_from_a_buffer_is_computed_in_each_step_and_not_once_while_tracing():
+def test_buffers_are_read_in_each_step():
+    """What is computed from a buffer is computed in each step, not once while tracing."""
     model, x = UsesBuffer(), torch.rand(2, 4)
     code = fx.GraphModule(model, trace(model))
     assert isinstance(model.scale, Tensor)
@@ -266,7 +233,9 @@ def test_what_is_computed_from_a_buffer_is_computed_in_each_step_and_not_once_wh
     assert torch.equal(code(x), model(x))
 
 
-def test_a_branch_on_the_values_of_a_buffer_cannot_be_traced():
+def test_a_branch_on_a_buffers_values():
+    """It cannot be traced."""
+
     class Branches(UsesBuffer):
         def forward(self, x: Tensor) -> Tensor:
             return x if self.scale.sum() > 0 else -x
@@ -318,14 +287,15 @@ class SkipsAtRandom(WithoutGradient):
         (SkipsAtRandom, "random.random()", "a random number is drawn"),
     ],
 )
-def test_a_mode_or_a_random_number_that_the_graph_would_not_hold_is_refused_at_its_line(
-    build: Callable[[], nn.Module], line: str, why: str
-):
+def test_lost_modes_and_random_numbers_are_refused(build: Callable[[], nn.Module], line: str, why: str):
+    """What the graph would not hold is refused, and the line is named."""
     with pytest.raises(SplitError, match=f"cannot be split .*{re.escape(line)}.*{why}.*a module of its own"):
         trace(build())
 
 
-def test_such_code_inside_a_module_and_random_functions_of_a_value_are_no_hindrance():
+def test_modes_and_random_numbers_inside_modules():
+    """Such code inside a module, and random functions of a value, may stay."""
+
     class Dropped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -339,8 +309,8 @@ def test_such_code_inside_a_module_and_random_functions_of_a_value_are_no_hindra
         trace(Dropped())
 
 
-def test_a_forward_that_counts_its_calls_is_refused_and_one_that_keeps_a_number_is_not():
-    """The graph held the count of the first call for ever."""
+def test_a_forward_that_counts_its_calls():
+    """The graph held the count of the first call forever."""
 
     class Decays(nn.Module):
         def __init__(self) -> None:
@@ -369,14 +339,15 @@ def test_hooks_on_the_model_itself_are_refused():
         trace(model)
 
 
-def test_a_forward_that_was_set_on_the_model_itself_is_refused():
+def test_a_forward_of_the_instance_is_refused():
+    """One that was set on the model itself."""
     model = Nested()
     model.forward = lambda x: x  # type: ignore[method-assign, assignment]
     with pytest.raises(SplitError, match=r"Nested cannot be .* it has a forward of the instance's own"):
         trace(model)
 
 
-def test_a_sequential_with_hooks_stays_whole_and_cannot_be_opened():
+def test_a_sequential_with_hooks_stays_whole():
     model, x = Nested(), torch.rand(2, 4)
     model.body[1].register_forward_hook(doubled)
     graph = trace(model)
@@ -384,25 +355,3 @@ def test_a_sequential_with_hooks_stays_whole_and_cannot_be_opened():
     assert torch.equal(fx.GraphModule(model, graph)(x), model(x))
     with pytest.raises(SplitError, match=r"its module 'body\.1', which must be opened to split inside it, has hooks"):
         trace(model, opened=["body", "body.1"])
-
-
-# ---------------------------------------------------------------- small helpers
-
-
-def test_on_the_meta_device_a_model_takes_no_storage_and_draws_no_random_number():
-    before = torch.get_rng_state()
-    model = on_meta(CNN)
-    assert model is not None
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def looks_at_its_weights() -> nn.Module:
-    layer = nn.Linear(2, 2)
-    assert layer.weight.sum().item() != 7
-    return layer
-
-
-@pytest.mark.parametrize("build", [looks_at_its_weights, lambda: "no module"])
-def test_a_model_that_cannot_be_built_without_storage_is_none(build: Callable[[], Any]):
-    assert on_meta(build) is None

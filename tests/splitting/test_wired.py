@@ -74,7 +74,8 @@ class ByHand(nn.Module):
         return self.head(h + skip)  # type: ignore[no-any-return]
 
 
-def test_values_go_where_their_names_are_and_the_names_of_the_state_dict_are_the_given_ones() -> None:
+def test_names_wire_values_and_state() -> None:
+    """Values go where their names stand, and the state dict has the names of the entries."""
     model, plain, images = build(), ByHand(), torch.rand(3, 1, 28, 28)
     assert list(model.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(model.state_dict())
@@ -85,14 +86,15 @@ def test_values_go_where_their_names_are_and_the_names_of_the_state_dict_are_the
     assert type(model).__name__ == "Wired"
 
 
-def test_every_module_is_a_leaf_at_which_a_stage_may_begin() -> None:
+def test_a_stage_may_begin_at_each_module() -> None:
     model = build()
     assert module_calls(trace(model)) == ["flat", "embed", "scale", "one", "two", "sums", "head"]
     assert opened_for(model, 7, Split()) == ()
 
 
 @pytest.mark.parametrize("plan", PIPELINES, ids=name_of)
-def test_a_wired_model_is_split_anywhere_and_trains_as_a_plain_loop_does(plan: Plan) -> None:
+def test_a_wired_model_trains_as_a_plain_loop(plan: Plan) -> None:
+    """Wherever it is split."""
     batches = reference.images(3, 8)
     engines = Engines(plan, spec_of(build, ("one", "sums"), optimizer=sgd))
     losses = engines.train(batches)
@@ -118,7 +120,7 @@ def test_a_wired_model_can_be_copied_and_pickled() -> None:
         assert torch.equal(other(images), model(images))
 
 
-def test_a_module_may_stand_at_two_places_and_has_two_names_then() -> None:
+def test_a_module_at_two_places_has_two_names() -> None:
     shared = nn.Linear(8, 8)
     model = Wired("x", [("a", shared, "x -> x"), ("act", nn.ReLU(), "x -> x"), ("b", shared, "x -> x")])
     assert model.a is model.b
@@ -150,7 +152,7 @@ def test_a_module_may_stand_at_two_places_and_has_two_names_then() -> None:
         ("x", [("a", "x -> y"), ("b", "x -> z")], "z", "nothing takes 'y', which comes from 'a'"),
     ],
 )
-def test_a_wiring_that_does_not_hold_together_is_refused_when_it_is_made(
+def test_a_wrong_wiring_is_refused_when_made(
     inputs: Any, entries: list[tuple[str, str]], result: str | None, message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
@@ -172,7 +174,8 @@ def test_an_entry_of_another_form_is_refused(entry: Any, message: str) -> None:
         Wired("x", [entry])
 
 
-def test_a_module_that_returns_another_number_of_values_than_its_wiring_names_is_refused() -> None:
+def test_a_wrong_number_of_values_is_refused() -> None:
+    """A module must return as many values as its wiring names."""
     x = torch.rand(3, 8)
     model = Wired("x", [("one", nn.Identity(), "x -> a, b, c"), ("two", nn.Identity(), "a -> d")], "b, c, d")
     with pytest.raises(ModelError, match="the module 'one' returned Tensor, needed a tuple of 3, as wired"):

@@ -67,7 +67,8 @@ def test_gradient_sums_are_divided_by_the_weight_once():
     assert equal(ours, plain)
 
 
-def test_a_commit_returns_the_rate_that_it_used_and_the_norm_of_the_mean_gradient():
+def test_what_a_commit_returns():
+    """The learning rate that it used, and the norm of the mean gradient."""
     found = learner(model(), lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
     give_gradients(found.module, 1)
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in found.module.parameters() if p.grad is not None))
@@ -78,7 +79,8 @@ def test_a_commit_returns_the_rate_that_it_used_and_the_norm_of_the_mean_gradien
     assert step(found, 3)[0] == 0.025
 
 
-def test_the_gradient_is_clipped_by_the_norm_that_it_is_given_as_torch_clips_it():
+def test_clipping_is_that_of_torch():
+    """By the norm that the commit is given."""
     ours, plain = model(), model()
     found = learner(ours, lambda m: torch.optim.SGD(m.parameters(), lr=1.0), max_grad_norm=0.5)
     optimizer = torch.optim.SGD(plain.parameters(), lr=1.0)
@@ -101,7 +103,8 @@ def test_a_gradient_below_the_limit_is_not_clipped():
     assert equal(ours, free)
 
 
-def test_a_step_without_weight_changes_nothing_and_its_scheduler_stands_still():
+def test_a_step_without_weight_changes_nothing():
+    """Its scheduler does not advance either."""
     ours = model()
     found = learner(ours, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
     lr, norm = step(found, seed=1, weight=0.0)
@@ -116,7 +119,8 @@ def test_gradients_are_gone_after_a_commit():
     assert [p.grad for p in found.module.parameters()] == [None] * 6
 
 
-def test_a_part_with_nothing_to_train_has_no_optimizer_and_still_takes_part_in_the_commit():
+def test_a_part_with_nothing_to_train():
+    """It has no optimizer, and still takes part in the commit."""
     frozen = nn.Linear(2, 2).requires_grad_(False)
 
     def optimizer(module: nn.Module) -> torch.optim.Optimizer:
@@ -129,7 +133,7 @@ def test_a_part_with_nothing_to_train_has_no_optimizer_and_still_takes_part_in_t
     found.load_state({"optimizer": {"elsewhere": {}}, "scheduler": None})
 
 
-# ---------------------------------------------------------------- what no part of a model can do
+# ---------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,8 @@ def test_a_part_with_nothing_to_train_has_no_optimizer_and_still_takes_part_in_t
         (lambda m: m.parameters(), r"optimizer\(module\) returned generator, needed a torch\.optim\.Optimizer"),
     ],
 )
-def test_what_does_not_work_parameter_by_parameter_is_no_optimizer(optimizer: Any, message: str):
+def test_what_is_no_optimizer_is_refused(optimizer: Any, message: str):
+    """An optimizer must work parameter by parameter."""
     with pytest.raises(ModelError, match=message):
         learner(model(), optimizer)
 
@@ -184,7 +189,8 @@ def cosine(optimizer: torch.optim.Optimizer) -> Any:
 
 
 @pytest.mark.parametrize("optimizer", MAKERS)
-def test_an_optimizer_that_goes_on_from_its_state_makes_the_same_steps_to_the_bit(optimizer: MakeOptimizer):
+def test_a_resumed_optimizer_steps_identically(optimizer: MakeOptimizer):
+    """Bitwise, from its saved state."""
     ours, again = model(), model()
     found = learner(ours, optimizer, cosine)
     for number in range(3):
@@ -199,7 +205,8 @@ def test_an_optimizer_that_goes_on_from_its_state_makes_the_same_steps_to_the_bi
 
 
 @pytest.mark.parametrize("optimizer", MAKERS)
-def test_the_state_of_two_parts_is_that_of_the_whole_and_goes_to_parts_cut_elsewhere(optimizer: MakeOptimizer):
+def test_state_moves_to_another_split(optimizer: MakeOptimizer):
+    """The states of two parts together are that of the whole, and load into parts that are split elsewhere."""
     whole = model()
     cut_late, cut_early = [model(), model()], [model(), model()]
     for parts, at in ((cut_late, 3), (cut_early, 1)):
@@ -257,7 +264,9 @@ def groups_that_are_not_empty(module: nn.Module) -> torch.optim.Optimizer:
         ),
     ],
 )
-def test_parts_with_other_groups_than_the_saved_one_keep_the_rates_of_their_own(make: MakeScheduler):
+def test_parts_keep_the_rates_of_their_groups(make: MakeScheduler):
+    """Also parts that have other groups than the saved one."""
+
     def parts() -> list[Learner]:
         both, weight, bias = nn.Linear(2, 2), nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
         bias.weight.requires_grad_(False)
@@ -321,9 +330,7 @@ def halves(at: int) -> list[nn.Module]:
 
 @pytest.mark.parametrize("make", [cyclic, chained_cyclic])
 @pytest.mark.parametrize("at", [3, 1])
-def test_a_scheduler_with_values_for_each_group_goes_on_under_the_same_cut_and_under_another(
-    make: MakeScheduler, at: int
-):
+def test_a_scheduler_with_group_values_resumes(make: MakeScheduler, at: int):
     """Each actor once got the first one's max_lrs: other rates where its groups were as many, a ValueError of torch
     where they were not."""
 
@@ -346,7 +353,7 @@ def test_a_scheduler_with_values_for_each_group_goes_on_under_the_same_cut_and_u
     assert len(set(rates(plain).values())) == 2
 
 
-def test_a_scheduler_whose_groups_cannot_be_mapped_is_refused():
+def test_groups_that_cannot_be_mapped_are_refused():
     found = learner(model(), rates_by_group, cyclic)
     step(found, 1)
     with pytest.raises(CheckpointError, match=r"values of '\w+' that differ among the parameters of one group here"):
@@ -355,7 +362,8 @@ def test_a_scheduler_whose_groups_cannot_be_mapped_is_refused():
         )
 
 
-def test_another_scheduler_is_refused_where_its_groups_need_what_was_not_saved():
+def test_another_scheduler_is_refused():
+    """If its groups need what was not saved."""
     found = learner(model(), rates_by_group, chained_cyclic)
 
     def longer(optimizer: torch.optim.Optimizer) -> Any:
@@ -365,7 +373,7 @@ def test_another_scheduler_is_refused_where_its_groups_need_what_was_not_saved()
         learner(model(), rates_by_group, longer).load_state(found.state())
 
 
-def test_another_optimizer_than_the_saved_one_is_refused():
+def test_another_optimizer_is_refused():
     """It was a KeyError of torch's at the first step: SGD keeps no 'exp_avg'."""
     found = learner(model(), lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9))
     step(found, 1)
@@ -377,7 +385,7 @@ def head_only(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for name, p in module.named_parameters() if name.startswith("3")], lr=0.1)
 
 
-def test_an_optimizer_that_selects_nothing_of_a_part_means_that_the_part_is_not_stepped():
+def test_an_optimizer_of_nothing_here():
     """optimizer= is called with each actor's part: over the head alone it failed on the actors without the head, where
     one optimizer over the whole model works."""
     body, head = halves(3)
@@ -393,7 +401,8 @@ def test_an_optimizer_that_selects_nothing_of_a_part_means_that_the_part_is_not_
     assert first.state() == {"optimizer": {}, "scheduler": None, "loss_scale": None}
 
 
-def test_an_optimizer_that_selects_nothing_of_the_whole_model_is_an_error_as_in_plain_pytorch():
+def test_an_optimizer_of_nothing_is_an_error():
+    """An optimizer that selects nothing of the whole model is an error, as in plain PyTorch."""
     with pytest.raises(ValueError, match="empty parameter list"):
         learner(model(), lambda m: torch.optim.SGD([], lr=0.1))
 
@@ -407,10 +416,11 @@ def test_a_state_that_lacks_a_parameter_is_refused():
         learner(model()).load_state(state)
 
 
-# ---------------------------------------------------------------- a step that is given up
+# ---------------------------------------------------------------- a step that is dropped
 
 
-def test_a_step_that_is_given_up_leaves_buffers_and_weights_as_they_were():
+def test_a_dropped_step_changes_nothing():
+    """Buffers and weights are as they were."""
     ours = model()
     found = learner(ours)
     for number in range(3):
@@ -426,7 +436,8 @@ def test_a_step_that_is_given_up_leaves_buffers_and_weights_as_they_were():
         assert [p.grad for p in ours.parameters()] == [None] * 6
 
 
-def test_a_step_can_be_given_up_twice_since_the_search_for_its_fault_runs_it_again():
+def test_a_step_can_be_dropped_twice():
+    """The search for what was not finite runs the dropped step again."""
     ours = model()
     found = learner(ours)
     found.begin()
@@ -437,7 +448,9 @@ def test_a_step_can_be_given_up_twice_since_the_search_for_its_fault_runs_it_aga
         assert ours[1].running_mean.tolist() == [0.0] * 4  # type: ignore[operator, union-attr]
 
 
-def test_a_buffer_that_forward_replaces_instead_of_changing_it_is_restored_too():
+def test_a_replaced_buffer_is_restored_too():
+    """A buffer that forward replaces instead of changing it in place."""
+
     class Counts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -463,7 +476,7 @@ def test_a_buffer_that_forward_replaces_instead_of_changing_it_is_restored_too()
 # ---------------------------------------------------------------- modes
 
 
-def test_training_mode_is_the_mode_in_which_each_module_was_built():
+def test_training_mode_is_that_of_the_build():
     ours = model()
     ours[1].eval()  # a frozen batch norm
     found = learner(ours)
@@ -492,7 +505,7 @@ class Master(torch.optim.Optimizer):
             parameter.copy_(state["master"])
 
 
-def test_state_in_a_type_other_than_the_parameters_is_taken_over_to_the_bit():
+def test_state_keeps_its_own_type():
     """torch's load_state_dict casts all state to the parameter's type. Runs in bfloat16 with float32 master weights did
     not end with the bits of those that never stopped."""
     ours, again = model().bfloat16(), model().bfloat16()

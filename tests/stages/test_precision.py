@@ -42,7 +42,8 @@ each_plan = pytest.mark.parametrize("plan", PLANS, ids=name_of)
 # ---------------------------------------------------------------- the scale
 
 
-def test_it_doubles_after_its_interval_of_good_steps_and_halves_at_an_overflow() -> None:
+def test_a_scale_doubles_and_halves() -> None:
+    """It doubles after its interval of good steps, and halves at an overflow."""
     scale = LossScale(value=8.0, interval=3)
     values = []
     for good in (True, True, True, True, True, False, True, True, True):
@@ -54,7 +55,8 @@ def test_it_doubles_after_its_interval_of_good_steps_and_halves_at_an_overflow()
     assert values == [8, 8, 16, 16, 16, 8, 8, 8, 16]
 
 
-def test_below_its_least_value_an_overflow_is_not_its_fault() -> None:
+def test_a_least_scale_is_not_to_blame() -> None:
+    """Below its least value, an overflow is not the scale's fault."""
     scale = LossScale(value=4.0, least=1.0)
     assert [scale.shrink(), scale.shrink(), scale.shrink()] == [True, True, False]
 
@@ -72,7 +74,8 @@ def test_its_state_goes_to_another_one() -> None:
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
-def test_forward_passes_run_under_autocast_to_the_type_of_the_plan(precision: str, dtype: torch.dtype) -> None:
+def test_forward_passes_run_under_autocast(precision: str, dtype: torch.dtype) -> None:
+    """To the type of the plan."""
     layer = nn.Linear(2, 2)
     with autocast_of(precision, CPU)():
         assert layer(torch.ones(1, 2)).dtype == dtype
@@ -155,10 +158,9 @@ def all_weights(engines: Engines) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("block", [2, 4])
 @each_plan
-def test_an_overflow_in_one_stage_of_one_replica_skips_the_step_in_all_and_halves_the_scale(
-    plan: Plan, block: int
-) -> None:
-    """The run goes on as one that never saw the step, but for the scale: also statistics, momentum, learning rate."""
+def test_an_overflow_anywhere_skips_the_step(plan: Plan, block: int) -> None:
+    """The run continues as one that never saw the step, except for the scale: also statistics, momentum, learning
+    rate."""
     engines, quiet = engines_of(plan), engines_of(plan)
     batches = reference.images(3, 16)
     for each in (engines, quiet):
@@ -198,14 +200,16 @@ def test_all_actors_double_the_scale_in_the_same_step(plan: Plan) -> None:
     assert scales == [{1.0}, {2.0}, {2.0}, {4.0}, {4.0}]
 
 
-def test_a_step_without_a_row_counts_neither_as_good_nor_as_bad() -> None:
+def test_a_step_without_a_row_does_not_count() -> None:
+    """Neither as good nor as bad."""
     engines = engines_of(PLANS[2])
     (batch,) = reference.images(1, 4)
     train_step(engines, 1, (batch[0][:0], batch[1][:0]))
     assert {(e.learner.loss_scale.value, e.learner.loss_scale.good) for e in engines.all} == {(2.0**12, 0)}  # type: ignore[union-attr]
 
 
-def test_gradients_that_are_not_finite_at_any_scale_end_the_run_with_the_usual_error() -> None:
+def test_gradients_not_finite_at_any_scale() -> None:
+    """They end the run with the usual error."""
     engines = engines_of(PLANS[4])
     before = all_weights(engines)
     (batch,) = reference.images(1, 8)
@@ -218,7 +222,7 @@ def test_gradients_that_are_not_finite_at_any_scale_end_the_run_with_the_usual_e
 
 
 @each_plan
-def test_a_loss_that_is_not_finite_ends_the_run_at_once_since_no_scale_is_to_blame(plan: Plan) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(plan: Plan) -> None:
     """It took 22 skipped steps until the scale was down."""
     engines = engines_of(plan)
     before = all_weights(engines)
@@ -231,7 +235,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once_since_no_scale_is_to_bla
     assert reference.worst_difference(all_weights(engines), before) == 0
 
 
-def test_a_loss_in_float16_is_summed_over_rows_in_float32() -> None:
+def test_a_float16_loss_is_summed_in_float32() -> None:
     """40 rows with a mean loss of 2000 make a sum of 80000, which float16 cannot hold."""
 
     def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
@@ -243,7 +247,8 @@ def test_a_loss_in_float16_is_summed_over_rows_in_float32() -> None:
 
 
 @each_plan
-def test_what_is_reported_is_not_scaled_and_clipping_is_by_the_true_norm(plan: Plan) -> None:
+def test_reports_and_clipping_are_unscaled(plan: Plan) -> None:
+    """The loss and the norm are reported without the scale, and clipping is by the true norm."""
     half = Engines(plan, spec_of(model, split_of(plan), max_grad_norm=0.05))
     plain = Plan(data=plan.data, pipeline=plan.pipeline, placement=plan.placement, microbatches=2)
     full = Engines(plain, spec_of(model, split_of(plain), max_grad_norm=0.05))
@@ -298,7 +303,8 @@ def test_three_steps_equal_a_plain_loop_under_autocast(plan: Plan, precision: st
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_evaluation_and_prediction_run_under_autocast_too(precision: str) -> None:
+def test_evaluation_runs_under_autocast_too(precision: str) -> None:
+    """So does prediction."""
     plan = Plan(pipeline=2, microbatches=2, precision=precision)
     engines = Engines(plan, spec_of(model, ("3",)))
     (batch,) = reference.images(1, 8)
@@ -312,7 +318,8 @@ def test_evaluation_and_prediction_run_under_autocast_too(precision: str) -> Non
 # ---------------------------------------------------------------- checkpoints
 
 
-def test_the_scale_is_in_the_checkpoint_and_resumed_with_any_plan(tmp_path: Path) -> None:
+def test_the_scale_resumes_with_any_plan(tmp_path: Path) -> None:
+    """It is in the checkpoint."""
     (batch,) = reference.images(1, 8)
     found: list[Any] = []
 

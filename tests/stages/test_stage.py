@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypar.errors import ModelError
-from raypar.splitting.model import Split
-from raypar.splitting.split import split_model
 from raypar.splitting.stage_code import StageCode, Values
 from raypar.stages.stage import Stage
 
@@ -32,15 +30,15 @@ def leaf(*values: float) -> Tensor:
     return torch.tensor(values, requires_grad=True)
 
 
-def test_the_gradient_of_a_received_value_is_what_goes_back() -> None:
+def test_gradients_of_received_values_go_back() -> None:
     stage = stage_of(lambda inputs, received: (received[0][0] * 3,))
     stage.forward(0, None, {0: [leaf(1.0, 2.0)]}, None, rows=2)
     (gradient,) = stage.backward(0, {})[0]
     assert gradient.tolist() == [3.0, 3.0]  # of the sum over rows: the mean times their number
 
 
-def test_a_loss_without_a_gradient_is_refused_where_the_output_has_one() -> None:
-    """It trained nothing, without a word, where plain PyTorch raises an error in loss.backward()."""
+def test_a_loss_without_a_gradient_is_refused() -> None:
+    """It silently trained nothing, where plain PyTorch raises an error in loss.backward()."""
     code = StageCode(lambda inputs, received: (received[0][0] * 3,))
     stage = Stage(1, {"train": code}, is_last=True, loss_fn=lambda output, targets: output.mean().detach())
     with pytest.raises(ModelError, match="loss_fn returned a loss without a gradient"):
@@ -50,7 +48,8 @@ def test_a_loss_without_a_gradient_is_refused_where_the_output_has_one() -> None
     assert stage.backward(0, {}) == {0: []}
 
 
-def test_what_goes_out_has_no_history_and_says_whether_it_wants_a_gradient() -> None:
+def test_sent_values_are_detached() -> None:
+    """requires_grad says whether a gradient is to come back."""
     stage = stage_of(
         lambda inputs, received: (received[0][0] * 2, received[0][0].detach() + 1), sends={2: ["y", "fixed"]}
     )
@@ -60,21 +59,21 @@ def test_what_goes_out_has_no_history_and_says_whether_it_wants_a_gradient() -> 
     assert (y.grad_fn, y.requires_grad, fixed.requires_grad) == (None, True, False)
 
 
-def test_gradients_of_a_value_that_goes_to_two_stages_are_added() -> None:
+def test_gradients_of_two_receivers_are_added() -> None:
     stage = stage_of(lambda inputs, received: (received[0][0] * 2,), sends={2: ["y"], 3: ["y"]})
     stage.forward(0, None, {0: [leaf(1.0)]}, None, rows=1)
     (gradient,) = stage.backward(0, {2: [torch.tensor([10.0])], 3: [torch.tensor([1.0])]})[0]
     assert gradient.tolist() == [22.0]
 
 
-def test_a_received_value_that_is_not_used_gets_a_gradient_of_zero() -> None:
+def test_an_unused_value_gets_a_zero_gradient() -> None:
     stage = stage_of(lambda inputs, received: (received[0][0] * 2,))
     stage.forward(0, None, {0: [leaf(1.0), leaf(5.0, 6.0)]}, None, rows=1)
     used, unused = stage.backward(0, {})[0]
     assert (used.tolist(), unused.tolist()) == ([2.0], [0.0, 0.0])
 
 
-def test_a_received_value_that_wants_no_gradient_gets_none_back() -> None:
+def test_no_gradient_where_none_is_wanted() -> None:
     stage = stage_of(lambda inputs, received: (received[0][0] * received[0][1],))
     stage.forward(0, None, {0: [leaf(2.0), torch.tensor([3])]}, None, rows=1)
     assert [gradient.tolist() for gradient in stage.backward(0, {})[0]] == [[3.0]]
@@ -88,7 +87,8 @@ def test_a_received_value_may_be_changed_in_place() -> None:
     assert stage.backward(0, {})[0][0].tolist() == [4.0]
 
 
-def test_microbatches_go_backward_in_any_order_and_are_then_forgotten() -> None:
+def test_backward_in_any_order() -> None:
+    """What a micro-batch has kept is gone after its backward pass."""
     stage = stage_of(lambda inputs, received: (received[0][0] ** 2,))
     for number in range(3):
         stage.forward(number, None, {0: [leaf(float(number))]}, None, rows=1)
@@ -97,14 +97,15 @@ def test_microbatches_go_backward_in_any_order_and_are_then_forgotten() -> None:
     assert not stage.saved
 
 
-def test_a_step_that_is_given_up_keeps_nothing() -> None:
+def test_a_dropped_step_keeps_nothing() -> None:
     stage = stage_of(lambda inputs, received: (received[0][0],))
     stage.forward(0, None, {0: [leaf(1.0)]}, None, rows=1)
     stage.drop_step()
     assert not stage.saved
 
 
-def test_evaluation_keeps_no_activations_and_makes_no_graph() -> None:
+def test_evaluation_keeps_nothing() -> None:
+    """No activations, no graph."""
     layer = nn.Linear(2, 2)
     stage = stage_of(lambda inputs, received: (layer(inputs),), sends={2: ["y"]})
     sends, _ = stage.evaluate("eval", torch.ones(1, 2), {}, None, 1, with_loss=False)
@@ -136,7 +137,8 @@ def test_a_pair_is_a_sum_and_its_weight() -> None:
     assert (loss[0].item(), loss[1].item()) == (4.0, 7.0)
 
 
-def test_the_weight_may_be_a_tensor_of_the_graph_and_gets_no_gradient() -> None:
+def test_the_weight_gets_no_gradient() -> None:
+    """It may be a tensor of autograd's graph."""
     stage = last_stage(lambda output, targets: [output.sum(), output.sum()])
     _, loss = stage.forward(0, leaf(1.0, 3.0), {}, torch.zeros(2), rows=2)
     assert loss is not None
@@ -158,74 +160,3 @@ def test_any_other_loss_is_refused(value: Any, found: str) -> None:
     stage = last_stage(lambda output, targets: value)
     with pytest.raises(ModelError, match=rf"loss_fn returned {found}, needed a scalar tensor"):
         stage.forward(0, torch.ones(2), {}, torch.zeros(2), rows=2)
-
-
-# ---------------------------------------------------------------- the code of a stage
-
-
-class Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Linear(2, 2)
-        self.two = nn.Linear(2, 2)
-
-    def forward(self, a: Tensor, b: Tensor | float = 1.0) -> Tensor:
-        found: Tensor = self.two(self.one(a)) + b
-        return found
-
-
-def codes_of(model: nn.Module) -> list[StageCode]:
-    return [
-        StageCode.of_graph(model, part)
-        for part in split_model(model, Split(("two",), arguments=("a", "b")), 2)["train"]
-    ]
-
-
-def test_an_input_goes_to_the_stages_that_use_it_alone() -> None:
-    model = Two()
-    first, second = codes_of(model)
-    assert (first.uses_inputs, second.uses_inputs) == (True, True)
-    a, b = torch.randn(3, 2), torch.randn(3, 2)
-    (made,) = first.run({"a": a}, {})  # b is not needed here
-    (output,) = second.run({"a": None, "b": b}, {0: [made]})
-    assert torch.equal(output, model(a, b))
-
-
-def test_an_input_that_a_batch_lacks_is_named() -> None:
-    _, second = codes_of(Two())
-    with pytest.raises(ModelError, match=r"uses its argument 'b', which this batch lacks \(found \['a'\]\)"):
-        second.run((torch.ones(1, 2),), {0: [torch.ones(1, 2)]})
-
-
-class Scaled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(2, 2), nn.Linear(2, 2)
-
-    def forward(self, a: Tensor, mask: Tensor | None = None, scale: float = 2.0) -> Tensor:
-        found = self.one(a) * scale
-        return self.two(found if mask is None else found * mask)  # type: ignore[no-any-return]
-
-
-def test_an_argument_that_was_traced_with_its_default_cannot_be_passed_later() -> None:
-    """It was ignored: the losses were those of a model without the mask."""
-    model, a, mask = Scaled(), torch.randn(3, 2), torch.zeros(3, 2)
-    graphs = split_model(model, Split(("two",)), 2)["train"]
-    first = StageCode.of_graph(model, graphs[0])
-    for inputs in ((a, mask), {"a": a, "mask": mask}):
-        with pytest.raises(
-            ModelError, match=r"passes the argument 'mask' .* default None, so that it would be ignored"
-        ):
-            first.run(inputs, {})
-    with pytest.raises(ModelError, match=r"passes the argument 'scale' .* give parallelize example_inputs of the form"):
-        first.run({"a": a, "scale": 3.0}, {})
-    (passed,) = first.run({"a": a, "mask": None, "scale": 2.0}, {})  # what changes nothing may be passed
-    assert torch.equal(passed, first.run(a, {})[0])
-
-
-def test_a_stage_runs_the_modules_of_the_model_itself() -> None:
-    model = Two()
-    first, _ = codes_of(model)
-    before = first.run({"a": torch.ones(1, 2), "b": None}, {})[0]
-    model.one.weight.data.zero_()
-    assert not torch.equal(first.run({"a": torch.ones(1, 2), "b": None}, {})[0], before)

@@ -54,7 +54,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def with_hooks(m: Weights, x: Tensor) -> Tensor:
-    """Hooks on a junction's output, behind it, and on what is made of a weight alone."""
+    """Hooks on a junction's output, after it, and on what is made of a weight alone."""
     first = m.one(x)
     first.register_hook(lambda g: g * 2)
     gate = m.vector.exp()
@@ -157,7 +157,7 @@ def assert_same_gradients(model: nn.Module, needed: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_parts_together_make_the_gradients_of_the_whole(name: str, size: str) -> None:
+def test_both_parts_make_the_whole_gradients(name: str, size: str) -> None:
     """Three micro-batches, the weights' parts later than all inputs' parts but one.
 
     History: a module that was called twice within a stage got the gradient of its bias twice, or raised "Trying to
@@ -181,7 +181,8 @@ def test_both_parts_together_make_the_gradients_of_the_whole(name: str, size: st
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_where_no_input_wants_a_gradient_all_is_left_for_the_second_part(name: str, size: str) -> None:
+def test_without_inputs_all_is_deferred(name: str, size: str) -> None:
+    """If no input requires a gradient, everything is left for the second part."""
     model, plain = fresh(), fresh()
     outputs, gradients = made(CASES[name], model, inputs(0))
     pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if output.requires_grad]
@@ -227,7 +228,7 @@ def test_an_input_that_is_not_used_has_no_gradient(size: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["linears", "a linear layer called twice", "a norm called twice", "hooks", "a skip"])
-def test_hooks_of_weights_are_called_once_a_microbatch_with_the_whole_gradient(case: str, size: str) -> None:
+def test_hooks_of_weights_see_whole_gradients(case: str, size: str) -> None:
     """History: a hook that doubled the gradient of a bias made four times as much of it."""
     counts: dict[bool, list[str]] = {True: [], False: []}
 
@@ -291,7 +292,7 @@ class _Watched(torch.autograd.Function):
         return grads[0], (grads[0] * ctx.kept).sum(0), None
 
 
-def test_what_was_kept_is_freed_when_the_second_part_has_run(size: str) -> None:
+def test_the_second_part_frees_memory(size: str) -> None:
     model, x, watch = fresh(), inputs(0).requires_grad_(), []
     y = _Watched.apply(_Watched.apply(x, model.vector, watch), model.norm.weight, watch)
     _, part = backward_to_inputs([y], [torch.ones_like(y)], [x])
@@ -302,7 +303,7 @@ def test_what_was_kept_is_freed_when_the_second_part_has_run(size: str) -> None:
     assert not part.junctions
 
 
-def test_what_was_kept_is_freed_where_the_second_part_is_dropped(size: str) -> None:
+def test_dropping_the_second_part_frees_memory(size: str) -> None:
     model, x, watch = fresh(), inputs(0).requires_grad_(), []
     y = _Watched.apply(x, model.vector, watch)
     _, part = backward_to_inputs([y], [torch.ones_like(y)], [x])
