@@ -5,7 +5,7 @@
 Only the graph is torch.export's. Its modules are the user's own, called with their hooks, dropout and train/eval mode
 as ever (see raypar.splitting.opaque_modules); the operations between them are recorded as torch's own. Sizes stay
 variable wherever the forward lets them. Whatever torch.export has assumed about them, a branch on a length, say, is
-checked on each batch before the graph runs (raypar.splitting.export_checks), so that a batch of another form is an
+checked on each batch before the graph runs (raypar.splitting.export_checks), so that a batch that does not fit is an
 error and never a wrong number.
 
 Traps: a program's `.module()` has no `eval()`, and an unflattened export keeps dropout on, so neither is used; export

@@ -67,7 +67,7 @@ class InputGuards:
         if why is not None:
             raise ModelError(
                 "this batch does not fit the graph by which the model is split, which torch.export has made from "
-                f"example_inputs: {why}. Needed: example_inputs of the form that you train with (a size of 1 there "
+                f"example_inputs: {why}. Needed: example_inputs like the batches that you train on (a size of 1 there "
                 "stays 1), or such code in a module of its own (modules are not looked into)"
             )
 
@@ -81,7 +81,7 @@ class InputGuards:
     def _difference(self, values: tuple[Any, ...]) -> str | None:
         leaves, structure = tree.flatten(dict(zip(self.names, values, strict=True)))
         if structure != self.structure or [isinstance(leaf, torch.Tensor) for leaf in leaves] != self.is_tensor:
-            return "its tensors come in another form"
+            return "its tensors stand in another structure"
         for leaf, example, is_tensor in zip(leaves, self.leaves, self.is_tensor, strict=True):
             if not is_tensor and not tree.same(leaf, example):
                 return f"it holds {leaf!r}, in example_inputs that was {example!r}"

@@ -16,7 +16,7 @@ its first stage owns it, the others hold copies (`raypar.replicas.ties`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -75,7 +75,7 @@ def opened_for(model: nn.Module, stages: int, split: Split) -> tuple[str, ...]:
     starting from `split`. Raises SplitError for more stages than modules."""
     opened: set[str] = set(split.opened)
     while True:
-        calls = module_calls(graph_of(model, Split((), tuple(opened), split.arguments, split.example)))
+        calls = module_calls(graph_of(model, replace(split, opened=tuple(opened))))
         if len(calls) >= stages:
             return tuple(sorted(opened))
         deeper = {name for name in calls if can_be_opened(attrgetter(name)(model))}

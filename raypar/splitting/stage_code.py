@@ -128,14 +128,14 @@ class _GraphCode(StageCode):
             if not tree.same(bound[name], self._fixed[name]):
                 raise ModelError(
                     f"this batch passes the argument {name!r} of the model's forward, which was traced with its "
-                    f"default {self._fixed[name]!r}, so that it would be ignored: give parallelize example_inputs of "
-                    "the form that you train with"
+                    f"default {self._fixed[name]!r}, so that it would be ignored: give parallelize example_inputs "
+                    "like the batches that you train on"
                 )
         for name in self.inputs:
             if name not in bound:
                 raise ModelError(
-                    f"the model's forward uses its argument {name!r}, which this batch lacks (found {list(bound)}"
-                    "): pass it in the inputs, or give parallelize example_inputs of the form that you train with"
+                    f"the model's forward uses its argument {name!r}, which this batch lacks (found {list(bound)}): "
+                    "pass it in the inputs, or give parallelize example_inputs like the batches that you train on"
                 )
         return [bound[name] for name in self.inputs]
 

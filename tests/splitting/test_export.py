@@ -368,7 +368,7 @@ def test_a_batch_that_breaks_a_guard_is_refused(batch: Tensor, message: str) -> 
             return -super().forward(x) if x.shape[0] == 7 else super().forward(x)
 
     code = exported(Sevens())
-    with pytest.raises(ModelError, match=f"does not fit the graph by which .*: {message}.*Needed: example_inputs of"):
+    with pytest.raises(ModelError, match=f"does not fit the graph by which .*: {message}.*Needed: example_inputs like"):
         code(batch)
     code(torch.rand(1, 6))
 
@@ -420,7 +420,7 @@ def test_another_plain_value_is_refused() -> None:
     code = exported(WithTrees(), inputs)
     with pytest.raises(ModelError, match="it holds False, in example_inputs that was True"):
         code(**inputs | {"flip": False})
-    with pytest.raises(ModelError, match="its tensors come in another form"):
+    with pytest.raises(ModelError, match="its tensors stand in another structure"):
         code(**inputs | {"both": [ROWS, {"y": ROWS}]})
 
 

@@ -66,7 +66,9 @@ def test_a_default_that_was_traced_is_fixed() -> None:
             ModelError, match=r"passes the argument 'mask' .* default None, so that it would be ignored"
         ):
             first.run(inputs, {})
-    with pytest.raises(ModelError, match=r"passes the argument 'scale' .* give parallelize example_inputs of the form"):
+    with pytest.raises(
+        ModelError, match=r"passes the argument 'scale' .* give parallelize example_inputs like the batches"
+    ):
         first.run({"a": a, "scale": 3.0}, {})
     (passed,) = first.run({"a": a, "mask": None, "scale": 2.0}, {})  # what changes nothing may be passed
     assert torch.equal(passed, first.run(a, {})[0])
