@@ -1,4 +1,4 @@
-"""fsdp: replicas that keep parts of their weights train as those do that keep them whole; counted in processes."""
+"""fsdp: replicas that keep shards of their weights train as those under ddp do; counted in processes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ ROWS = {2: ((8, 6), (3, 5), (4, 0), (4, 1)), 3: ((8, 6, 3), (3, 5, 0), (0, 2, 4)
     [(plan, ("adamw", "sgd")[number % 2]) for number, plan in enumerate(PLANS)],
     ids=lambda case: name_of(case) if isinstance(case, Plan) else case,
 )
-def test_replicas_that_keep_parts_train_as_those_do_that_keep_all(pool: Processes, plan: Plan, optimizer: str) -> None:
+def test_fsdp_trains_as_ddp_does(pool: Processes, plan: Plan, optimizer: str) -> None:
     """With weights tied across the stages, dropout, widths that no number of replicas divides, shares of unequal size
     and of no row."""
     training = Training(
@@ -103,7 +103,7 @@ def test_replicas_that_keep_parts_train_as_those_do_that_keep_all(pool: Processe
 
 
 @pytest.mark.parametrize("model", ["frozen", "partly", "odd", "with_batch_norm"])
-def test_models_of_any_form_train_as_under_ddp(pool: Processes, model: str) -> None:
+def test_models_of_any_form(pool: Processes, model: str) -> None:
     """Frozen weights; some that no replica uses, or one alone (AdamW lets those decay whose gradient is zero); scalars
     and other types; buffers, which belong to the replica."""
     training = Training(
@@ -119,10 +119,8 @@ def test_models_of_any_form_train_as_under_ddp(pool: Processes, model: str) -> N
 
 
 @pytest.mark.parametrize(("pipeline", "split"), [(1, ()), (2, ("two",)), (2, ("three",))], ids=str)
-def test_weights_that_forward_uses_by_hand_are_gathered_too(
-    pool: Processes, pipeline: int, split: tuple[str, ...]
-) -> None:
-    """The traced code of a stage holds them beside the model; some of them in two stages."""
+def test_weights_used_directly_are_gathered(pool: Processes, pipeline: int, split: tuple[str, ...]) -> None:
+    """By forward itself, outside their modules: the traced code of a stage holds them, some of them in two stages."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)
     training = Training(plan, "by_hand", "sgd", split, ((4, 3), (2, 5), (3, 0)), ddp=True)
     found, needed = run_all(pool, train, sharded(training)), run_all(pool, train, training)
@@ -133,7 +131,7 @@ def test_weights_that_forward_uses_by_hand_are_gathered_too(
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_the_gradient_is_clipped_by_the_norm_of_the_whole_model(pool: Processes, pipeline: int) -> None:
+def test_clipping_by_the_whole_models_norm(pool: Processes, pipeline: int) -> None:
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)
     training = Training(plan, split=("3",)[: pipeline - 1], rows=((4, 4), (5, 2)), ddp=True, max_grad_norm=0.05)
     found = run_all(pool, train, sharded(training))
@@ -146,8 +144,8 @@ def test_the_gradient_is_clipped_by_the_norm_of_the_whole_model(pool: Processes,
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_step_that_is_not_finite_is_given_up_by_all_and_names_the_stage(pool: Processes, pipeline: int) -> None:
-    """The forward passes that look for the stage gather the weights once more."""
+def test_all_replicas_drop_a_non_finite_step(pool: Processes, pipeline: int) -> None:
+    """Its error names the stage; the forward passes that look for it gather the weights once more."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)
     training = Training(plan, split=("3",)[: pipeline - 1], rows=((2, 2), (2, 3)), marked=(4,), mark=float("nan"))
     for found in pool.run(2 * pipeline, train, sharded(training)):
@@ -202,9 +200,8 @@ def counting(call: Any, calls: dict[str, int], name: str) -> Any:
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_two_replicas_hold_half_of_parameters_gradients_and_optimizer_state_each(
-    pool: Processes, pipeline: int
-) -> None:
+def test_two_replicas_hold_half_each(pool: Processes, pipeline: int) -> None:
+    """Of parameters, gradients and optimizer state."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=4)
     training = Training(plan, "mlp", "adamw", ("2",)[: pipeline - 1], rows=((8, 8),) * 3, ddp=pipeline == 1)
     one, other = run_all(pool, count_bytes, sharded(training)), run_all(pool, count_bytes, training)
@@ -214,9 +211,7 @@ def test_two_replicas_hold_half_of_parameters_gradients_and_optimizer_state_each
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 @pytest.mark.parametrize("microbatches", [1, 4])
-def test_weights_are_gathered_and_gradients_reduced_once_a_step(
-    pool: Processes, microbatches: int, pipeline: int
-) -> None:
+def test_one_gather_and_one_reduction_per_step(pool: Processes, microbatches: int, pipeline: int) -> None:
     """Whatever the number of micro-batches."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=microbatches)
     training = sharded(Training(plan, "mlp", "adamw", ("2",)[: pipeline - 1], rows=((8, 8),) * 3))
@@ -227,17 +222,17 @@ def test_weights_are_gathered_and_gradients_reduced_once_a_step(
 # ---------------------------------------------------------------- evaluation and state
 
 
-def evaluate_and_go_on(me: Me, training: Training, folder: str) -> dict[str, Any]:
+def evaluate_and_continue(me: Me, training: Training, folder: str) -> dict[str, Any]:
     """What an engine gives, and what a second one does that has been restored from the checkpoint of the first."""
     one, group = engine_of(me, training), dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     steps(one, training, range(1, 3))
     storage = Storage.open(folder, "run")
-    saver, order = SharedSaver(storage, group, 30.0), SaveRequest(2, f"{storage.path}/checkpoint_00000002", MANIFEST)
-    saver.start(order, state_to_save(one, order))
+    saver, request = SharedSaver(storage, group, 30.0), SaveRequest(2, f"{storage.path}/checkpoint_00000002", MANIFEST)
+    saver.start(request, state_to_save(one, request))
     saver.wait()
     other = engine_of(me, training)
-    restore(other, SavedTensors(order.path, storage.filesystem))
+    restore(other, SavedTensors(request.path, storage.filesystem))
     inputs = training.batches()[0][0][:3]
     outputs = [drive(each.predict(request_of(0, (inputs, None)))) for each in (one, other)]
     assert all(is_shard(p) for p in one.part.module.parameters())
@@ -264,11 +259,11 @@ def steps(engine: Engine, training: Training, numbers: range) -> list[float]:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_checkpoint_resumes_to_the_bit(pool: Processes, pipeline: int, optimizer: str, tmp_path: Path) -> None:
+def test_a_checkpoint_resumes_bitwise(pool: Processes, pipeline: int, optimizer: str, tmp_path: Path) -> None:
     """Without a pipeline it continues as it would under ddp."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)
     training = sharded(Training(plan, "small", optimizer, ("3",)[: pipeline - 1], rows=((4, 3),) * 4))
-    found = run_all(pool, evaluate_and_go_on, training, str(tmp_path))
+    found = run_all(pool, evaluate_and_continue, training, str(tmp_path))
     for each in found:
         assert each["losses"][0] == each["losses"][1]
         assert each["later"][0] == each["later"][1]
@@ -291,7 +286,7 @@ def test_a_checkpoint_resumes_to_the_bit(pool: Processes, pipeline: int, optimiz
     assert worst_difference(alone.weights(), after) <= (1e-6 if optimizer == "sgd" else 1e-4)
 
 
-def go_on(me: Me, training: Training, path: str) -> dict[str, Tensor]:
+def continue_from(me: Me, training: Training, path: str) -> dict[str, Tensor]:
     engine = engine_of(me, training)
     restore(engine, SavedTensors(path, pafs.LocalFileSystem()))
     steps(engine, training, range(3, 5))
@@ -302,16 +297,16 @@ def go_on(me: Me, training: Training, path: str) -> dict[str, Tensor]:
 def test_a_checkpoint_resumes_under_another_plan(pool: Processes, data: int, pipeline: int, tmp_path: Path) -> None:
     """One of two replicas under other numbers of replicas and stages."""
     before = sharded(Training(Plan(data=2, microbatches=2), "small", "sgd", rows=((4, 3),) * 4))
-    needed = run_all(pool, evaluate_and_go_on, before, str(tmp_path))[0]["models"][2]
+    needed = run_all(pool, evaluate_and_continue, before, str(tmp_path))[0]["models"][2]
     plan = Plan(data=data, pipeline=pipeline, microbatches=2)
     rows = {2: (3, 4), 3: (3, 0, 4)}[data]
     after = sharded(Training(plan, "small", "sgd", ("3",)[: pipeline - 1], (rows,) * 4))
-    found = run_all(pool, go_on, after, str(tmp_path / "run" / "checkpoint_00000002"))
+    found = run_all(pool, continue_from, after, str(tmp_path / "run" / "checkpoint_00000002"))
     model = {name: tensor for each in found[:pipeline] for name, tensor in each.items()}
     assert worst_difference(model, needed) <= 1e-6
 
 
-def test_a_plain_tensor_is_its_own_part_and_its_own_whole() -> None:
+def test_a_plain_tensor_is_its_own_shard() -> None:
     parameter = nn.Parameter(torch.ones(3))
     assert not is_shard(parameter)
     assert local(parameter).data_ptr() == whole(parameter).data_ptr() == parameter.data_ptr()
@@ -326,7 +321,7 @@ def test_a_plain_tensor_is_its_own_part_and_its_own_whole() -> None:
     ("how", "what"),
     [("kill", "forward"), ("kill", "backward"), ("kill", "commit"), ("raise", "forward"), ("raise", "backward")],
 )
-def test_a_dead_or_failed_replica_is_a_lost_peer(pool: Processes, how: str, what: str) -> None:
+def test_a_lost_replica_is_a_lost_peer(pool: Processes, how: str, what: str) -> None:
     """History: torch keeps device meshes in caches for ever, and those held the process group; and what autograd's
     graph holds is found by the garbage collector only in a second pass."""
     fault = Fault(how, replica=1, step=2, what=what, microbatch=1)
@@ -344,7 +339,8 @@ def test_a_dead_or_failed_replica_is_a_lost_peer(pool: Processes, how: str, what
 # ---------------------------------------------------------------- in local mode
 
 
-def test_in_local_mode_replicas_share_a_process_and_the_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_local_mode_logs_that_fsdp_is_ddp(caplog: pytest.LogCaptureFixture) -> None:
+    """Replicas share a process there."""
     with caplog.at_level(logging.WARNING, logger="raypar"):
         run_local(
             RunSpec(lambda: None, Plan(data=2, data_strategy="fsdp"), {}, Timeouts(), Storage.open("/dev/null", "run"))
@@ -354,7 +350,7 @@ def test_in_local_mode_replicas_share_a_process_and_the_run_says_so(caplog: pyte
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_in_local_mode_it_trains_as_ddp_does(pipeline: int) -> None:
+def test_local_mode_trains_as_ddp_does(pipeline: int) -> None:
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)
     spec = spec_of(MODELS["small"], ("3",)[: pipeline - 1])
     one, other = Engines(plan, spec), Engines(dataclasses.replace(plan, data_strategy="fsdp"), spec)

@@ -42,7 +42,8 @@ def train(replica: Any) -> None:
         replica.train_step(images, labels)
 
 
-def test_on_a_cpu_the_model_runs_as_it_is_and_the_run_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_on_a_cpu_the_plain_model_runs(caplog: pytest.LogCaptureFixture) -> None:
+    """The log says so once."""
     with caplog.at_level(logging.WARNING, logger="raypar"):
         found = run(train, Plan(microbatches=2, data_strategy="scatter"))
     needed = reference.train_on_full_batches(small, BATCHES, OPTIMIZERS["sgd"], F.cross_entropy)
@@ -51,7 +52,7 @@ def test_on_a_cpu_the_model_runs_as_it_is_and_the_run_says_so_once(caplog: pytes
     assert "Plan(data_strategy='scatter') runs as the plain module: found cpu; needed several GPUs" in record.message
 
 
-def test_a_value_that_all_rows_share_is_refused() -> None:
+def test_shared_values_are_refused() -> None:
     """Devices get rows of every tensor."""
 
     def loop(replica: Any) -> None:
