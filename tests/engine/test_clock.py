@@ -32,7 +32,7 @@ def run_step(clock: Clock, passes: Sequence[tuple[int, str]]) -> None:
     clock.end_step()
 
 
-def test_a_clock_sums_the_passes_of_each_stage_and_the_spans_of_the_steps(clock: Clock):
+def test_a_clock_sums_passes_and_steps(clock: Clock):
     run_step(clock, [(0, "F"), (2, "F"), (0, "F"), (2, "B"), (0, "I"), (0, "W")])
     run_step(clock, [(0, "F"), (0, "B")])
     found = clock.read()
@@ -42,7 +42,7 @@ def test_a_clock_sums_the_passes_of_each_stage_and_the_spans_of_the_steps(clock:
     assert found.busy == 8.0
 
 
-def test_a_clock_starts_again_once_it_was_read(clock: Clock):
+def test_reading_a_clock_resets_it(clock: Clock):
     run_step(clock, [(0, "F")])
     clock.read()
     assert clock.read() == Timing({}, {}, {}, 0.0)
@@ -68,7 +68,8 @@ def times(stage: int, *, forward: float = 1.0, backward: float = 2.0, passes: in
 TWO_STAGES = Plan(pipeline=2, microbatches=4)
 
 
-def test_the_bubble_is_the_share_of_the_actors_time_in_which_they_do_not_compute():
+def test_the_bubble_is_the_actors_idle_share():
+    """The share of their time in which they do not compute."""
     found = bubble_of(TWO_STAGES, [times(0), times(1)], [actor(1), actor(2)])
     assert found is not None
     assert found.measured == pytest.approx(1 - 24 / 30)
@@ -78,8 +79,8 @@ def test_the_bubble_is_the_share_of_the_actors_time_in_which_they_do_not_compute
 
 
 @pytest.mark.parametrize(("weight", "bubble"), [(1.0, 1 - 12 / 13), (0.5, 1 - 12 / 14)])
-def test_a_split_backward_pass_is_simulated_with_the_measured_part_for_the_weights(weight: float, bubble: float):
-    """It was taken for half of the backward pass, whatever the model."""
+def test_two_part_backward_passes_are_simulated(weight: float, bubble: float):
+    """With the measured time of the part for the weights, which was once taken for half of the backward pass."""
     plan = Plan(pipeline=2, microbatches=4, schedule="zb-h1")
     timings = [dataclasses.replace(times(stage), weight={stage: weight}) for stage in range(2)]
     found = bubble_of(plan, timings, [actor(1), actor(2)])
@@ -88,7 +89,8 @@ def test_a_split_backward_pass_is_simulated_with_the_measured_part_for_the_weigh
     assert found.backward == (2000.0, 2000.0)
 
 
-def test_a_wait_longer_than_the_schedules_shows_as_a_larger_measured_bubble():
+def test_a_long_wait_enlarges_the_bubble():
+    """The measured one, above that of the schedule."""
     found = bubble_of(TWO_STAGES, [times(0, span=20.0), times(1, span=24.0)], [actor(1), actor(2)])
     assert found is not None
     assert found.measured == pytest.approx(0.5)
@@ -109,7 +111,7 @@ def test_more_actors_than_cores_are_not_simulated():
     assert (found.simulated, found.note) == (None, "2 actors share 1 cores")
 
 
-def test_actors_on_gpus_or_on_nodes_of_their_own_do_not_share_cores():
+def test_gpus_and_nodes_do_not_share_cores():
     for actors in (
         [actor(1, device="cuda:0", cores=1), actor(2, device="cuda:0", cores=1)],
         [actor(1, node="a", cores=1), actor(2, node="b", cores=1)],
@@ -124,5 +126,5 @@ def test_there_is_no_bubble_before_any_step():
     assert bubble_of(TWO_STAGES, [nothing, nothing], [actor(1), actor(2)]) is None
 
 
-def test_actors_that_take_turns_in_one_process_leave_no_bubble_to_measure():
+def test_actors_in_one_process_have_no_bubble():
     assert bubble_of(TWO_STAGES, [times(0), times(1)], [actor(1), actor(1)]) is None

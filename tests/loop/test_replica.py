@@ -238,7 +238,7 @@ def test_a_batch_without_a_row_is_handed_on_too(replica: Replica, actors: FakeAc
 )
 def test_inputs_and_targets_of_different_rows_are_refused(replica: Replica, log: Log, call: Callable[[Replica], Any]):
     """Nothing is started."""
-    with pytest.raises(DataError, match="found 3 rows of inputs and 2 rows of targets, needed as many of both"):
+    with pytest.raises(DataError, match="found 3 rows of inputs and 2 rows of targets; needed the same number"):
         call(replica)
     assert log == []
     assert replica.train_step(X, Y).step == 1
