@@ -78,7 +78,7 @@ class Runs:
     def train(
         self, build: Callable[[], nn.Module] = stateful, crash_after: int | None = None, plan: Plan | None = None
     ) -> list[dict[str, Any]]:
-        """Trains to the end, with a checkpoint an epoch, or until behind step `crash_after`, which it saves."""
+        """Trains to the end, with one checkpoint per epoch, or up to step `crash_after`, which it saves."""
         self.losses = []
 
         def loop() -> None:
@@ -172,7 +172,7 @@ def test_a_run_returns_the_history_of_its_metrics(new_runs: Callable[[Plan], Run
 
 
 @each_plan
-def test_a_run_is_repeatable_to_the_bit(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_runs_are_bitwise_reproducible(new_runs: Callable[[Plan], Runs], plan: Plan):
     one, other = new_runs(plan), new_runs(plan)
     one.train()
     torch.manual_seed(99)
@@ -184,9 +184,8 @@ def test_a_run_is_repeatable_to_the_bit(new_runs: Callable[[Plan], Runs], plan: 
 
 @each_plan
 @pytest.mark.parametrize("crash_after", [1, 3, 5])
-def test_a_run_resumed_after_a_crash_ends_with_the_bits_of_one_that_never_crashed(
-    new_runs: Callable[[Plan], Runs], plan: Plan, crash_after: int
-):
+def test_a_run_resumed_after_a_crash_is_identical(new_runs: Callable[[Plan], Runs], plan: Plan, crash_after: int):
+    """Bitwise, to one that never crashed."""
     whole, broken = new_runs(plan), new_runs(plan)
     history = whole.train()
     broken.train(crash_after=crash_after)
@@ -230,7 +229,7 @@ def test_a_run_can_be_resumed_with_another_plan(new_runs: Callable[[Plan], Runs]
         torch.testing.assert_close(changed.states[0][name], value, rtol=0, atol=1e-6)
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over_by_the_run_that_follows(new_runs: Callable[[Plan], Runs]):
+def test_a_truncated_checkpoint_is_skipped(new_runs: Callable[[Plan], Runs]):
     whole, broken = new_runs(Plan()), new_runs(Plan())
     whole.train()
     broken.train(crash_after=2)
@@ -246,7 +245,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over_by_the_run_that_follows(ne
 
 
 @each_plan
-def test_evaluating_between_steps_changes_nothing_in_training(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_evaluation_changes_nothing_in_training(new_runs: Callable[[Plan], Runs], plan: Plan):
     states: dict[bool, dict[int, dict[str, Tensor]]] = {False: {}, True: {}}
 
     def loop(evaluate: bool) -> Callable[[], None]:
@@ -269,9 +268,9 @@ def test_evaluating_between_steps_changes_nothing_in_training(new_runs: Callable
 
 
 @each_plan
-def test_an_eval_step_and_a_prediction_are_those_of_the_plain_model_in_eval_mode(
-    new_runs: Callable[[Plan], Runs], plan: Plan
-):
+def test_evaluation_is_that_of_the_plain_model(new_runs: Callable[[Plan], Runs], plan: Plan):
+    """eval_step and predict, in eval mode."""
+
     def loop() -> None:
         replica = make_replica(stateful, plan)
         model = stateful()
@@ -302,9 +301,9 @@ def test_a_number_is_added_over_all_replicas(new_runs: Callable[[Plan], Runs], p
 
 
 @each_plan
-def test_the_names_of_the_state_dict_are_those_of_the_whole_model_in_its_order(
-    new_runs: Callable[[Plan], Runs], plan: Plan
-):
+def test_a_state_dict_has_the_models_names(new_runs: Callable[[Plan], Runs], plan: Plan):
+    """In the model's order."""
+
     def loop() -> None:
         assert list(make_replica(stateful, plan).state_dict()) == list(stateful().state_dict())
 
@@ -312,7 +311,7 @@ def test_the_names_of_the_state_dict_are_those_of_the_whole_model_in_its_order(
 
 
 @each_plan
-def test_a_state_dict_that_is_loaded_is_the_one_that_is_trained_on(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_training_continues_from_a_loaded_state_dict(new_runs: Callable[[Plan], Runs], plan: Plan):
     torch.manual_seed(7)
     given = stateful().state_dict()
 
@@ -328,7 +327,7 @@ def test_a_state_dict_that_is_loaded_is_the_one_that_is_trained_on(new_runs: Cal
 
 
 @each_plan
-def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_a_wrong_state_dict_changes_nothing(new_runs: Callable[[Plan], Runs], plan: Plan):
     def loop() -> None:
         replica = make_replica(stateful, plan)
         before = replica.state_dict()
@@ -351,9 +350,8 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(new_runs:
 
 @each_plan
 @pytest.mark.parametrize("name", ["weights.pt", "file://weights.safetensors"])
-def test_a_run_starts_from_a_file_of_weights_and_goes_on_from_its_checkpoint(
-    new_runs: Callable[[Plan], Runs], plan: Plan, name: str
-):
+def test_starting_from_a_file_of_weights(new_runs: Callable[[Plan], Runs], plan: Plan, name: str):
+    """A resumed run continues from its checkpoint instead."""
     runs = new_runs(plan)
     torch.manual_seed(7)
     given = stateful().state_dict()
@@ -378,7 +376,7 @@ def test_a_run_starts_from_a_file_of_weights_and_goes_on_from_its_checkpoint(
             ends.append(state)
 
     runs(loop)
-    if plan.data == 1:  # with more replicas each goes on from buffers of its own
+    if plan.data == 1:  # with more replicas, each continues from its own buffers
         runs(loop)
     assert len(ends) == 1
 
@@ -444,7 +442,7 @@ def test_a_second_model_in_one_loop_is_refused(new_runs: Callable[[Plan], Runs])
         make_replica(plain, Plan())
         make_replica(plain, Plan())
 
-    with pytest.raises(UsageError, match="parallelize was called twice in one train loop, needed: one model a run"):
+    with pytest.raises(UsageError, match="parallelize was called twice in one train loop; needed: one model per run"):
         new_runs(Plan())(loop)
 
 
@@ -466,7 +464,7 @@ def test_a_second_model_in_one_loop_is_refused(new_runs: Callable[[Plan], Runs])
         ),
     ],
 )
-def test_what_cannot_be_trained_is_refused_on_all_replicas_alike(
+def test_all_replicas_refuse_alike(
     new_runs: Callable[[Plan], Runs], options: dict[str, Any], error: type[Exception], message: str
 ):
     plan = Plan(data=2, pipeline=2)
@@ -496,7 +494,7 @@ def test_a_split_makes_no_sense_with_one_stage(new_runs: Callable[[Plan], Runs])
 
 
 @each_plan
-def test_a_batch_with_inputs_and_targets_of_different_length_is_refused(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_inputs_and_targets_have_equally_many_rows(new_runs: Callable[[Plan], Runs], plan: Plan):
     def loop() -> None:
         make_replica(plain, plan).train_step(X, Y[:1])
 
@@ -505,7 +503,7 @@ def test_a_batch_with_inputs_and_targets_of_different_length_is_refused(new_runs
 
 
 @each_plan
-def test_an_error_of_the_users_loss_has_an_address_and_ends_the_run(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_an_error_in_the_loss_has_an_address(new_runs: Callable[[Plan], Runs], plan: Plan):
     def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
         raise IndexError("targets out of range")
 
@@ -540,7 +538,7 @@ def holders(new_runs: Callable[[Plan], Runs], plan: Plan, **options: Any) -> Ite
     return (dict(info.stages) for info in found)
 
 
-def test_each_actor_tells_which_modules_it_holds(new_runs: Callable[[Plan], Runs]):
+def test_describe_names_each_actors_modules(new_runs: Callable[[Plan], Runs]):
     plan = Plan(data=2, pipeline=2, placement=[0, 1, 0])
     found = list(holders(new_runs, plan, split=["conv2", "fc2"]))
     assert found == [{0: ["conv1"], 2: ["fc2"]}, {1: ["conv2", "fc1"]}] * 2
@@ -592,7 +590,7 @@ def test_example_inputs_may_be_all_that_a_batch_may_be(
     assert 0 < losses[0] < 3
 
 
-def test_an_argument_that_tracing_did_not_know_is_refused_at_the_first_step(new_runs: Callable[[Plan], Runs]):
+def test_an_untraced_argument_is_refused(new_runs: Callable[[Plan], Runs]):
     class WithMask(WithTable):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
             hidden = torch.tanh(self.a(x))

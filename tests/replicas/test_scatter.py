@@ -22,7 +22,7 @@ from support.cases import OPTIMIZERS, small
 
 
 def run(train: Any, plan: Plan) -> dict[str, Tensor]:
-    """The weights behind a train loop over a few batches of unequal size."""
+    """The weights after a train loop over a few batches of unequal size."""
     found: dict[str, Tensor] = {}
 
     def loop() -> None:
