@@ -45,12 +45,12 @@ def batch_norm_net() -> nn.Module:
 
 
 def test_every_process_builds_the_same_weights():
-    kept = torch.get_rng_state()
+    state = torch.get_rng_state()
     torch.manual_seed(123)
     one = build_whole(spec(CNN)).state_dict()
     torch.manual_seed(456)
     other = build_whole(spec(CNN)).state_dict()
-    torch.set_rng_state(kept)
+    torch.set_rng_state(state)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -79,15 +79,15 @@ def test_a_module_returned_twice_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("layer", "found"),
+    ("layer", "message"),
     [
         (lambda: nn.LazyLinear(2), r"'1\.weight' has no shape yet"),
         (lambda: nn.Embedding(3, 2, sparse=True), r"'1' has sparse=True"),
         (lambda: nn.EmbeddingBag(3, 2, sparse=True), r"'1' has sparse=True"),
     ],
 )
-def test_untrainable_layers_are_refused(layer: Callable[[], nn.Module], found: str):
-    with pytest.raises(ModelError, match=found):
+def test_untrainable_layers_are_refused(layer: Callable[[], nn.Module], message: str):
+    with pytest.raises(ModelError, match=message):
         build_whole(spec(lambda: nn.Sequential(nn.Linear(1, 1), layer())))
 
 

@@ -227,7 +227,7 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize(
     ("wrap", "unwrap", "what"),
     [
-        (lambda x: x.to_sparse(), lambda found: found.to_dense(), "sparse"),
+        (lambda x: x.to_sparse(), lambda x: x.to_dense(), "sparse"),
         (lambda x: iter([x]), next, "iterator"),
     ],
 )

@@ -195,7 +195,7 @@ def test_tensors_are_aligned_as_torch_aligns(writeable: bool):
         array[:] = np.arange(24).reshape(6, 4)
         array.flags.writeable = writeable
         tensor = microbatch.to_tensors((array, torch.from_numpy(array.copy())[1:]), CPU)
-        assert [each.data_ptr() % 64 for each in tensor] == [0, 0]
+        assert [row.data_ptr() % 64 for row in tensor] == [0, 0]
         assert tensor[0].tolist() == array.tolist()
         assert tensor[1].tolist() == array[1:].tolist()
 

@@ -42,15 +42,15 @@ def shares(
     path: Any, replicas: int = 1, passes: int = 1, read: Callable[..., Any] = batches, **options: Any
 ) -> list[list[Batches]]:
     """What each replica gets in each epoch."""
-    found: list[list[Batches]] = [[] for _ in range(replicas)]
+    epochs_of: list[list[Batches]] = [[] for _ in range(replicas)]
 
     def loop() -> None:
         for _ in epochs(passes):
-            found[current("the test").replica].append(list(read("train", **options)))
+            epochs_of[current("the test").replica].append(list(read("train", **options)))
 
     nowhere = Storage.open("/dev/null", "run")  # nothing can be written there
     run_local(RunSpec(loop, Plan(data=replicas), {"train": path}, Timeouts(), nowhere))
-    return found
+    return epochs_of
 
 
 def rows_of(of_epoch: Batches) -> list[list[int]]:
@@ -186,7 +186,7 @@ def test_only_the_seed_decides_the_order(tmp_path: Path):
     one = shares(path, passes=2, batch_size=8, seed=3)
     torch.manual_seed(2)
     same, other = shares(path, passes=2, batch_size=8, seed=3), shares(path, passes=2, batch_size=8, seed=4)
-    assert [rows_of(each) for each in one[0]] == [rows_of(each) for each in same[0]]
+    assert [rows_of(batch) for batch in one[0]] == [rows_of(batch) for batch in same[0]]
     assert rows_of(one[0][0]) != rows_of(other[0][0])
 
 
@@ -208,7 +208,7 @@ def test_windows_keep_the_global_batches(
     assert rows_of(first) != rows_of(second)
     for replicas in (2, 3):
         of_replicas = [rows_of(of_epochs[0]) for of_epochs in shares(path, replicas, batch_size=16, window=30)]
-        assert [list(chain(*each)) for each in zip(*of_replicas, strict=True)] == rows_of(first)
+        assert [list(chain(*of_batch)) for of_batch in zip(*of_replicas, strict=True)] == rows_of(first)
 
 
 @settings(deadline=None, max_examples=25)

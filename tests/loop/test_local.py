@@ -134,27 +134,27 @@ def test_a_single_replica_runs_in_the_calling_thread():
 
 def test_values_come_in_replica_order():
     """What is gathered or summed, on all replicas."""
-    found: dict[int, tuple[list[Any], float]] = {}
+    values: dict[int, tuple[list[Any], float]] = {}
 
     def loop() -> None:
-        found[rank()] = gather(f"of {rank()}"), add([1e8, 1.0, -1e8][rank()])
+        values[rank()] = gather(f"of {rank()}"), add([1e8, 1.0, -1e8][rank()])
 
     run(loop, replicas=3)
     in_order = float((torch.tensor(1e8) + torch.tensor(1.0)) + torch.tensor(-1e8))
-    assert found == dict.fromkeys(range(3), (["of 0", "of 1", "of 2"], in_order))
+    assert values == dict.fromkeys(range(3), (["of 0", "of 1", "of 2"], in_order))
 
 
 def test_each_replica_gets_its_own_sum():
-    found: dict[int, float] = {}
+    sums: dict[int, float] = {}
 
     def loop() -> None:
         total = current("the test").sum(torch.ones(1))
         total += rank()
         gather(None)
-        found[rank()] = float(total)
+        sums[rank()] = float(total)
 
     run(loop)
-    assert found == {0: 2.0, 1: 3.0}
+    assert sums == {0: 2.0, 1: 3.0}
 
 
 # ---------------------------------------------------------------- random numbers
@@ -168,16 +168,16 @@ def test_each_replica_has_its_own_random_numbers():
     """They are the same in each run."""
 
     def numbers(switching: bool) -> dict[int, list[tuple[float, float, float]]]:
-        found: dict[int, list[tuple[float, float, float]]] = {0: [], 1: [], 2: []}
+        numbers_of: dict[int, list[tuple[float, float, float]]] = {0: [], 1: [], 2: []}
 
         def loop() -> None:
             for _ in range(4):
-                found[rank()].append(draw())
+                numbers_of[rank()].append(draw())
                 if switching:
                     gather(None)
 
         run(loop, replicas=3)
-        return found
+        return numbers_of
 
     alone, taking_turns = numbers(switching=False), numbers(switching=True)
     assert alone == taking_turns
@@ -186,7 +186,7 @@ def test_each_replica_has_its_own_random_numbers():
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(data=2), Plan(pipeline=2), Plan(data=2, pipeline=2)])
 def test_training_leaves_the_loops_random_numbers_alone(plan: Plan):
-    found: dict[tuple[int, bool], list[Any]] = {}
+    numbers: dict[tuple[int, bool], list[Any]] = {}
 
     def loop(train: bool) -> Callable[[], None]:
         def go() -> None:
@@ -204,14 +204,14 @@ def test_training_leaves_the_loops_random_numbers_alone(plan: Plan):
             else:
                 drawn.append(draw())
             drawn.append(draw())
-            found[rank(), train] = drawn
+            numbers[rank(), train] = drawn
 
         return go
 
     for train in (False, True):
         run_local(RunSpec(loop(train), plan, {}, Timeouts(), NOWHERE))
     for number in range(plan.data):
-        assert found[number, True] == found[number, False]
+        assert numbers[number, True] == numbers[number, False]
 
 
 def test_a_run_leaves_the_processs_random_numbers_alone():
@@ -325,7 +325,7 @@ def test_with_three_replicas_too():
 
 def test_an_error_of_a_meeting_is_raised_in_all():
     turns = Turns(2)
-    found: dict[int, Exception] = {}
+    errors: dict[int, Exception] = {}
 
     def act(values: list[int]) -> list[int]:
         raise Wrong(f"with {values}")
@@ -335,7 +335,7 @@ def test_an_error_of_a_meeting_is_raised_in_all():
         try:
             turns.meet(number, "act", number * 10, act)
         except Wrong as error:
-            found[number] = error
+            errors[number] = error
         turns.end(number)
 
     threads = [threading.Thread(target=meet, args=(number,)) for number in (0, 1)]
@@ -343,7 +343,7 @@ def test_an_error_of_a_meeting_is_raised_in_all():
         thread.start()
     for thread in threads:
         thread.join()
-    assert {number: str(error) for number, error in found.items()} == {0: "with [0, 10]", 1: "with [0, 10]"}
+    assert {number: str(error) for number, error in errors.items()} == {0: "with [0, 10]", 1: "with [0, 10]"}
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -114,14 +114,14 @@ def adamw(module: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_replica(build: Callable[[], nn.Module], plan: Plan, **options: Any) -> Replica:
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "loss_fn": F.cross_entropy,
         "optimizer": adamw,
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS),
         "max_grad_norm": 1.0,
         "split": split_of(plan),
     }
-    return parallelize(build, **(given | options))
+    return parallelize(build, **(defaults | options))
 
 
 def write_rows(folder: Path, change: Callable[[np.ndarray], None] | None = None) -> None:
@@ -276,9 +276,9 @@ def test_evaluation_is_that_of_the_plain_model(new_runs: Callable[[Plan], Runs],
         model = stateful()
         model.load_state_dict(replica.state_dict())
         model.eval()
-        found = replica.eval_step(share(X), share(Y))
-        assert found.samples == 12
-        assert found.loss == pytest.approx(F.cross_entropy(model(X), Y).item(), abs=1e-6)
+        output = replica.eval_step(share(X), share(Y))
+        assert output.samples == 12
+        assert output.loss == pytest.approx(F.cross_entropy(model(X), Y).item(), abs=1e-6)
         torch.testing.assert_close(replica.predict(share(X)), model(share(X)), rtol=0, atol=1e-6)
         assert tuple(replica.predict(X[:0]).shape) == (0, 3)
 
@@ -287,14 +287,14 @@ def test_evaluation_is_that_of_the_plain_model(new_runs: Callable[[Plan], Runs],
 
 @each_plan
 def test_a_number_is_added_over_all_replicas(new_runs: Callable[[Plan], Runs], plan: Plan):
-    found: list[tuple[Any, list[int]]] = []
+    sums: list[tuple[Any, list[int]]] = []
 
     def loop() -> None:
         replica = make_replica(plain, plan)
-        found.append((replica.sum(rank() + 1), replica.sum(torch.tensor([1, rank()])).tolist()))
+        sums.append((replica.sum(rank() + 1), replica.sum(torch.tensor([1, rank()])).tolist()))
 
     new_runs(plan)(loop)
-    assert found == [(3, [2, 1])] * 2 if plan.data == 2 else [(1, [1, 0])]
+    assert sums == [(3, [2, 1])] * 2 if plan.data == 2 else [(1, [1, 0])]
 
 
 # ---------------------------------------------------------------- the state dict
@@ -313,15 +313,15 @@ def test_a_state_dict_has_the_models_names(new_runs: Callable[[Plan], Runs], pla
 @each_plan
 def test_training_continues_from_a_loaded_state_dict(new_runs: Callable[[Plan], Runs], plan: Plan):
     torch.manual_seed(7)
-    given = stateful().state_dict()
+    state = stateful().state_dict()
 
     def loop() -> None:
         replica = make_replica(stateful, plan)
-        assert not torch.equal(replica.state_dict()["0.weight"], given["0.weight"])
-        replica.load_state_dict(given)
-        assert all(torch.equal(value, given[name]) for name, value in replica.state_dict().items())
+        assert not torch.equal(replica.state_dict()["0.weight"], state["0.weight"])
+        replica.load_state_dict(state)
+        assert all(torch.equal(value, state[name]) for name, value in replica.state_dict().items())
         replica.train_step(share(X), share(Y)).result()
-        assert not torch.equal(replica.state_dict()["0.weight"], given["0.weight"])
+        assert not torch.equal(replica.state_dict()["0.weight"], state["0.weight"])
 
     new_runs(plan)(loop)
 
@@ -354,9 +354,9 @@ def test_starting_from_a_file_of_weights(new_runs: Callable[[Plan], Runs], plan:
     """A resumed run continues from its checkpoint instead."""
     runs = new_runs(plan)
     torch.manual_seed(7)
-    given = stateful().state_dict()
+    in_file = stateful().state_dict()
     path = runs.folder / name.removeprefix("file://")
-    save_file(given, str(path)) if name.endswith("safetensors") else torch.save(given, path)
+    save_file(in_file, str(path)) if name.endswith("safetensors") else torch.save(in_file, path)
     weights = f"file://{path}" if name.startswith("file://") else path
     ends: list[dict[str, Tensor]] = []
 
@@ -366,7 +366,7 @@ def test_starting_from_a_file_of_weights(new_runs: Callable[[Plan], Runs], plan:
         if ends:
             assert bits({0: start}) == bits({0: ends[0]})
             return
-        assert all(torch.equal(value, given[key]) for key, value in start.items())
+        assert all(torch.equal(value, in_file[key]) for key, value in start.items())
         replica.train_step(share(X), share(Y))
         report({}, replica)
         if rank() == 0:
@@ -525,39 +525,39 @@ def test_an_error_in_the_loss_has_an_address(new_runs: Callable[[Plan], Runs], p
 
 
 def holders(new_runs: Callable[[Plan], Runs], plan: Plan, **options: Any) -> Iterator[dict[int, list[str]]]:
-    found: list[ActorInfo] = []
+    actors: list[ActorInfo] = []
 
     def loop() -> None:
         replica = make_replica(CNN, plan, **options)
-        found[:] = replica.describe()
+        actors[:] = replica.describe()
 
     new_runs(plan)(loop)
-    assert [(info.replica, info.actor) for info in found] == [
+    assert [(info.replica, info.actor) for info in actors] == [
         (replica, actor) for replica in range(plan.data) for actor in range(plan.pipeline)
     ]
-    return (dict(info.stages) for info in found)
+    return (dict(info.stages) for info in actors)
 
 
 def test_describe_names_each_actors_modules(new_runs: Callable[[Plan], Runs]):
     plan = Plan(data=2, pipeline=2, placement=[0, 1, 0])
-    found = list(holders(new_runs, plan, split=["conv2", "fc2"]))
-    assert found == [{0: ["conv1"], 2: ["fc2"]}, {1: ["conv2", "fc1"]}] * 2
+    modules = list(holders(new_runs, plan, split=["conv2", "fc2"]))
+    assert modules == [{0: ["conv1"], 2: ["fc2"]}, {1: ["conv2", "fc1"]}] * 2
 
 
 def test_without_names_measured_times_decide_the_split(
     new_runs: Callable[[Plan], Runs], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(local, "measure_units", lambda *_: [4.0, 4.0, 1.0, 1.0])
-    found = list(holders(new_runs, Plan(pipeline=2), split=None, example_inputs=torch.zeros(64, 1, 28, 28)))
-    assert found == [{0: ["conv1"]}, {1: ["conv2", "fc1", "fc2"]}]
+    modules = list(holders(new_runs, Plan(pipeline=2), split=None, example_inputs=torch.zeros(64, 1, 28, 28)))
+    assert modules == [{0: ["conv1"]}, {1: ["conv2", "fc1", "fc2"]}]
 
 
 def test_one_replica_measures_for_all(new_runs: Callable[[Plan], Runs], monkeypatch: pytest.MonkeyPatch):
     times = iter([[1.0, 1.0, 1.0, 3.0]])
     monkeypatch.setattr(local, "measure_units", lambda *_: next(times))
     plan = Plan(data=2, pipeline=2)
-    found = list(holders(new_runs, plan, split=None, example_inputs=torch.zeros(16, 1, 28, 28)))
-    assert found == [{0: ["conv1", "conv2", "fc1"]}, {1: ["fc2"]}] * 2
+    modules = list(holders(new_runs, plan, split=None, example_inputs=torch.zeros(16, 1, 28, 28)))
+    assert modules == [{0: ["conv1", "conv2", "fc1"]}, {1: ["fc2"]}] * 2
 
 
 class WithTable(nn.Module):

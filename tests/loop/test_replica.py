@@ -246,14 +246,14 @@ def test_inputs_and_targets_of_different_rows_are_refused(replica: Replica, log:
 
 
 def test_an_eval_loss_is_over_all_replicas(replica: Replica):
-    found = replica.eval_step(X, Y)
-    assert (found.loss, found.samples) == (12.0 / 6.0, 6)
+    output = replica.eval_step(X, Y)
+    assert (output.loss, output.samples) == (12.0 / 6.0, 6)
 
 
 def test_the_loss_over_no_row_is_nan(replica: Replica):
-    found = replica.eval_step(X[:0], Y[:0])
-    assert found.loss != found.loss
-    assert found.samples == 0
+    output = replica.eval_step(X[:0], Y[:0])
+    assert output.loss != output.loss
+    assert output.samples == 0
 
 
 def test_a_prediction_needs_no_targets(replica: Replica, actors: FakeActors):
@@ -333,8 +333,8 @@ def test_a_report_with_a_replica_saves(inside: FakeSession, replica: Replica, lo
     assert log[-1] == "saved"
     ((row, path),) = inside.published
     assert row == {"step": 1, "epoch": 0, "loss": 0.5}
-    found = manifest_of(path)
-    assert (found["step"], found["history"], found["plan"]["data"]) == (1, [row], 2)
+    manifest = manifest_of(path)
+    assert (manifest["step"], manifest["history"], manifest["plan"]["data"]) == (1, [row], 2)
     assert saved_values(path)["model", "a"].tolist() == [1.0]
 
 
@@ -438,8 +438,8 @@ def test_a_non_finite_loss_names_the_checkpoint(
     ) as caught:
         steps(3, 5)
     assert (caught.value.step, caught.value.stage) == (3, 1)
-    found = manifest_of(caught.value.checkpoint)
-    assert (found["step"], found["position"]) == (
+    manifest = manifest_of(caught.value.checkpoint)
+    assert (manifest["step"], manifest["position"]) == (
         2,
         {"epoch": 0, "trained": {"train": 2}, "batching": {"train": {"batch_size": 3}}},
     )
@@ -458,8 +458,8 @@ def test_a_non_finite_first_step_saves_its_epoch(session: FakeSession, replica: 
         session.data.end_loop(loop)
     with pytest.raises(NonFiniteError) as caught:
         replica.wait()
-    found = manifest_of(caught.value.checkpoint)
-    assert (found["step"], found["position"]) == (2, {"epoch": 1, "trained": {}, "batching": {}})
+    manifest = manifest_of(caught.value.checkpoint)
+    assert (manifest["step"], manifest["position"]) == (2, {"epoch": 1, "trained": {}, "batching": {}})
 
 
 def test_a_non_finite_loss_without_a_checkpoint(session: FakeSession, replica: Replica, errors: dict[int, Exception]):

@@ -63,9 +63,9 @@ def saved_position(tmp_path: Path) -> dict[str, Any]:
     storage = Storage.open(tmp_path, "run")
     path = newest_checkpoint(storage)
     assert path is not None
-    found: dict[str, Any] = read_manifest(path, storage.filesystem)["position"]
-    assert found["batching"].keys() == found["trained"].keys()
-    return {"epoch": found["epoch"], "trained": found["trained"]}
+    position: dict[str, Any] = read_manifest(path, storage.filesystem)["position"]
+    assert position["batching"].keys() == position["trained"].keys()
+    return {"epoch": position["epoch"], "trained": position["trained"]}
 
 
 # ---------------------------------------------------------------- epochs and batches after a resume
@@ -73,18 +73,18 @@ def saved_position(tmp_path: Path) -> dict[str, Any]:
 
 def trained_rows(run: Any, crash_after: int | None, inside: bool = True) -> list[tuple[int, list[int]]]:
     """The epoch and the rows of each step of a loop that saves after step `crash_after`, and then crashes."""
-    found: list[tuple[int, list[int]]] = []
+    steps: list[tuple[int, list[int]]] = []
 
     def loop() -> None:
         replica = make_replica()
         for epoch in epochs(EPOCHS):
             for batch in batches("train", batch_size=BATCH):
                 train_on(replica, batch)
-                found.append((epoch, batch["row"].tolist()))
-                if inside and len(found) == crash_after:
+                steps.append((epoch, batch["row"].tolist()))
+                if inside and len(steps) == crash_after:
                     report({}, replica)
                     raise Crash
-            if not inside and len(found) == crash_after:
+            if not inside and len(steps) == crash_after:
                 report({}, replica)
                 raise Crash
 
@@ -93,7 +93,7 @@ def trained_rows(run: Any, crash_after: int | None, inside: bool = True) -> list
     else:
         with pytest.raises(Crash):
             run(loop)
-    return found
+    return steps
 
 
 def test_a_resume_after_an_epoch_starts_the_next(run: Any, tmp_path: Path):
@@ -105,10 +105,10 @@ def test_a_resume_after_an_epoch_starts_the_next(run: Any, tmp_path: Path):
 
 
 def test_a_fresh_run_has_all_batches(run: Any):
-    found = trained_rows(run, None)
-    assert [epoch for epoch, _ in found] == [0] * STEPS_AN_EPOCH + [1] * STEPS_AN_EPOCH + [2] * STEPS_AN_EPOCH
+    steps = trained_rows(run, None)
+    assert [epoch for epoch, _ in steps] == [0] * STEPS_AN_EPOCH + [1] * STEPS_AN_EPOCH + [2] * STEPS_AN_EPOCH
     for epoch in range(EPOCHS):
-        assert sorted(row for at, rows in found if at == epoch for row in rows) == list(range(ROWS))
+        assert sorted(row for at, rows in steps if at == epoch for row in rows) == list(range(ROWS))
 
 
 @pytest.mark.parametrize("step", range(1, EPOCHS * STEPS_AN_EPOCH + 1))
@@ -155,10 +155,10 @@ def test_a_run_that_is_over_has_no_epoch_left(run: Any):
 
 def seen_by_loops(run: Any, crash_at: tuple[int, int] | None) -> dict[str, list[int]]:
     """How many batches each loop of an epoch got, by its name; `crash_at` is the epoch and the batch to save after."""
-    found: dict[str, list[int]] = {"before": [], "inside": [], "after": [], "again": []}
+    counts: dict[str, list[int]] = {"before": [], "inside": [], "after": [], "again": []}
 
     def count(kind: str, name: str) -> None:
-        found[kind].append(len(list(batches(name, batch_size=BATCH, shuffle=False))))
+        counts[kind].append(len(list(batches(name, batch_size=BATCH, shuffle=False))))
 
     def loop() -> None:
         replica = make_replica()
@@ -178,14 +178,14 @@ def seen_by_loops(run: Any, crash_at: tuple[int, int] | None) -> dict[str, list[
     else:
         with pytest.raises(Crash):
             run(loop)
-    return found
+    return counts
 
 
 def test_a_loop_that_does_not_train_always_gets_all_batches(run: Any):
     """Also one over the rows that were trained on before, in the same epoch: only the first loop after a resume skips
     what training has used. History: every loop skipped it, so this one got nothing."""
-    found = seen_by_loops(run, None)
-    assert found == {"before": [4, 4], "inside": [4] * 8, "after": [4, 4], "again": [4, 4]}
+    counts = seen_by_loops(run, None)
+    assert counts == {"before": [4, 4], "inside": [4] * 8, "after": [4, 4], "again": [4, 4]}
 
 
 def test_after_a_resume_too(run: Any):
@@ -216,7 +216,7 @@ def test_an_inner_loop_does_not_end_the_outer(run: Any, tmp_path: Path):
 @pytest.mark.parametrize(("saved_after", "left"), [(2, 2), (4, 0)])
 def test_without_epochs_each_loop_gets_all_batches(run: Any, saved_after: int, left: int):
     """All but the first loop after a resume."""
-    found: list[int] = []
+    counts: list[int] = []
 
     def loop() -> None:
         replica = make_replica()
@@ -225,37 +225,37 @@ def test_without_epochs_each_loop_gets_all_batches(run: Any, saved_after: int, l
             for batch in batches("train", batch_size=BATCH):
                 train_on(replica, batch)
                 steps += 1
-                if len(found) == 1 and steps == saved_after:
+                if len(counts) == 1 and steps == saved_after:
                     report({}, replica)
-            found.append(steps)
+            counts.append(steps)
 
     with pytest.warns(UserWarning, match="outside raypar.epochs"):
         run(loop)
     with pytest.warns(UserWarning, match="outside raypar.epochs"):
         run(loop)
-    assert found == [4, 4, 4, left, 4, 4]
+    assert counts == [4, 4, 4, left, 4, 4]
 
 
 def test_once_training_resumes_nothing_is_skipped(run: Any):
     seen_by_loops(run, (0, 1))
-    found: list[int] = []
+    counts: list[int] = []
 
     def loop() -> None:
         replica = make_replica()
         for batch in batches("train", batch_size=BATCH):
             train_on(replica, batch)
-            found.append(len(list(batches("train", batch_size=BATCH))))
+            counts.append(len(list(batches("train", batch_size=BATCH))))
 
     run(loop)
-    assert found == [4, 4]
+    assert counts == [4, 4]
 
 
 def test_the_next_epoch_skips_nothing(run: Any):
     seen_by_loops(run, (0, 1))
 
     def loop() -> None:
-        found = [len(list(batches("train", batch_size=BATCH))) if epoch else None for epoch in epochs(2)]
-        assert found == [None, 4]
+        counts = [len(list(batches("train", batch_size=BATCH))) if epoch else None for epoch in epochs(2)]
+        assert counts == [None, 4]
 
     run(loop)
 
@@ -403,9 +403,9 @@ def test_a_second_pass_outside_epochs_warns(run: Any):
 
     with pytest.warns(
         UserWarning, match=r"second pass over raypar\.batches\('train'\) outside raypar\.epochs"
-    ) as found:
+    ) as warned:
         run(loop(), Plan(data=2))
-    assert [Path(each.filename).name for each in found] == [Path(__file__).name]
+    assert [Path(warning.filename).name for warning in warned] == [Path(__file__).name]
     run(loop(shuffle=False))  # a warning would be an error here
 
 

@@ -35,17 +35,17 @@ def pool() -> Iterator[Processes]:
 
 
 def train_everywhere(pool: Processes, training: Training) -> list[Trained]:
-    found = pool.run(training.plan.data, train, training)
-    for each in found:
-        assert isinstance(each, Trained), each
-        assert each.losses == found[0].losses, "the replicas disagree on the loss"
-    return found
+    outcomes = pool.run(training.plan.data, train, training)
+    for outcome in outcomes:
+        assert isinstance(outcome, Trained), outcome
+        assert outcome.losses == outcomes[0].losses, "the replicas disagree on the loss"
+    return outcomes
 
 
-def assert_plain(found: list[Trained], needed: reference.Outcome, tolerance: float = 1e-6) -> None:
-    for each in found:
-        assert each.losses == pytest.approx(needed.losses, abs=1e-6, rel=0)
-        assert reference.worst_difference(each.weights, needed.weights) <= tolerance
+def assert_plain(outcomes: list[Trained], needed: reference.Outcome, tolerance: float = 1e-6) -> None:
+    for outcome in outcomes:
+        assert outcome.losses == pytest.approx(needed.losses, abs=1e-6, rel=0)
+        assert reference.worst_difference(outcome.weights, needed.weights) <= tolerance
 
 
 # ---------------------------------------------------------------- parity, in processes
@@ -90,24 +90,24 @@ def test_unused_parameters_keep_no_gradient(pool: Processes, ddp: bool) -> None:
                 (F.cross_entropy(model(inputs[part]), targets[part], reduction="sum") / len(inputs)).backward()
         optimizer.step()
     never = reference.seeded(MODELS["partly"]).get_parameter("never.weight")
-    for each in train_everywhere(pool, training):
-        assert torch.equal(each.weights["never.weight"], never)
-        assert reference.worst_difference(each.weights, model.state_dict()) <= 1e-5  # Adam, sums in another order
+    for outcome in train_everywhere(pool, training):
+        assert torch.equal(outcome.weights["never.weight"], never)
+        assert reference.worst_difference(outcome.weights, model.state_dict()) <= 1e-5  # Adam, sums in another order
 
 
 @each_way
 def test_frozen_parameters_take_no_part(pool: Processes, ddp: bool) -> None:
     training = Training(Plan(data=2, microbatches=2), model="frozen", rows=((4, 4),) * 3, ddp=ddp)
-    found = train_everywhere(pool, training)
-    assert torch.equal(found[0].weights["1.weight"], reference.seeded(MODELS["frozen"]).state_dict()["1.weight"])
+    outcomes = train_everywhere(pool, training)
+    assert torch.equal(outcomes[0].weights["1.weight"], reference.seeded(MODELS["frozen"]).state_dict()["1.weight"])
     needed = reference.train_on_full_batches(MODELS["frozen"], training.batches(), OPTIMIZERS["sgd"], F.cross_entropy)
-    assert_plain(found, needed)
+    assert_plain(outcomes, needed)
 
 
 @each_way
 def test_batch_statistics_belong_to_the_replica(pool: Processes, ddp: bool) -> None:
     training = Training(Plan(data=2, microbatches=2), model="with_batch_norm", rows=((6, 6),) * 3, ddp=ddp)
-    one, other = (each.weights for each in train_everywhere(pool, training))
+    one, other = (outcome.weights for outcome in train_everywhere(pool, training))
     assert not torch.allclose(one["1.running_mean"], other["1.running_mean"])
     assert torch.equal(one["4.weight"], other["4.weight"])
 
@@ -123,8 +123,8 @@ def test_gradients_are_reduced_once_per_step(pool: Processes, rows: tuple[int, i
     per_step = []
     for microbatches in (1, 8):
         training = Training(Plan(data=2, microbatches=microbatches), model="mlp", rows=(rows,) * 3, ddp=ddp)
-        for each in train_everywhere(pool, training):
-            for sizes in each.reductions:
+        for outcome in train_everywhere(pool, training):
+            for sizes in outcome.reductions:
                 *of_gradients, commit = sizes
                 assert commit == COMMIT_BYTES
                 assert weights <= sum(of_gradients) <= weights + 64, "a few bytes beside the gradients themselves"
@@ -169,12 +169,12 @@ def test_a_stuck_replica_names_the_timeout(pool: Processes, ddp: bool) -> None:
     fault = Fault("stick", replica=1, step=2, what="forward", microbatch=1)
     training = Training(Plan(data=2, microbatches=2), rows=((4, 4),) * 3, ddp=ddp, fault=fault)
     calls = pool.begin(2, train, training, timeouts=Timeouts(start=LIMIT, peer=5))
-    found = calls.answer(0)
+    outcome = calls.answer(0)
     calls.tell(1, "go on")
     calls.answer(1)
-    assert isinstance(found, Failed), found
-    assert isinstance(found.error, TimeoutExceededError)
-    assert "Timeouts(peer=…)" in str(found.error)
+    assert isinstance(outcome, Failed), outcome
+    assert isinstance(outcome.error, TimeoutExceededError)
+    assert "Timeouts(peer=…)" in str(outcome.error)
 
 
 # ---------------------------------------------------------------- buckets, in memory

@@ -64,11 +64,11 @@ ROWS: dict[int, list[tuple[int, ...]]] = {
 
 def data_of(rows: list[tuple[int, ...]]) -> list[list[reference.Batch]]:
     """The share of each replica in each step."""
-    found = []
-    for step, each in enumerate(rows):
-        inputs, targets = images(1, sum(each), seed=step)[0]
-        found.append(list(zip(inputs.split(each), targets.split(each), strict=True)))
-    return found
+    steps = []
+    for step, sizes in enumerate(rows):
+        inputs, targets = images(1, sum(sizes), seed=step)[0]
+        steps.append(list(zip(inputs.split(sizes), targets.split(sizes), strict=True)))
+    return steps
 
 
 def plain_local_sgd(
@@ -98,8 +98,8 @@ def plain_local_sgd(
             seen[replica] += len(inputs)
         if step % every == 0:
             means = [
-                sum(count * p.detach() for count, p in zip(seen, each, strict=True)) / sum(seen)
-                for each in zip(*(model.parameters() for model in models), strict=True)
+                sum(count * p.detach() for count, p in zip(seen, copies, strict=True)) / sum(seen)
+                for copies in zip(*(model.parameters() for model in models), strict=True)
             ]
             for start, mean in zip(anchor, means, strict=True):
                 start.grad = start.detach() - mean
@@ -138,11 +138,11 @@ def test_local_sgd_equals_a_plain_loop(plan: Plan, outer: Outer | None, limit: f
     engines = Engines(plan, spec)
     norms = train_apart(engines, steps)
     needed_norms, needed = plain_local_sgd(small, steps, OPTIMIZERS["sgd"], 3, outer, limit or math.inf)
-    assert [norm for each in norms for norm in each] == pytest.approx(
-        [norm for each in needed_norms for norm in each], abs=1e-5
+    assert [norm for of_step in norms for norm in of_step] == pytest.approx(
+        [norm for of_step in needed_norms for norm in of_step], abs=1e-5
     )
-    for found, each in zip(all_weights(engines), needed, strict=True):
-        assert worst_difference(found, each) <= TOLERANCE
+    for weights, needed_weights in zip(all_weights(engines), needed, strict=True):
+        assert worst_difference(weights, needed_weights) <= TOLERANCE
 
 
 @each_plan
@@ -162,12 +162,12 @@ def test_averaging_each_step_of_sgd_is_ddp(fields: dict[str, Any]) -> None:
     """Also with unequal shares: w - lr · g_r, weighted by n_r, is w - lr · the mean gradient over all rows."""
     steps = data_of(ROWS[3])
     plan, ddp = apart(3, 1, **fields), Plan(data=3, microbatches=2, **fields)
-    one, other = (Engines(each, spec_of(small, small_split(plan), optimizer=plain_sgd)) for each in (plan, ddp))
+    one, other = (Engines(strategy, spec_of(small, small_split(plan), optimizer=plain_sgd)) for strategy in (plan, ddp))
     train_apart(one, steps)
     for step, shares in enumerate(steps, start=1):
         other.train_step(step, shares)
-    for found, needed in zip(all_weights(one), all_weights(other), strict=True):
-        assert worst_difference(found, needed) <= TOLERANCE
+    for weights, needed in zip(all_weights(one), all_weights(other), strict=True):
+        assert worst_difference(weights, needed) <= TOLERANCE
 
 
 def test_an_outer_sgd_of_rate_one_averages() -> None:
@@ -223,11 +223,11 @@ def test_a_replica_without_rows_steps_its_scheduler() -> None:
     """So that learning rates stay equal."""
     spec = spec_of(small, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
     engines = Engines(apart(2, 5), spec)
-    found = [
+    rates = [
         [result.lr for result in engines.train_step(step, shares)]
         for step, shares in enumerate(data_of([(4, 0), (0, 4), (4, 4)]), start=1)
     ]
-    assert found == [[0.1, 0.1], [0.05, 0.05], [0.025, 0.025]]
+    assert rates == [[0.1, 0.1], [0.05, 0.05], [0.025, 0.025]]
 
 
 @pytest.mark.parametrize("outer", [None, diloco], ids=["average", "diloco"])
@@ -250,8 +250,8 @@ def test_all_replicas_drop_a_non_finite_step() -> None:
     before = all_weights(engines)
     with pytest.raises(NonFiniteError, match="at step 2"):
         engines.train_step(2, [one, (torch.full_like(inputs, math.nan), labels)])
-    for found, needed in zip(all_weights(engines), before, strict=True):
-        assert worst_difference(found, needed) == 0.0
+    for weights, needed in zip(all_weights(engines), before, strict=True):
+        assert worst_difference(weights, needed) == 0.0
 
 
 def test_an_overflow_does_not_skip_the_average() -> None:
@@ -265,8 +265,8 @@ def test_an_overflow_does_not_skip_the_average() -> None:
         engine.learner.loss_scale.value = 2.0**60
     assert all(result.skipped for result in engines.train_step(2, second))
     means = {name: (before[0][name] + before[1][name]) / 2 for name in before[0]}
-    for found in all_weights(engines):
-        assert worst_difference(found, means) <= TOLERANCE
+    for weights in all_weights(engines):
+        assert worst_difference(weights, means) <= TOLERANCE
 
 
 # ---------------------------------------------------------------- what it costs
@@ -287,9 +287,9 @@ def sent(plan: Plan, steps: int) -> int:
 def test_it_sends_the_bytes_of_one_average(every: int, pipeline: int) -> None:
     """Those of ddp divided by the steps between averages."""
     ddp = sent(Plan(data=2, pipeline=pipeline, microbatches=2), 6)
-    found = sent(apart(2, every, pipeline=pipeline), 6)
+    local_sgd = sent(apart(2, every, pipeline=pipeline), 6)
     flags = 4 * len(list(small().parameters()))  # ddp says of each parameter whether there is a gradient
-    assert found == (ddp - 6 * flags) / every
+    assert local_sgd == (ddp - 6 * flags) / every
 
 
 @pytest.fixture(scope="module")
@@ -302,8 +302,8 @@ def pool() -> Iterator[Processes]:
 def test_processes_train_as_memory_does(pool: Processes, pipeline: int) -> None:
     plan = apart(2, 3, pipeline=pipeline)
     training = Training(plan, split=("3",)[: pipeline - 1], rows=tuple(ROWS[2]))
-    found = pool.run(2 * pipeline, train, training)
-    assert all(isinstance(each, Trained) for each in found), found
+    outcomes = pool.run(2 * pipeline, train, training)
+    assert all(isinstance(outcome, Trained) for outcome in outcomes), outcomes
     engines = Engines(plan, training.spec)
     steps = [
         list(zip(*(tensor.split(rows) for tensor in batch), strict=True))
@@ -311,11 +311,13 @@ def test_processes_train_as_memory_does(pool: Processes, pipeline: int) -> None:
     ]
     train_apart(engines, steps)
     for replica in range(2):
-        actors = found[replica * pipeline : (replica + 1) * pipeline]
-        whole = {name: tensor for each in actors for name, tensor in each.weights.items()}
+        actors = outcomes[replica * pipeline : (replica + 1) * pipeline]
+        whole = {name: tensor for outcome in actors for name, tensor in outcome.weights.items()}
         assert worst_difference(whole, engines.weights(replica)) <= TOLERANCE
-    for each in found:
-        assert [len(sizes) for sizes in each.reductions] == [1, 1, 2, 1, 1, 2, 1], "the commit, and now and then a mean"
+    for outcome in outcomes:
+        assert [len(sizes) for sizes in outcome.reductions] == [1, 1, 2, 1, 1, 2, 1], (
+            "the commit, and now and then a mean"
+        )
 
 
 # ---------------------------------------------------------------- its state
@@ -336,8 +338,8 @@ def test_loaded_state_continues_bitwise(outer: Outer | None, pipeline: int) -> N
         new.learner.load_state(old.learner.state())
         new.sync.load_state(old.sync.state())
     train_apart(resumed, steps[4:], first=5)
-    for found, needed in zip(all_weights(resumed), all_weights(whole), strict=True):
-        assert worst_difference(found, needed) == 0.0
+    for weights, needed in zip(all_weights(resumed), all_weights(whole), strict=True):
+        assert worst_difference(weights, needed) == 0.0
 
 
 def test_the_state_is_by_parameter_name() -> None:

@@ -267,8 +267,8 @@ def test_three_stages_need_two_copies() -> None:
     first, middle, last = parts_of(InThreeStages, Plan(pipeline=3))
     # two and three are in the middle; their bias is theirs alone
     assert first.ties == {(0, 1), (0, 2)}
-    assert [len(each) for each in middle.copies.values()] == [1]
-    assert [len(each) for each in last.copies.values()] == [1]
+    assert [len(names) for names in middle.copies.values()] == [1]
+    assert [len(names) for names in last.copies.values()] == [1]
     assert middle.module.two.weight is middle.module.three.weight
 
 
@@ -322,17 +322,17 @@ def local(
     loop: Callable[[Replica], Any], plan: Plan, folder: Path, build: Any, optimizer: Any, **more: Any
 ) -> list[Any]:
     """What `loop` returns on each replica, in local mode."""
-    found: list[Any] = []
+    results: list[Any] = []
 
     def train_loop() -> None:
-        found.append(
+        results.append(
             loop(
                 parallelize(build, loss_fn=loss_fn, optimizer=optimizer, split=list(split_of(plan)) or None, **more),
             )
         )
 
     run_local(RunSpec(train_loop, plan, {}, Timeouts(), Storage.open(folder, "run")))
-    return found
+    return results
 
 
 def halves(batch: Batch, plan: Plan, rank: int) -> Batch:
@@ -362,10 +362,10 @@ def test_resuming_also_under_another_plan(plan: Plan, after: Plan, optimizer: st
     assert list(saved) == list(InThreeStages().state_dict())
     for same in (("head.weight", "words.weight"), ("one.weight", "two.weight", "three.weight")):
         assert all(torch.equal(saved[name], saved[same[0]]) for name in same)
-    (found,) = local(second, after, tmp_path, InThreeStages, OPTIMIZERS[optimizer])
+    (weights,) = local(second, after, tmp_path, InThreeStages, OPTIMIZERS[optimizer])
     needed = reference.train_on_microbatches(InThreeStages, batches, OPTIMIZERS[optimizer], loss_fn, 1, MICROBATCHES)
-    assert list(found) == list(needed.weights)
-    assert reference.worst_difference(found, needed.weights) <= TOLERANCE
+    assert list(weights) == list(needed.weights)
+    assert reference.worst_difference(weights, needed.weights) <= TOLERANCE
 
 
 def test_loaded_weights_reach_all_actors(tmp_path: Path) -> None:
@@ -377,9 +377,9 @@ def test_loaded_weights_reach_all_actors(tmp_path: Path) -> None:
         replica.train_step(*batches[0])
         return replica.state_dict()
 
-    (found,) = local(loop, PLANS[1], tmp_path, WithBias, adam)
+    (weights,) = local(loop, PLANS[1], tmp_path, WithBias, adam)
     needed = reference.train_on_microbatches(lambda: other, batches, adam, loss_fn, 1, MICROBATCHES)
-    assert reference.worst_difference(found, needed.weights) <= TOLERANCE
+    assert reference.worst_difference(weights, needed.weights) <= TOLERANCE
 
 
 def test_the_last_loaded_value_of_a_tie_counts() -> None:
