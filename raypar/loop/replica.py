@@ -35,7 +35,7 @@ class StepOutput:
                this replica's gradient.
     samples:   how many rows the global batch had.
     lr:        the learning rate of the first parameter group in this step; None if nothing is trained.
-    skipped:   True if the step changed no weight: the global batch had no row, or the weights that loss_fn returned add
+    skipped:   True if the step trained nothing: the global batch had no row, or the weights that loss_fn returned add
                up to 0, or the gradients overflowed under precision="fp16".
     """
 
