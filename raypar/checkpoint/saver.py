@@ -30,7 +30,7 @@ class SaveRequest:
     """What a replica asks of its actors when a checkpoint is due.
 
     path:     the path of the new checkpoint.
-    manifest: step, plan, position, history and the model's names in request; for the first actor of the first replica,
+    manifest: step, plan, position, history and the model's names in order; for the first actor of the first replica,
               which writes them.
     random:   the state of the random generators of the replica's train loop; for its first actor.
     """

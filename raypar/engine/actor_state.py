@@ -1,4 +1,4 @@
-"""What an actor saves and loads; under which names says raypar.checkpoint.contents."""
+"""What one actor saves and loads. The names are those of raypar.checkpoint.contents, which depend on no plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from raypar.stages.dtensors import is_shard, sharded_like, whole
 
 
 def state_to_save(engine: Engine, request: SaveRequest) -> State:
-    """What this actor holds, as it is: tensors are not copied."""
+    """This actor's share of a checkpoint. Tensors are not copied."""
     part, replica, actor = engine.part, str(engine.replica), str(engine.actor)
     learned = engine.learner.state()
     tensors, rest = _split_entries(learned["optimizer"])
@@ -63,13 +63,13 @@ def _split_entries(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
         if any(map(is_shard, tree.flatten(rest[name]["state"])[0])):
             raise CheckpointError(
                 f"the optimizer's state for the parameter {name!r} has tensors inside a list or dict, of which each "
-                'replica holds a part; needed: tensors by their names, or Plan(data_strategy="ddp")'
+                'replica holds a shard; needed: tensors as entries of that state, or Plan(data_strategy="ddp")'
             )
     return tensors, rest
 
 
 def _is_large(value: Any) -> bool:
-    """Whether a value is a file entry of its own; the others, such as Adam's count of steps, are packed together."""
+    """Whether a value is saved as a tensor of its own; others, such as Adam's count of steps, are packed together."""
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
@@ -79,12 +79,12 @@ def _persistent_buffers(engine: Engine) -> list[str]:
     return sorted(module.state_dict().keys() & dict(module.named_buffers(remove_duplicate=False)).keys())
 
 
-# ---------------------------------------------------------------- taken over
+# ---------------------------------------------------------------- loading
 
 
 def restore(engine: Engine, saved: SavedTensors) -> None:
-    """Take over this actor's part of a checkpoint, of whatever plan: weights, this replica's buffers, optimizer,
-    scheduler, loss scale. Raises CheckpointError where it is of another model or optimizer."""
+    """Load this actor's share of a checkpoint that any plan may have written: weights, this replica's buffers,
+    optimizer, scheduler, loss scale. Raises CheckpointError if it is of another model or optimizer."""
     check_fits(
         saved.path,
         model_shapes(saved),
@@ -92,62 +92,63 @@ def restore(engine: Engine, saved: SavedTensors) -> None:
         advice=". Needed: build_model() as it was, or a run of another name, which starts anew",
     )
     replica = str(engine.replica)
-    own: Path = (REPLICAS, replica) if engine.sync.trains_apart and saved.below(REPLICAS, replica) else ()
+    # of the replica alone if replicas train apart, else what all replicas have in common
+    prefix: Path = (REPLICAS, replica) if engine.sync.trains_apart and saved.below(REPLICAS, replica) else ()
     targets: dict[Path, torch.Tensor] = {}
     buffers = _persistent_buffers(engine)
     for name, tensor in engine.part.module.state_dict().items():
         of_replica = [(BUFFERS, replica, name), (REPLICAS, replica, MODEL, name)] if name in buffers else []
-        targets[next((each for each in of_replica if each in saved.shapes), (*own, MODEL, name))] = tensor
+        targets[next((path for path in of_replica if path in saved.shapes), (*prefix, MODEL, name))] = tensor
     saved.load_into(targets)
     parameters = {name for name, _ in engine.part.module.named_parameters()}
     learned: dict[str, Any] = {"optimizer": {}, "scheduler": None, "loss_scale": None}
-    for of_actor in _packed(saved, (*own, TRAINING)):
+    for of_actor in _packed(saved, (*prefix, TRAINING)):
         learned["optimizer"].update(of_actor["optimizer"])
         for key in ("scheduler", "loss_scale"):
             learned[key] = learned[key] if learned[key] is not None else of_actor[key]
-    _give_tensors(learned["optimizer"], saved, (*own, OPTIMIZER), parameters)
+    _insert_tensors(learned["optimizer"], saved, (*prefix, OPTIMIZER), parameters)
     engine.learner.load_state(learned)
     if engine.sync.trains_apart:
         averages = _packed(saved, (AVERAGE,))
         outer = {name: entry for of_actor in averages for name, entry in of_actor["outer"].items()}
-        _give_tensors(outer, saved, (OUTER,), parameters)
-        anchors = saved.load([where for where in saved.below(ANCHOR) if where[1] in parameters])
+        _insert_tensors(outer, saved, (OUTER,), parameters)
+        anchors = saved.load([path for path in saved.below(ANCHOR) if path[1] in parameters])
         anchor = {name: tensor for (_, name), tensor in anchors.items()}
         trained = averages[0]["trained"] if averages else []
         engine.sync.load_state({"trained": trained, "anchor": anchor, "outer": outer})
 
 
 def _packed(saved: SavedTensors, below: Path) -> list[Any]:
-    """What was packed by each actor."""
+    """What each actor has packed, in the order of the actors' names."""
     packed = saved.load(saved.below(*below))
-    return [unpack(packed[where]) for where in sorted(packed)]
+    return [unpack(packed[path]) for path in sorted(packed)]
 
 
-def _give_tensors(entries: dict[str, Any], saved: SavedTensors, below: Path, parameters: set[str]) -> None:
-    """Give the entries of an optimizer their tensors again, those of `parameters`."""
-    wanted = [where for where in saved.below(*below) if where[-2] in parameters]
-    for where, tensor in saved.load(wanted).items():
-        entries[where[-2]]["state"][where[-1]] = tensor
+def _insert_tensors(entries: dict[str, Any], saved: SavedTensors, below: Path, parameters: set[str]) -> None:
+    """Put the saved tensors of `parameters` back into the entries of an optimizer, from which they were split."""
+    paths = [path for path in saved.below(*below) if path[-2] in parameters]
+    for (*_, name, key), tensor in saved.load(paths).items():
+        entries[name]["state"][key] = tensor
 
 
 def load_model(engine: Engine, state: dict[str, torch.Tensor]) -> None:
-    """Take over the values of this actor's parameters and buffers; of several names of a tied weight the last one
-    counts, on all actors, as in plain PyTorch. Raises CheckpointError for missing names or other shapes, before
-    anything has changed."""
-    mine = engine.part.module.state_dict()
-    check_fits("the state", shapes_of({name: state[name] for name in mine if name in state}), shapes_of(mine))
+    """Load this actor's parameters and buffers from the whole model's state dict. If that has several names of a tied
+    weight, the last one counts on all actors, as in plain PyTorch. Raises CheckpointError for missing names or other
+    shapes, before anything has changed."""
+    tensors = engine.part.module.state_dict()
+    check_fits("the state", shapes_of({name: state[name] for name in tensors if name in state}), shapes_of(tensors))
     same = engine.part.same
     engine.part.module.load_state_dict(
         {
             name: sharded_like(tensor, state[[other for other in same.get(name, [name]) if other in state][-1]])
-            for name, tensor in mine.items()
+            for name, tensor in tensors.items()
         }
     )
     engine.sync.restart()
 
 
 def model_of(engine: Engine) -> dict[str, torch.Tensor]:
-    """This actor's part of the model's state dict, copied to the CPU. Under fsdp all replicas call it alike."""
+    """This actor's share of the model's state dict, copied to the CPU. Under fsdp all replicas call it alike."""
     tensors = engine.part.module.state_dict(keep_vars=True)
     return {
         name: whole(tensor).to("cpu", copy=True) for name, tensor in tensors.items() if not engine.part.is_copy(tensor)

@@ -1,4 +1,4 @@
-"""From a user's `build_model` to the part of the model that one actor holds."""
+"""How an actor is built: from the user's `build_model` to an engine that is ready for its first step."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from raypar.stages.stage import Stage
 from raypar.transport.interface import Transport
 
 Connect = Callable[[set[tuple[int, int]]], Transport]
-"""Connects an actor, given the ordered pairs of actors of its replica that exchange messages."""
+"""Connects an actor, given the ordered pairs (source, target) of actors of its replica that exchange messages."""
 Strategy = Callable[[Plan, int, ModelPart, ModelSpec, Transport, Sequence[torch.device]], ReplicaSync]
-"""Chooses how the replicas of an actor stay equal: `sync_of`, but in tests."""
+"""Chooses how the replicas of an actor stay equal. Always `sync_of`, except in tests."""
 
 
 def build_engine(
@@ -43,10 +43,11 @@ def build_engine(
     *,
     strategy: Strategy = sync_of,
 ) -> Engine:
-    """One actor, ready for steps: its part of the model built, connected, and restored if there is a checkpoint. All
-    actors of all replicas call it alike.
+    """Build one actor: its part of the model, its connections, its data strategy and optimizer; restored if there is a
+    checkpoint. All actors of all replicas call it alike.
 
-    devices: the first one holds the part; only data_strategy="scatter" uses others.
+    devices: the first one holds the model part; only data_strategy="scatter" uses others.
+    saved:   the checkpoint to restore; None for a fresh run.
     """
     part = build_part(spec, plan, actor, devices[0])
     transport = connect(pairs(plan, part))
@@ -58,61 +59,66 @@ def build_engine(
     return engine
 
 
-@one_process_a_node()  # memory holds whole models of one process at a time
+@one_process_a_node()  # a whole model is in memory while it is built: of one process at a time
 def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) -> ModelPart:
-    """Build the model, keep what `actor` holds, move it to `device` and free the rest."""
+    """Build the model, drop what other actors hold, and move the rest to `device`."""
     model = build_whole(spec)
     placement = plan.actor_of_stage
     names = _shapes(model, len(placement))
     same = _same_tensors(model)
-    cuts = {} if len(placement) == 1 else split_model(model, spec.split, len(placement))
+    graphs = {} if len(placement) == 1 else split_model(model, spec.split, len(placement))  # by mode, of all stages
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    held = holders(model, list(cuts.values())) if cuts else {name: [0] for name, _ in everything}
-    ties = _ties(model, held, placement)
-    held_here = [parts[stage] for parts in cuts.values() for stage in plan.stages_of(actor)]
-    called = {name for part in held_here for name in module_calls(part.graph)}
-    _drop_others(model, {name for name, stages in held.items() if actor not in {placement[s] for s in stages}}, called)
+    stages_of = holders(model, list(graphs.values())) if graphs else {name: [0] for name, _ in everything}
+    ties = _ties(model, stages_of, placement)
+    graphs_here = [by_stage[stage] for by_stage in graphs.values() for stage in plan.stages_of(actor)]
+    called = {name for graph in graphs_here for name in module_calls(graph.graph)}
+    others = {name for name, stages in stages_of.items() if actor not in {placement[stage] for stage in stages}}
+    _drop_others(model, others, called)
     if spec.weights is not None:
-        mine = model.state_dict()
-        model.load_state_dict(read_tensors(spec.weights, [name for name in names if name in mine], names, same))
+        state = model.state_dict()
+        model.load_state_dict(read_tensors(spec.weights, [name for name in names if name in state], names, same))
     model.to(device)
     stages = {}
     for stage in plan.stages_of(actor):
-        codes = {mode: StageCode.of_graph(model, parts[stage], compiled=plan.compile) for mode, parts in cuts.items()}
+        codes = {
+            mode: StageCode.of_graph(model, by_stage[stage], compiled=plan.compile) for mode, by_stage in graphs.items()
+        }
         codes = codes or {mode: StageCode.of_model(model) for mode in ("train", "eval")}
         is_last = stage == len(placement) - 1
         autocast = autocast_of(plan.precision, device)
         stages[stage] = Stage(stage, codes, is_last, spec.loss_fn, model, autocast, is_whole=plan.compile)
-    if plan.compile and not cuts:
+    if plan.compile and not graphs:
         model.compile()
-    edges = {mode: edges_of(cuts[mode]) if cuts else set() for mode in ("train", "eval")}
+    edges = {mode: edges_of(graphs[mode]) if graphs else set() for mode in ("train", "eval")}
     return ModelPart(
         model,
         stages,
-        {name: stages[0] for name, stages in held.items()},
+        {name: holding[0] for name, holding in stages_of.items()},
         edges,
         names,
         set(ties),
-        {owner: names for (owner, holder), names in ties.items() if holder == actor},
-        {holder: names for (owner, holder), names in ties.items() if owner == actor},
+        {owner: shared for (owner, holder), shared in ties.items() if holder == actor},
+        {holder: shared for (owner, holder), shared in ties.items() if owner == actor},
         same,
     )
 
 
-def _ties(model: nn.Module, held: dict[str, list[int]], placement: Sequence[int]) -> dict[tuple[int, int], list[str]]:
+def _ties(
+    model: nn.Module, stages_of: dict[str, list[int]], placement: Sequence[int]
+) -> dict[tuple[int, int], list[str]]:
     """The trainable weights that two actors share, by (owner, holder): one name of each, in the model's order."""
-    found: dict[tuple[int, int], dict[int, str]] = {}
+    names: dict[tuple[int, int], dict[int, str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = placement[held[name][0]]
-        for holder in {placement[stage] for stage in held[name]} - {owner}:
+        owner = placement[stages_of[name][0]]
+        for holder in {placement[stage] for stage in stages_of[name]} - {owner}:
             if parameter.requires_grad:
-                found.setdefault((owner, holder), {}).setdefault(id(parameter), name)
-    return {pair: list(names.values()) for pair, names in found.items()}
+                names.setdefault((owner, holder), {}).setdefault(id(parameter), name)
+    return {pair: list(by_tensor.values()) for pair, by_tensor in names.items()}
 
 
 def _shapes(model: nn.Module, stages: int) -> dict[str, torch.Size]:
-    """The names of the model's state dict, with their shapes. Raises ModelError for what is no tensor, and where there
-    are several stages for what is no parameter or buffer, since no stage owns it."""
+    """The names of the model's state dict, with their shapes. Raises ModelError for values that are not tensors, and
+    with several stages for tensors that are neither parameters nor buffers, since no stage owns them."""
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     known = {name for name, _ in everything}
     state = model.state_dict()
@@ -120,14 +126,14 @@ def _shapes(model: nn.Module, stages: int) -> dict[str, torch.Size]:
         if not isinstance(value, torch.Tensor) or (stages > 1 and name not in known):
             raise ModelError(
                 f"the model's state dict holds {name!r}, a {type(value).__name__} that is neither a parameter nor a "
-                "buffer (from get_extra_state, say), which raypar could not restore: needed all state in parameters "
-                "and buffers (register_buffer), or without get_extra_state"
+                "buffer (from get_extra_state, say), which raypar could not restore; needed: all state in parameters "
+                "and buffers (register_buffer), no get_extra_state"
             )
     return {name: tensor.shape for name, tensor in state.items()}
 
 
 def _same_tensors(model: nn.Module) -> dict[str, list[str]]:
-    """Of each name of the model's state dict, all names of the same tensor, in their order."""
+    """For each name of the model's state dict, all names of the same tensor, in the model's order."""
     state = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
@@ -136,16 +142,20 @@ def _same_tensors(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _drop_others(model: nn.Module, others: set[str], called: set[str]) -> None:
-    """Remove the parameters and buffers of other actors, and every module that held nothing else and is not called."""
+    """Remove the parameters and buffers that only other actors hold, and every module that held nothing else and is not
+    called here.
+
+    others: their names. called: the names of the modules that this actor's stages call.
+    """
     for prefix, module in list(model.named_modules()):
         dot = f"{prefix}." if prefix else ""
-        own = [
+        tensors = [
             *module.named_parameters(recurse=False, remove_duplicate=False),
             *module.named_buffers(recurse=False, remove_duplicate=False),
         ]
-        for name in [name for name, _ in own if dot + name in others]:
-            setattr(module, name, None)  # as a module has it that was built without: it may stay for a tied weight
-    kept = {
+        for name in [name for name, _ in tensors if dot + name in others]:
+            setattr(module, name, None)  # as in a module built without it: the module may stay, for a tied weight
+    remaining = {
         name
         for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     }
@@ -153,5 +163,6 @@ def _drop_others(model: nn.Module, others: set[str], called: set[str]) -> None:
         for name in [name for name, _ in module.named_children()]:
             full = f"{prefix}.{name}" if prefix else name
             held_others = any(other.startswith(full + ".") for other in others)
-            if held_others and not any(own.startswith(full + ".") for own in [*kept, *(f"{c}." for c in called)]):
+            used = any(inside.startswith(full + ".") for inside in [*remaining, *(f"{call}." for call in called)])
+            if held_others and not used:
                 delattr(module, name)

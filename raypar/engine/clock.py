@@ -1,4 +1,4 @@
-"""How long the passes of the stages took, measured without making a GPU wait."""
+"""How long an actor's passes, waits and sends took, measured without making a GPU wait."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from raypar.observe.bubble import Timing
 from raypar.observe.timeline import Event
 
 KEPT_STEPS = 20
-"""A timeline holds so many of the last steps."""
+"""How many of the newest steps a timeline shows."""
 
 
 class Clock:
-    """Measures passes; on a GPU with events in its stream, read only when somebody asks.
+    """Measures passes: on the CPU with time.perf_counter, on a GPU with events in its stream, read only when asked for.
 
-    trace:     keep also when each pass, wait and send was, of the last KEPT_STEPS steps.
-    on_action: called when one of them begins, with its kind, stage and micro-batch (-1: of none).
+    trace:     whether to record when each pass, wait and send was, in the newest KEPT_STEPS steps.
+    on_action: called when one of them begins, with its kind, stage and micro-batch (-1: none).
     """
 
     def __init__(self, device: torch.device, *, trace: bool = False) -> None:
@@ -29,7 +29,7 @@ class Clock:
         self.trace = trace
         self.on_action: Callable[[str, int, int], None] | None = None
         self.steps: deque[tuple[int, list[tuple[Any, Any, str, int, int]]]] = deque(maxlen=KEPT_STEPS)
-        self.origin: tuple[Any, float] | None = None  # a time of this clock, and the same moment since the epoch
+        self.origin: tuple[Any, float] | None = None  # one moment, by this clock and in seconds since the epoch
         self.marks: list[tuple[Any, Any, int, str]] = []
         self.sums: dict[tuple[int, str], list[float]] = {}
         self.started: Any = None
@@ -43,7 +43,7 @@ class Clock:
 
     @contextmanager
     def measure(self, stage: int, kind: str, microbatch: int = -1) -> Iterator[None]:
-        """Count what runs inside as a pass (of a kind of schedule.Action) of a stage."""
+        """Time the body as a pass of a stage; `kind` as in schedule.Action."""
         self._notify(kind, stage, microbatch)
         start = self._now()
         yield
@@ -54,7 +54,7 @@ class Clock:
 
     @contextmanager
     def traced(self, kind: str, stage: int, microbatch: int = -1) -> Iterator[None]:
-        """Keep when what runs inside was, if the run is traced."""
+        """Record when the body ran, if the run is traced."""
         self._notify(kind, stage, microbatch)
         if not self.trace or not self.steps:
             yield
@@ -62,7 +62,7 @@ class Clock:
         start = self._now()
         try:
             yield
-        finally:  # also what failed: how long an actor waited for a message that never came
+        finally:  # also if it failed: how long an actor waited for a message that never came
             self.steps[-1][1].append((start, self._now(), kind, stage, microbatch))
 
     def _notify(self, kind: str, stage: int, microbatch: int) -> None:
@@ -79,7 +79,7 @@ class Clock:
         self.started = self._now()
 
     def events(self, replica: int, actor: int) -> list[Event]:
-        """What was traced and is over by now: after a failure a GPU may never come to the end of the last ones."""
+        """What was traced and has ended: after a failure, a GPU may never reach the end of the newest events."""
         if self.origin is None:
             return []
         first, epoch = self.origin
@@ -109,7 +109,7 @@ class Clock:
         self.marks.clear()
 
     def read(self) -> Timing:
-        """What was measured since the last call."""
+        """What was measured since the last call, in seconds."""
         self._settle()
 
         def total(stage: int, kind: str) -> float:

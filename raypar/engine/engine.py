@@ -4,8 +4,8 @@
               (raypar.engine.passes)
 
 The commit is one sum over all actors of all replicas (StepTotals). When it ends, every stage of every replica has
-finished its backward passes, all actors know the same numbers, and each decides the same: step the optimizer, skip, or
-give the step up whole.
+finished its backward passes, all actors know the same numbers, and all decide alike: step the optimizer, skip the step,
+or drop it as if it had never run.
 
 An engine's calls are generators that yield what they wait for (see raypar.transport.interface).
 """
@@ -58,11 +58,11 @@ class Engine:
         self._place = Place(replica, tuple(part.stages))
         self._forms: dict[Hashable, int] = {}
 
-    # ------------------------------------------------------------ what a replica asks for
+    # ------------------------------------------------------------ the calls of a replica
 
     def train_step(self, request: StepRequest) -> Waiting:
-        """One optimizer step; returns a StepResult. Raises NonFiniteError when the loss or the gradient is
-        not finite: then nothing has changed."""
+        """One optimizer step; returns a StepResult. Raises NonFiniteError if the loss or the gradient is not finite;
+        then nothing has changed."""
         self.learner.begin()
         self.clock.begin_step(request.step)
         run = self._run_of(Mode.TRAIN, request)
@@ -79,29 +79,29 @@ class Engine:
         return StepResult(request.step, totals.mean, norm, totals.samples, lr, skipped)
 
     def eval_step(self, request: StepRequest) -> Waiting:
-        """Forward passes alone; returns the loss's (sum, weight) over this replica on the actor of the last stage, and
-        (0, 0) elsewhere."""
+        """Forward passes only; returns the loss's (sum, weight) over this replica's rows on the actor of the last
+        stage, (0, 0) on other actors."""
         run = yield from self._evaluate(Mode.EVAL, request)
         return tuple(sum_scalars([pair[index] for pair in run.losses]) for index in (0, 1))
 
     def predict(self, request: StepRequest) -> Waiting:
-        """Forward passes alone; returns the model's output on the actor of the last stage, None elsewhere."""
+        """Forward passes only; returns the model's output on the actor of the last stage, None on other actors."""
         run = yield from self._evaluate(Mode.PREDICT, request)
         return microbatch.join(run.outputs) if run.outputs else None
 
-    # ------------------------------------------------------------ passes, and what comes around them
+    # ------------------------------------------------------------ passes, and what surrounds them
 
     def _run_of(self, mode: Mode, request: StepRequest) -> Run:
         self.learner.set_mode(mode.code == "train")
         sizes = microbatch.sizes(request.batch.rows, self.plan.microbatch_count)
-        if mode is Mode.PREDICT and not sizes:  # the output of no row has a shape too
+        if mode is Mode.PREDICT and not sizes:  # the output for no row has a shape, too
             sizes = [0]
         inputs, targets = request.batch.cut(sizes, self.device)
         form = self._forms.setdefault(request.batch.form, len(self._forms))
         return Run(mode, request.step, sizes, form, inputs, targets)
 
     def _evaluate(self, mode: Mode, request: StepRequest) -> Waiting:
-        """Forward passes alone; returns what they leave."""
+        """Forward passes only; returns their Run."""
         run = self._run_of(mode, request)
         if mode is Mode.SEARCH:
             run.finite = [True] * len(self.plan.actor_of_stage)
@@ -117,7 +117,7 @@ class Engine:
                 self.sync.begin(trains=run.mode.trains)
 
     def _reduce(self, run: Run) -> Waiting:
-        """Add up gradients: first those of tied weights within the replica, then all of them over the replicas."""
+        """Sum gradients: first those of tied weights within the replica, then all of them over the replicas."""
         with self._waiting_for("the gradients of tied weights"):
             yield from self.ties.add_gradients()
         for stage in self.part.stages:
@@ -128,7 +128,7 @@ class Engine:
     # ------------------------------------------------------------ the commit and what can go wrong
 
     def _totals(self, run: Run, request: StepRequest) -> Waiting:
-        """The commit's sum: what all actors know of the step."""
+        """The commit: returns the StepTotals, the same on all actors."""
         loss, weight = (sum_scalars([pair[index] for pair in run.losses]) for index in (0, 1))
         samples = request.batch.rows if self.plan.actor_of_stage[-1] == self.actor else 0
         apart = self.plan.data if self.sync.trains_apart else 0
@@ -146,17 +146,17 @@ class Engine:
         return vector.tolist()
 
     def _commit(self, request: StepRequest, totals: StepTotals) -> Waiting:
-        """Step the optimizer, unless nothing had a weight; or give the step up. Returns the learning rate (None without
-        an optimizer), the norm of the gradient, and whether the step was skipped."""
+        """Step the optimizer, skip the step if no row had a weight, or drop it if it is not finite. Returns the
+        learning rate (None without an optimizer), the norm of the gradient, and whether the step was skipped."""
         if not totals.are_finite:
-            yield from self._give_up(request, totals.loss)
+            yield from self._drop_step(request, totals.loss)
             return None, math.inf, True
         with self._user_code("the optimizer's step"):
             lr, norm = self.learner.commit(*totals.of(self.replica), others_trained=bool(totals.weight))
         return lr, norm, not totals.weight
 
     def _average(self, request: StepRequest, totals: StepTotals) -> Waiting:
-        """Average the weights of replicas that train apart, if that is due; returns whether it was."""
+        """Average the weights of replicas that train apart, if an average is due; returns whether it was."""
         if totals.are_finite:
             self.sync.count([weight for weight, _ in totals.of_replica])
         if not self.sync.is_due(request.step, is_last=request.is_last):
@@ -168,19 +168,20 @@ class Engine:
             self.sync.take(means)
         return True
 
-    def _give_up(self, request: StepRequest, loss: float) -> Waiting:
-        """Drop a step whose loss or gradient is not finite, in all actors alike; raises NonFiniteError unless that may
-        be the loss scale's fault."""
+    def _drop_step(self, request: StepRequest, loss: float) -> Waiting:
+        """Drop a step whose loss or gradient is not finite, on all actors alike. Raises NonFiniteError, unless a
+        smaller loss scale may help: then the scale shrinks, and the step counts as skipped."""
         self.learner.drop_step()
         for stage in self.part.stages.values():
             stage.drop_step()
-        # The loss is summed before it is scaled: where it is not finite itself, no smaller scale would help.
+        # The loss is summed before it is scaled: if it is not finite itself, no smaller scale would help.
         scale = self.learner.loss_scale if math.isfinite(loss) else None
         if scale is None or not scale.shrink():
             yield from self._find_non_finite(request, loss)
 
     def _find_non_finite(self, request: StepRequest, loss: float) -> Waiting:
-        """Play the forward passes of the failed step again, to name the first stage that is not finite."""
+        """Repeat the forward passes of the failed step to find the first stage whose output is not finite; raises
+        NonFiniteError."""
         run = yield from self._evaluate(Mode.SEARCH, request)
         in_batch = not microbatch.is_finite([run.inputs, run.targets])
         self.learner.drop_step()
@@ -191,13 +192,13 @@ class Engine:
     # ------------------------------------------------------------ addresses for errors
 
     @contextmanager
-    def _waiting_for(self, what: str, stage: int | None = None) -> Iterator[None]:
+    def _waiting_for(self, operation: str, stage: int | None = None) -> Iterator[None]:
         """Add replica and stage to an error raised while waiting for other actors."""
         try:
             yield
         except RuntimeError as error:
             stage = self.part.first_stage if stage is None else stage
-            raise failed_wait(Place(self.replica, (stage,)), what, error) from error
+            raise failed_wait(Place(self.replica, (stage,)), operation, error) from error
 
-    def _user_code(self, doing: str) -> AbstractContextManager[None]:
-        return user_code(self._place, doing)
+    def _user_code(self, operation: str) -> AbstractContextManager[None]:
+        return user_code(self._place, operation)

@@ -1,4 +1,4 @@
-"""A replica's batch, cut by rows into micro-batches and joined again."""
+"""A replica's share of a batch: taken apart once per step, cut by rows into micro-batches, and joined again."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ from raypar.tree import Flat, Tree
 
 @dataclass(frozen=True)
 class Shared:
-    """An input that every micro-batch gets whole; made by `raypar.shared`."""
+    """An input that every micro-batch gets as it is; made by `raypar.shared`."""
 
     value: Any
 
 
 def shared(tensor: Any) -> Any:
-    """Mark an input (a mask, a table) that is not cut into micro-batches: each one gets all of it.
+    """Mark a tensor whose first dimension is not the rows of the batch, such as a mask or a table of positions: every
+    micro-batch gets all of it, instead of its share of the rows.
 
-    Use it around a tensor inside the inputs or targets of `train_step`, `eval_step` or `predict`.
+    Wrap it inside the inputs or targets of `train_step`, `eval_step` or `predict`, also in `example_inputs`:
+
+        replica.train_step({"ids": ids, "mask": raypar.shared(mask)}, labels)
     """
     return Shared(tensor)
 
 
 @dataclass(frozen=True)
 class ReplicaBatch:
-    """A replica's share of a global batch, taken apart once per step.
+    """A replica's share of a global batch, as one actor gets it.
 
-    rows:            of the share; may be 0.
-    form:            everything about its shape but the rows: structure, trailing shapes, types. Hashable.
-    inputs, targets: tensors, NumPy arrays, `Shared` or plain values; None for an actor that needs none of them.
+    rows:            how many the share has; may be 0.
+    form:            everything about its shape except the rows: structure, trailing shapes, dtypes. Hashable.
+    inputs, targets: tensors, NumPy arrays, `Shared` or plain values; None for an actor that does not use them.
     """
 
     rows: int
@@ -52,7 +55,7 @@ class ReplicaBatch:
             flat_targets = Flat.of(targets)
             if _rows(flat_targets) != rows:
                 raise DataError(
-                    f"found {rows} rows of inputs and {_rows(flat_targets)} rows of targets, needed as many of both"
+                    f"found {rows} rows of inputs and {_rows(flat_targets)} rows of targets; needed the same number"
                 )
         return ReplicaBatch(rows, (_form(flat), _form(flat_targets)), flat, flat_targets)
 
@@ -71,8 +74,10 @@ class ReplicaBatch:
         return replace(self, inputs=None if inputs else self.inputs, targets=None if targets else self.targets)
 
     def cut(self, sizes: list[int], device: torch.device) -> tuple[list[Tree], list[Tree]]:
-        """Inputs and targets on `device`, as one tree per micro-batch of so many rows; None in place of what the actor
-        does not use. Tensors are views of the batch's, not copies."""
+        """Inputs and targets on `device`, one tree of each per micro-batch; None for what the actor does not use.
+
+        sizes: the rows of each micro-batch. Tensors are views of the batch, not copies.
+        """
         inputs, targets = (_cut(flat, sizes, device) for flat in (self.inputs, self.targets))
         return inputs, targets
 
@@ -129,14 +134,15 @@ def _cut(batch: Flat | None, sizes: list[int], device: torch.device) -> list[Tre
 
 
 def sizes(rows: int, microbatches: int) -> list[int]:
-    """Rows of each micro-batch: as equal as can be, the larger ones first; fewer micro-batches than asked
-    for where there are fewer rows, so that none is empty (10 rows over 4: 3, 3, 2, 2; 2 over 4: 1, 1)."""
+    """The rows of each micro-batch: as equal as possible, larger ones first (10 rows in 4: 3, 3, 2, 2). With fewer rows
+    than micro-batches there are fewer of these, so that none is empty (2 rows in 4: 1, 1)."""
     count = min(rows, microbatches)
     return [rows // count + (index < rows % count) for index in range(count)] if count else []
 
 
 def join(outputs: list[Tree]) -> Tree:
-    """The outputs of micro-batches as one output of the whole batch: tensors are joined along dimension 0."""
+    """The outputs of the micro-batches as one output of the whole batch: tensors are concatenated along dimension 0,
+    of scalars and plain values the first counts."""
     assert outputs, "nothing to join"
     flat = [Flat.of(output) for output in outputs]
     columns = zip(*(output.leaves for output in flat), strict=True)
@@ -148,12 +154,12 @@ def join(outputs: list[Tree]) -> Tree:
 
 
 ALIGNMENT = 64
-"""Of torch's own allocations on the CPU, in bytes."""
+"""Of the addresses that torch allocates on the CPU, in bytes."""
 
 
 def to_tensors(values: Tree, device: torch.device) -> Tree:
-    """NumPy arrays and tensors as tensors on `device`; on the CPU at addresses that are multiples of 64 bytes, as torch
-    allocates: elsewhere a product of matrices may round otherwise, and a step could not be repeated to the bit."""
+    """NumPy arrays and tensors as tensors on `device`. On the CPU they start at multiples of ALIGNMENT, as torch
+    allocates: at other addresses a matrix product may round differently, and a step could not be repeated bitwise."""
     return Flat.of(values).map(lambda leaf: _to_tensor(leaf, device)).tree()
 
 
@@ -166,7 +172,7 @@ def _to_tensor(leaf: Any, device: torch.device) -> Any:
     if isinstance(leaf, Shared):
         return Shared(_to_tensor(leaf.value, device))
     if isinstance(leaf, np.ndarray):
-        leaf = torch.from_numpy(leaf) if leaf.flags.writeable else torch.tensor(leaf)  # which copies
+        leaf = torch.from_numpy(leaf) if leaf.flags.writeable else torch.tensor(leaf)  # copies
     if not isinstance(leaf, torch.Tensor):
         return leaf
     leaf = leaf.to(device, non_blocking=True)

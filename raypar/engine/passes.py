@@ -1,7 +1,9 @@
-"""One run through a program: the passes of an actor's stages, and what they send to and receive from other actors.
+"""One run through an actor's program: the passes of its stages, and their messages to and from other actors.
 
-program   Post 1F0 │ Compute 0F0 │ Send 0F0 │ Compute 2F0 │ …     (see raypar.planning.program)
-here      a receive is posted, a stage runs, its values leave, the next stage waits for what it needs …
+    program   Post 1F0         │ Compute 0F0   │ Send 0F0        │ Compute 2F0                            │ …
+    here      posts a receive  │ runs stage 0  │ starts to send  │ waits for stage 1's values, runs stage 2 │ …
+
+Stages 0 and 2 are on this actor, stage 1 is on another one. Programs are made by raypar.planning.program.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from raypar.tree import Tree
 
 
 class Mode(Enum):
-    """What a run through a program is for. SEARCH: the forward passes of a failed training step once more."""
+    """What a run through a program is for. SEARCH repeats the forward passes of a failed training step."""
 
     TRAIN = "train"
     SEARCH = "search"
@@ -42,7 +44,7 @@ class Mode(Enum):
 
     @property
     def code(self) -> str:
-        """Which code of the stages runs: that of training or that of evaluation."""
+        """Which code of the stages runs: that for training or that for evaluation."""
         return "train" if self in (Mode.TRAIN, Mode.SEARCH) else "eval"
 
     @property
@@ -53,12 +55,14 @@ class Mode(Enum):
 
 @dataclass
 class Run:
-    """What one run through a program works with and leaves.
+    """The inputs and the results of one run through a program.
 
-    sizes:   rows of each micro-batch; inputs, targets: one tree each.
-    form:    stands for everything about the batch's shape but its rows.
-    losses:  (sum, weight) of each micro-batch, on the actor of the last stage; or in PREDICT the `outputs` there.
-    finite:  in SEARCH, of each stage of the model, whether all values that came out of it here were finite.
+    sizes:           rows of each micro-batch.
+    form:            a number that stands for everything about the batch's shape except its rows.
+    inputs, targets: one tree per micro-batch, None for an actor that does not use them.
+    losses:          (sum, weight) of each micro-batch, on the actor of the last stage; empty in PREDICT and SEARCH.
+    outputs:         the model's outputs, there, in those two modes.
+    finite:          in SEARCH, for each stage of the model: whether all its values on this actor were finite.
     """
 
     mode: Mode
@@ -70,8 +74,8 @@ class Run:
     losses: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     finite: list[bool] | None = None
-    local: dict[Message, Any] = field(default_factory=dict)  # from one stage of the actor to another
-    ready: dict[Message, Any] = field(default_factory=dict)  # computed, and to be sent
+    local: dict[Message, Any] = field(default_factory=dict)  # from one stage of this actor to another
+    ready: dict[Message, Any] = field(default_factory=dict)  # computed, not yet sent
 
     @property
     def count(self) -> int:
@@ -121,7 +125,7 @@ class Passes:
                 yield from self._release(instruction.message)
 
     def _program(self, mode: Mode, microbatches: int) -> Program:
-        """The instructions of this actor, proved to end; made once for each number of micro-batches."""
+        """This actor's instructions, proved to end; made once per number of micro-batches."""
         program = self._programs.get((mode, microbatches))
         if program is None:
             schedule = self._schedule(mode, microbatches)
@@ -132,7 +136,7 @@ class Passes:
     def _schedule(self, mode: Mode, microbatches: int) -> Schedule:
         if not mode.trains:
             return forward_only(self.placement, microbatches)
-        if len(self.placement) == 1:  # DDP wants each forward pass followed by its backward pass
+        if len(self.placement) == 1:  # DDP needs each forward pass followed by its backward pass
             return one_forward_one_backward(self.placement, microbatches)
         return schedule_of(self.plan, microbatches)
 
@@ -176,7 +180,7 @@ class Passes:
         elif stage.is_last:
             run.outputs.append(result)
         for target, values in sends.items():
-            self._hand_on(run, Message(index, "F", number, target), values)
+            self._hand_over(run, Message(index, "F", number, target), values)
 
     def _backward(self, run: Run, action: Action, received: dict[int, Any]) -> None:
         index, kind, number = action
@@ -195,15 +199,15 @@ class Passes:
             backward = stage.backward if kind == "B" else stage.backward_inputs
             gradients = backward(number, received, self.learner.scale)
         for source, tensors in gradients.items():
-            self._hand_on(run, Message(index, "B", number, source), tensors)
+            self._hand_over(run, Message(index, "B", number, source), tensors)
 
     def _backward_weights(self, action: Action) -> None:
         index, kind, number = action
         with self._user_code("backward, for the weights", index, number), self.clock.measure(index, kind, number):
             self.part.stages[index].backward_weights(number)
 
-    def _hand_on(self, run: Run, message: Message, values: Any) -> None:
-        """Keep what a pass made until another stage of this actor takes it, or until it is sent."""
+    def _hand_over(self, run: Run, message: Message, values: Any) -> None:
+        """Hold a pass's result until another stage of this actor takes it, or until it is sent."""
         is_local = self.placement[message.receiver] == self.actor
         (run.local if is_local else run.ready)[message] = values
 
@@ -233,7 +237,7 @@ class Passes:
             yield from self.outboxes[self.placement[message.receiver]].release(message)
 
     def _key_of(self, run: Run, message: Message) -> Hashable:
-        """What fixes the layout of a message; that of a gradient is the one of the activations it answers."""
+        """What determines the layout of a message; for gradients, the key of the activations that they answer."""
         if message.kind == "B":
             answered = Message(message.receiver, "F", message.microbatch, message.sender)
             return ("gradient", self._key_of(run, answered))
@@ -249,22 +253,22 @@ class Passes:
         except RuntimeError as error:
             tensors = "activations" if message.kind == "F" else "gradients"
             if self.placement[message.receiver] == self.actor:
-                stage, doing = message.receiver, f"waiting for {tensors} from stage {message.sender}"
+                stage, operation = message.receiver, f"waiting for {tensors} from stage {message.sender}"
             else:
-                stage, doing = message.sender, f"sending {tensors} to stage {message.receiver}"
-            raise failed_wait(Place(self.replica, (stage,), message.microbatch), doing, error) from error
+                stage, operation = message.sender, f"sending {tensors} to stage {message.receiver}"
+            raise failed_wait(Place(self.replica, (stage,), message.microbatch), operation, error) from error
 
-    def _user_code(self, doing: str, stage: int, number: int) -> AbstractContextManager[None]:
-        return user_code(Place(self.replica, (stage,), number), doing)
+    def _user_code(self, operation: str, stage: int, number: int) -> AbstractContextManager[None]:
+        return user_code(Place(self.replica, (stage,), number), operation)
 
     def _traced(self, run: Run, kind: str, stage: int, number: int) -> AbstractContextManager[None]:
-        """A timeline shows training steps alone."""
+        """Time spent in training steps; a timeline shows no others."""
         return self.clock.traced(kind, stage, number) if run.mode.trains else nullcontext()
 
 
 def pairs(plan: Plan, part: ModelPart) -> set[tuple[int, int]]:
-    """The ordered pairs of actors that exchange messages: along each edge, and back with gradients; and where they
-    share tied weights, both ways."""
+    """The ordered pairs (source, target) of actors that exchange messages: along each edge and, in training, back with
+    gradients; both ways between actors that share tied weights."""
     placement = plan.actor_of_stage
     ordered = set(part.ties) | {(holder, owner) for owner, holder in part.ties}
     for mode, edges in part.edges.items():

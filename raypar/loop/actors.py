@@ -1,4 +1,8 @@
-"""What holds the stages of one replica, whatever processes these live in."""
+"""The actors of one replica as its train loop sees them, and what all kinds of them share.
+
+Actors in this process are in raypar.loop.in_process; stage actors in processes of their own in
+raypar.workers.remote_actors.
+"""
 
 from __future__ import annotations
 
@@ -19,49 +23,52 @@ from raypar.tree import Tree
 
 
 class ReplicaActors(Protocol):
-    """What holds the stages of one replica: this process, all engines of local mode, or stage actors."""
+    """All actors of one replica: engines in this process, or stage actors. Called with one batch of the replica at a
+    time."""
 
     def train_step(self, request: StepRequest) -> Callable[[], StepResult]:
-        """Start a step; the function returned waits for its result."""
+        """Start an optimizer step; returns a function that waits for its result."""
 
     def eval_step(self, request: StepRequest) -> tuple[float, float]:
-        """The loss's (sum, weight) over this replica's rows."""
+        """Forward passes in eval mode; returns the loss's (sum, weight) over this replica's rows."""
 
-    def predict(self, request: StepRequest) -> Tree: ...
+    def predict(self, request: StepRequest) -> Tree:
+        """Forward passes in eval mode; returns the model's output on the CPU."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model's state dict on the CPU, under the names of build_model(), with this replica's buffers."""
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Load the whole model's state dict; the caller has compared its names and shapes."""
 
     def save(self, request: SaveRequest) -> None:
-        """Begin to write a checkpoint of the steps so far, together with all other replicas."""
+        """Start writing a checkpoint of the steps so far, together with all other replicas."""
 
     def wait_until_saved(self, limit_s: float | None = None) -> None:
-        """Wait until it is written, for `limit_s` at most (None: as `timeouts` say). Raises CheckpointError, on all
-        replicas, where it could not be."""
+        """Wait until the checkpoint is written, at most `limit_s` seconds (None: the limits of `timeouts`). Raises
+        CheckpointError, on all replicas, if it could not be."""
 
     def names(self) -> dict[str, torch.Size]:
-        """The names of the whole model's state dict, with the shapes."""
+        """The names of the whole model's state dict, with their shapes."""
 
     def timings(self) -> list[Timing]:
-        """What each actor measured since the last call."""
+        """What each actor has measured since the last call."""
 
     def events(self) -> list[Event]:
-        """What all actors did when, in the last steps; nothing where the run is not traced."""
+        """What each actor did when, in the newest steps; empty unless the run is traced."""
 
     def describe(self) -> list[ActorInfo]:
-        """Where each actor is and what it holds."""
+        """Where each actor runs and what it holds."""
 
 
-def merge_models(parts: Sequence[dict[str, torch.Tensor]], names: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """What the actors of a replica hold of the model as one state dict, in the order of the whole model."""
-    merged = {name: tensor for part in parts for name, tensor in part.items()}
+def merge_models(shares: Sequence[dict[str, torch.Tensor]], names: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """The state dicts of a replica's actors as one, in the order of the whole model."""
+    merged = {name: tensor for share in shares for name, tensor in share.items()}
     return {name: merged[name] for name in names if name in merged}
 
 
 def describe(engine: Engine) -> ActorInfo:
-    """What the actor of an engine holds, and its process."""
+    """What an engine's actor holds, and its process."""
     part = engine.part
     stages = {}
     for stage in part.stages:
@@ -79,15 +86,18 @@ def describe(engine: Engine) -> ActorInfo:
 
 
 def steps_of(engine: Engine) -> bool | None:
-    """Whether an actor's optimizer steps anything; None where the actor has nothing to train."""
+    """Whether an actor's optimizer has a parameter to step; None if the actor has nothing to train."""
     return engine.learner.optimizer is not None if engine.learner.parameters else None
 
 
 def check_something_is_stepped(of_actors: Iterable[bool | None]) -> None:
-    """Raise ModelError where the model has parameters to train, and no actor's optimizer has selected any. That one
-    of them selects none is no error: groups go by name or type, and the others' parameters are elsewhere."""
-    asked = [found for found in of_actors if found is not None]
-    if asked and not any(asked):
+    """Raises ModelError if the model has parameters to train, but no actor's optimizer has selected any. A single actor
+    may select none: if groups go by name or type, the selected parameters may all be on other actors.
+
+    of_actors: `steps_of` of each actor.
+    """
+    answers = [steps for steps in of_actors if steps is not None]
+    if answers and not any(answers):
         raise ModelError(
             "optimizer: found one without any parameter on every actor, though the model has parameters that require a "
             "gradient; needed one that selects some of module.parameters()"
@@ -95,5 +105,5 @@ def check_something_is_stepped(of_actors: Iterable[bool | None]) -> None:
 
 
 def with_lr(results: Sequence[StepResult]) -> StepResult:
-    """The results of a replica's actors as one: they are equal, but only those with an optimizer know the rate."""
+    """One result of a replica's actors: they are equal, but only actors with an optimizer know the learning rate."""
     return next((result for result in results if result.lr is not None), results[0])

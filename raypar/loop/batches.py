@@ -1,7 +1,8 @@
-"""`raypar.batches`: rows as batches of tensors, the same global batches whatever the plan.
+"""`raypar.batches`: a data set as batches of tensors, the same global batches under every plan.
 
-Which rows form global batch b of epoch e depends on the data and the seed alone (see raypar.data.row_order). Each
-replica takes its contiguous share of the batch's rows, as equal as can be; the last ones may get none of a short batch.
+Which rows form global batch b of epoch e depends only on the data and the seed (see raypar.data.row_order). Each
+replica takes its contiguous share of these rows, as equal as possible; of a short batch, the last replicas may get no
+row.
 """
 
 from __future__ import annotations
@@ -30,46 +31,50 @@ def batches(
     seed: int = 0,
     window: int | None = None,
 ) -> Iterator[Any]:
-    """The batches of a data set that are still to do in this epoch, as this replica's share of each.
+    """This replica's share of each batch of a data set that is still to do in this epoch: an iterator.
 
     name:       a key of Trainer(datasets=…).
-    batch_size: rows of a global batch, over all replicas; each gets its share of them.
-    shuffle:    another order of the rows in every epoch, drawn from (seed, epoch); False: as stored.
-    drop_last:  leave out a last batch that is not full.
-    columns:    of Parquet, the names of the columns to read; None: all.
-    window:     of Parquet, how many rows are shuffled together; None: as many as fill 256 MiB.
+    batch_size: rows of a global batch, over all replicas; each replica gets its share of them.
+    shuffle:    True (the default): in every epoch another order of the rows, drawn from (seed, epoch). False: the order
+                in which they are stored.
+    drop_last:  whether to leave out a last batch that is not full. Default False.
+    columns:    Parquet only: the names of the columns to read. Default None: all.
+    seed:       of the shuffling. Default 0.
+    window:     Parquet only: how many rows are shuffled together. Default None: as many as fill 256 MiB.
 
-    What a batch is, on the CPU, rows first:
+    What a batch is, depending on the data set; its tensors are on the CPU, rows first:
 
-    - **Parquet**: a dict of tensors by column, a fixed-shape tensor column as its shape, a list of fixed size as one
-      dimension (also within another), and a list of any size where all have the same length.
-    - **torch.utils.data.Dataset**: what torch's default_collate makes of its samples: a dict of tensors where a sample
-      is a dict, a tuple of tensors where it is a tuple. Each replica fetches its own samples only, in the thread of the
-      loop, so that random transforms repeat. Slow ones are better done once: write Parquet.
-    - **a function** that returns a fresh iterable of samples, or an IterableDataset: the same. Needs shuffle=False: its
-      order is its own, and must be the same at each call and on each replica, each of which goes through all of it.
-    - **ray.data.Dataset**: a dict of tensors by column. Ray Train cuts it into equal shards, one a replica (a few rows
-      may be left over), and a batch takes as many rows of each; so batch_size must be a multiple of the replicas.
-      Needs shuffle=False: shuffle it with Ray Data. A resumed run repeats the epoch that it was in, and logs it.
+    - **Parquet** (path or URI of a file or folder): a dict of tensors by column. A fixed-shape tensor column keeps its
+      shape; a list of fixed size becomes one dimension (also inside another list), and so does a list column if all its
+      lists have the same length.
+    - **torch.utils.data.Dataset**: what torch's default_collate makes of its samples: a dict of tensors if a sample is
+      a dict, a tuple of tensors if it is a tuple. Each replica fetches only its own samples, in the thread of the loop,
+      so that random transforms are repeatable. If they are slow, apply them once and write Parquet.
+    - **a function** that returns a fresh iterable of samples, or an IterableDataset: the same. Needs shuffle=False: the
+      order is that of the iterable, which must be the same at each call and on each replica; every replica iterates
+      over all of it.
+    - **ray.data.Dataset**: a dict of tensors by column. Ray Train splits it into equal shards, one per replica (a few
+      rows may be left over), and a batch takes equally many rows of each; so batch_size must be a multiple of the
+      number of replicas. Needs shuffle=False: shuffle it with Ray Data. A resumed run repeats its epoch, and logs that.
 
-    **How Parquet is shuffled.** A data set of no more rows than `window` is permuted as a whole, and stays in memory.
-    A larger one is read in windows: its row groups are permuted, then as many of them as have no more than `window`
-    rows together (at least one) are read and their rows permuted. So each row comes once an epoch, at a place that may
-    be anywhere; but rows of one row group come near each other, within one window. Where rows that lie together are
-    alike (sorted by class or by time), shuffle them once before they are written, or make the window larger and the row
-    groups smaller. A replica keeps its rows of two windows, the next being read while the batches of one are trained
-    on, and two row groups as they are stored, whatever the size of the data set. Nothing is read that lies before the
-    batch at which a resumed run goes on.
+    **How Parquet is shuffled.** A data set of at most `window` rows is permuted as a whole and stays in memory. A
+    larger one is read in windows: its row groups are permuted, then as many of them as fit into `window` (at least one)
+    are read and their rows permuted. So each row comes exactly once per epoch and may come anywhere, but rows of one
+    row group come near each other, within one window. If neighbouring rows are alike (sorted by class or time), shuffle
+    them once before you write them, or make `window` larger and the row groups smaller. Whatever the size of the data
+    set, a replica holds its rows of two windows (the next one is read while the batches of the current one are trained
+    on) and two row groups as they are stored.
 
-    After a resume within an epoch, loops over a data set pass over the batches that steps have trained on, until a
-    step trains on that data set again: a loop that evaluates on the same rows stands behind the one that trains.
-    What a step has trained on is the newest batch of each loop around it, of both in
-    `for a, b in zip(batches("a", …), batches("b", …))`. So train on each batch before the next one is taken: those
+    **After a resume within an epoch**, loops over a data set skip the batches that steps have trained on, until a step
+    trains on that data set again; skipped rows are not read. So within an epoch, evaluate on a data set after training
+    on it, not before. A step trains on the newest batch of each loop around it: of both loops in
+    `for a, b in zip(batches("a", …), batches("b", …))`. So train on each batch before you take the next one: batches
     that were fetched ahead count as trained on, and a resumed run leaves them out.
 
-    Raises DataError for an unknown name or column, a column that holds no numbers, nulls, or lists of several lengths:
-    at the call where the files' footers tell, else when they are read. UsageError for arguments that the data set does
-    not take, and where a resumed epoch would go on with another batch_size, shuffle, seed or window or with other rows.
+    Raises DataError for an unknown name or column, and for a column that holds nulls, values other than numbers, or
+    lists of several lengths: at the call if the files' footers tell, else when the rows are read. Raises UsageError
+    outside a train loop, for arguments that the data set does not take, and if a resumed epoch would continue with
+    another batch_size, shuffle, seed or window, or with other rows.
     """
     session = current("batches")
     if name not in session.run.datasets:
@@ -94,7 +99,7 @@ def batches(
 
 
 def _batches(session: Session, loop: Loop, source: Source) -> Generator[Any]:
-    """What `batches` returns: the batches of a source, known to the session as a loop."""
+    """What `batches` returns: the batches of a source, counted by the session as a loop."""
     if source.only_whole_epochs and (done := session.data.forget_progress(loop.name)):
         logger.warning(
             "batches(%r): this data set resumes by epoch only, so epoch %d begins again, of which %d batches were "
@@ -107,7 +112,7 @@ def _batches(session: Session, loop: Loop, source: Source) -> Generator[Any]:
     try:
         with closing(source.read(start)) as read:
             for batch, is_last in (
-                _with_the_last_known(read) if loop.count is None else ((each, False) for each in read)
+                _with_the_last_known(read) if loop.count is None else ((share, False) for share in read)
             ):
                 if is_last:
                     loop.count = index + 1
@@ -124,7 +129,7 @@ def _batches(session: Session, loop: Loop, source: Source) -> Generator[Any]:
         if session.data.finish_loop(loop) and session.replica == 0:
             warnings.warn(
                 f"found a second pass over raypar.batches({loop.name!r}) outside raypar.epochs: every pass has the "
-                "same order of rows, and a resumed run begins with the first pass again; needed: for epoch in "
+                "same order of rows, and a resumed run starts again with the first pass; needed: for epoch in "
                 "raypar.epochs(…), or shuffle=False",
                 stacklevel=2,  # the line of the user's loop
             )
@@ -133,7 +138,7 @@ def _batches(session: Session, loop: Loop, source: Source) -> Generator[Any]:
 
 
 def _with_the_last_known(items: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-    """Each with whether it is the last, which takes the next one to know."""
+    """Each item with whether it is the last one; to know that, the next one is fetched first."""
     end: Any = object()
     item = next(items, end)
     while item is not end:

@@ -1,4 +1,4 @@
-"""Actors that live in this process: one engine in a train worker, or all engines of a replica in local mode."""
+"""A replica's actors in this process: a train worker's only engine, or all engines of a replica in local mode."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from raypar.transport.interface import Waiting, take_turns
 from raypar.tree import Tree
 
 Drive = Callable[[Sequence[Waiting]], list[Any]]
-"""Runs the calls of all engines of a replica to their ends and returns what each returned."""
+"""Runs one call of each engine of a replica to its end; returns what each of them returned."""
 
 
 class InProcessActors:
-    """The actors of one replica, all in this process.
+    """ReplicaActors that are engines in this process.
 
-    drive_step: runs a training step of all engines; replicas in local mode take their turns in it.
-    The global random generators are given back as they were: the engine seeds them for each pass.
+    drive_step: runs a training step of all engines; in local mode, together with those of all other replicas.
+
+    Engines seed the global random generators for each pass; afterwards these are as they were before the call.
     """
 
     def __init__(self, engines: Sequence[Engine], saver: Saver, drive_step: Drive = take_turns) -> None:
@@ -52,8 +53,8 @@ class InProcessActors:
 
     def predict(self, request: StepRequest) -> Tree:
         outputs = self._run([engine.predict(request) for engine in self.engines])
-        holder = self.engines[0].plan.actor_of_stage[-1]
-        return microbatch.to_tensors(outputs[holder], torch.device("cpu"))
+        last_actor = self.engines[0].plan.actor_of_stage[-1]
+        return microbatch.to_tensors(outputs[last_actor], torch.device("cpu"))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return merge_models([model_of(engine) for engine in self.engines], self.names())
@@ -64,7 +65,7 @@ class InProcessActors:
 
     def save(self, request: SaveRequest) -> None:
         requests = request.for_actors(len(self.engines))
-        states = [state_to_save(engine, part) for engine, part in zip(self.engines, requests, strict=True)]
+        states = [state_to_save(engine, of_actor) for engine, of_actor in zip(self.engines, requests, strict=True)]
         self.saver.start(request, merge_states(states))
 
     def wait_until_saved(self, limit_s: float | None = None) -> None:

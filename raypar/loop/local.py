@@ -1,11 +1,11 @@
-"""Local mode: a whole run in one process, without Ray, repeatable to the bit.
+"""Local mode: a whole run in one process, without Ray, bitwise reproducible.
 
-Each replica's train loop has a thread, but only one of them runs at any time: the turn passes on inside raypar's
-calls alone, where replicas need each other. The engines of all stages and replicas then take turns in the thread
-that came last.
+Each replica's train loop has a thread, but only one thread runs at any time (raypar.loop.turns): another one gets its
+turn only inside raypar's calls, where replicas need each other. The thread that comes to such a call last acts for all:
+in a training step, it lets the engines of all stages and replicas take turns.
 
-    replica 0   loop ──▶ train_step · waits ························ ──▶ goes on when its turn comes
-    replica 1   ······················ loop ──▶ train_step: runs both replicas' engines ──▶ goes on
+    replica 0   loop ──▶ train_step · waits ························ ──▶ continues when its turn comes
+    replica 1   ······················ loop ──▶ train_step: runs both replicas' engines ──▶ continues
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 class LocalSession(Session):
-    """A replica in local mode."""
+    """One replica's session in local mode."""
 
     writes_at_once = True
 
@@ -50,10 +50,10 @@ class LocalSession(Session):
         self.shared = shared
 
     def gather(self, value: Any) -> list[Any]:
-        found: list[Any] = self.shared.turns.meet(
+        values: list[Any] = self.shared.turns.meet(
             self.replica, "report, describe or bubble", value, lambda values: [list(values)] * len(values)
         )
-        return found
+        return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         def add(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -62,8 +62,8 @@ class LocalSession(Session):
                 total += other
             return [total.clone() for _ in tensors]
 
-        found: torch.Tensor = self.shared.turns.meet(self.replica, "eval_step or sum", tensor, add)
-        return found
+        total: torch.Tensor = self.shared.turns.meet(self.replica, "eval_step or sum", tensor, add)
+        return total
 
     def measure(self, spec: ModelSpec, units: Split, example_inputs: Any) -> list[float]:
         return measure_units(spec, units, example_inputs, CPU)
@@ -83,11 +83,11 @@ class LocalSession(Session):
     def _step_of_all(self, calls: Sequence[Waiting]) -> list[Any]:
         def run_all(of_replicas: list[Sequence[Waiting]]) -> list[list[Any]]:
             results = take_turns([call for calls in of_replicas for call in calls])
-            each = self.plan.pipeline
-            return [results[replica * each : (replica + 1) * each] for replica in range(len(of_replicas))]
+            actors = self.plan.pipeline
+            return [results[replica * actors : (replica + 1) * actors] for replica in range(len(of_replicas))]
 
-        found: list[Any] = self.shared.turns.meet(self.replica, "train_step", calls, run_all)
-        return found
+        results: list[Any] = self.shared.turns.meet(self.replica, "train_step", calls, run_all)
+        return results
 
     def publish(self, metrics: dict[str, Any], path: str | None) -> None:
         if self.replica == 0:
@@ -101,8 +101,8 @@ class LocalSession(Session):
 
 
 class _LocalSaver:
-    """Writes what all replicas hold, from the first one; at once, so that a run is repeatable and an error comes where
-    it belongs."""
+    """Writes the state of all replicas, in the first one's turn and before `start` returns: so runs are reproducible,
+    and an error is raised by the report that it belongs to."""
 
     def __init__(self, session: LocalSession) -> None:
         self.session = session
@@ -123,7 +123,7 @@ class _LocalSaver:
 
 
 class _Shared:
-    """What the replicas of a local run share."""
+    """What all replicas of a local run share."""
 
     def __init__(self, run: RunSpec, keep: int | None, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
         self.run, self.keep, self.on_progress = run, keep, on_progress
@@ -138,14 +138,15 @@ def run_local(
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run a train loop for every replica in this process, from the run's newest checkpoint if there is one.
+    """Run the train loop of every replica in this process, from the run's newest checkpoint if there is one.
 
-    keep: how many checkpoints stay (None: all).
-    say:  is told what starts, and from which checkpoint it resumes.
+    keep:        how many checkpoints to keep; None: all.
+    on_progress: called with the progress of the first replica, a few times per second.
+    say:         called with a line when the run starts, and one that names the checkpoint from which it resumes.
 
-    A traced run writes the timeline of its last steps when all loops have returned, or as far as they came.
+    A traced run writes the timeline of its newest steps when the loops have ended, also after an error.
 
-    Returns the history of metrics of the first replica. Raises what the first loop that failed raised.
+    Returns the first replica's history of metrics. Raises the error of the first replica that failed.
     """
     plan = run.plan
     shared = _Shared(run, keep, on_progress)
@@ -185,7 +186,7 @@ def run_local(
         else:
             _run_threads(replica, plan.data, shared.turns, run.timeouts.stop)
     if run.trace:
-        with contextlib.suppress(CheckpointError) if errors else contextlib.nullcontext():  # the first error counts
+        with contextlib.suppress(CheckpointError) if errors else contextlib.nullcontext():  # the loop's error counts
             events = [event for session in sessions for event in session.recorded()]
             write_timeline(run.storage, plan, events, in_turns=plan.world_size > 1)
     if errors:
@@ -200,9 +201,9 @@ def _run_threads(target: Callable[[int], None], count: int, turns: Turns, patien
     try:
         for thread in threads:
             thread.start()
-        turns.wait_until_ended(count)  # not join: Python takes a thread for ended whose join was interrupted
-    except BaseException:  # Ctrl-C, or whatever else a signal handler raises here, such as a test's time limit
-        turns.stop()  # a thread finds out at its next call of raypar
+        turns.wait_until_ended(count)  # not join: Python marks a thread as ended if its join is interrupted
+    except BaseException:  # Ctrl-C, or what another signal handler raises, such as a test's time limit
+        turns.stop()  # a thread notices at its next call of raypar
         raise
     finally:
         for thread in [thread for thread in threads if thread.ident is not None]:  # those that were started

@@ -1,4 +1,4 @@
-"""`parallelize`: from a user's model to a replica that trains it as the plan says."""
+"""`raypar.parallelize`: from a user's model to a replica that trains it as the plan says."""
 
 from __future__ import annotations
 
@@ -33,38 +33,46 @@ def parallelize(
     seed: int = 0,
     outer_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
 ) -> Replica:
-    """Build the model on the actors of this replica, fresh, or restored from the run's newest checkpoint.
+    """Build the model on the actors of this replica: fresh, or restored from the run's newest checkpoint.
 
-    build_model:    returns the model; called in each process that will hold a part of it, always with the
-                    same seed, so that all build the same weights. The first train worker calls it once more on
-                    torch's meta device, where weights have no values, to see where the model can be split.
-    loss_fn:        (output, targets) -> the mean over the rows, a scalar; or a pair (sum, weight), for a mean
-                    over something else, such as valid tokens.
-    optimizer:      called with the part of the model that a process holds, whose parameters and modules have the names
-                    and types of the whole model.
-    lr_scheduler:   called with the optimizer; stepped once an optimizer step. Default: none.
-    max_grad_norm:  clip the gradient by the norm of the whole model, across stages. Default: no clipping.
-    example_inputs: inputs as train_step will get them, a few rows; for tracing by torch.export where torch.fx cannot,
-                    and for measuring the modules where `split` is None.
-    split:          names of the modules at which a new stage begins; one less than the plan has stages.
-                    Default: in balance, by measured time, or by the number of parameters without example_inputs;
-                    modules larger than a fair share are cut inside where their forward can be traced.
-    weights:        what to start from, a path or URI: a .safetensors or .pt file with the whole model's state dict, or
-                    the folder of a checkpoint of another run. Each process reads its own tensors only, but a .pt file
-                    on another machine whole.
-    seed:           of the weights and of the random numbers in training.
-    outer_optimizer: with Plan(data_strategy="local_sgd"), called with the parameters that a process trains; its step
-                    takes the weights of the last average by (they - the new average) as their gradient. DiLoCo:
-                    lambda parameters: torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True).
-                    Default None: the average itself, as SGD with lr=1 and no momentum gives it.
+    Call it once in a train loop, on all replicas alike. Returns the Replica that the loop trains with.
 
-    Called once in a train loop, by all replicas alike. Raises SplitError, ModelError, CheckpointError. A model
-    that cannot be cut is refused before its weights exist. Whether all values can cross the stages' borders is
-    known then only with `example_inputs` and a forward that runs on the meta device; else the first step tells.
+    build_model:    a function without arguments that returns the model. It is called in each process that will hold a
+                    part of the model, always with the same random seed, so that all build the same weights. The first
+                    train worker calls it once more on torch's meta device, where weights have no values, to find where
+                    the model can be split.
+    loss_fn:        called with (output, targets) of a micro-batch; returns the mean over its rows, a scalar tensor. Or
+                    returns a pair (sum, weight), for a mean over something else, such as the valid tokens.
+    optimizer:      called with the part of the model that a process holds, a module whose parameters and submodules
+                    have the names and types of the whole model; returns a torch optimizer over (some of) its
+                    parameters.
+    lr_scheduler:   called with that optimizer; returns a scheduler, which is stepped once per optimizer step.
+                    Default None: the learning rate stays as it is.
+    max_grad_norm:  clips the gradient by the norm of the whole model's gradient, across all stages.
+                    Default None: no clipping.
+    example_inputs: inputs as train_step will get them, a few rows. They are used to trace the model with torch.export
+                    if torch.fx cannot, and to time its modules if `split` is None. Default None.
+    split:          the names of the modules at which a new stage begins, one fewer than the plan has stages.
+                    Default None: balanced, by measured times, or without `example_inputs` by the number of parameters.
+                    A module larger than a fair share is split inside, if its forward can be traced.
+    weights:        weights to start from if the run has no checkpoint: the path or URI of a .safetensors or .pt file
+                    with the whole model's state dict, or of a checkpoint folder of another run. Each process reads only
+                    its own tensors (of a .pt file that is not on its machine, all). Default None: those of build_model.
+    seed:           of the weights and of the random numbers in training, such as dropout. Default 0.
+    outer_optimizer: only with Plan(data_strategy="local_sgd"): called with a list of the parameters that a process
+                    trains; returns an optimizer that steps from the weights at the last average, with (those weights
+                    − the new average) as the gradient. DiLoCo is
+                    `lambda parameters: torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)`.
+                    Default None: the new average itself, which is SGD with lr=1 and no momentum.
+
+    Raises SplitError, ModelError or CheckpointError, the same on all replicas, and UsageError if it is called twice or
+    outside a train loop. A model that cannot be split is refused before its weights are allocated. Whether all values
+    can cross the stage borders is known at that time only with `example_inputs` and a forward that runs on the meta
+    device; otherwise the first step tells.
     """
     session = current("parallelize")
     if session.has_replica:
-        raise UsageError("parallelize was called twice in one train loop, needed: one model a run")
+        raise UsageError("parallelize was called twice in one train loop; needed: one model per run")
     spec = ModelSpec(
         build_model,
         loss_fn,
@@ -82,14 +90,14 @@ def parallelize(
         )
     if example_inputs is not None:
         example_inputs = _plain_tensors(example_inputs)
-    # One replica decides: measured times differ, and all must split the model alike.
+    # Replica 0 decides: measured times differ, but all replicas must split the model alike.
     split_of_model = session.decide(lambda: _choose(session, spec, split, example_inputs))
     actors = session.start_actors(dataclasses.replace(spec, split=split_of_model, trace=session.run.trace))
     return Replica(session, actors)
 
 
 def _choose(session: Session, spec: ModelSpec, split: Sequence[str] | None, example_inputs: Any) -> Split:
-    with randomness.kept():  # measuring draws random numbers, which are not the loop's
+    with randomness.kept():  # measuring draws random numbers, but not from the loop's
         return choose_split(
             spec,
             session.plan.actor_of_stage,
@@ -100,7 +108,7 @@ def _choose(session: Session, spec: ModelSpec, split: Sequence[str] | None, exam
 
 
 def _plain_tensors(inputs: Any) -> Any:
-    """Inputs as the model gets them: NumPy arrays as tensors, and what is inside `raypar.shared`."""
-    found, structure = tree.flatten(microbatch.to_tensors(inputs, torch.device("cpu")))
-    found = [leaf.value if isinstance(leaf, microbatch.Shared) else leaf for leaf in found]
-    return tree.unflatten(found, structure)
+    """Inputs as the model gets them: NumPy arrays as tensors, and the tensors inside `raypar.shared`."""
+    leaves, structure = tree.flatten(microbatch.to_tensors(inputs, torch.device("cpu")))
+    leaves = [leaf.value if isinstance(leaf, microbatch.Shared) else leaf for leaf in leaves]
+    return tree.unflatten(leaves, structure)

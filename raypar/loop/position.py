@@ -1,6 +1,6 @@
 """Where a replica is in its data: the epoch, the batches used, the batches still to do.
 
-Knows of no run, no files and no other replica, so that all of it can be tried by calling it.
+Knows nothing of runs, files and other replicas, so all of it can be tested by calling it.
 
     for epoch in epochs(2):                     position.epoch
         for batch in batches("train", …):       begin_loop ─▶ next_batch, next_batch, … ─▶ finish_loop ─▶ end_loop
@@ -19,11 +19,11 @@ from raypar.errors import UsageError
 
 @dataclass
 class Position:
-    """Where a run is in its data; saved with a checkpoint.
+    """Where a run is in its data; saved with each checkpoint.
 
     epoch:    the current epoch, or the next one, from 0.
-    trained:  of each data set, the batches of this epoch that optimizer steps have used.
-    batching: of each of these, the arguments of `batches` that decide which rows those were.
+    trained:  for each data set, how many batches of this epoch optimizer steps have used.
+    batching: for each of these data sets, the arguments of `batches` that decide which rows those were.
     """
 
     epoch: int = 0
@@ -36,12 +36,12 @@ class Position:
 
 @dataclass(eq=False)
 class Loop:
-    """A loop over the batches of a data set that has begun and not ended.
+    """A loop over the batches of a data set.
 
-    count:    the batches of a whole epoch; None if only its end will tell. Known with the last batch at the latest.
+    count:    the batches of a whole epoch; None until the last batch, if only the end of the data set tells.
     batching: as in Position.
-    newest:   the index of the batch that the loop got last.
-    trained:  how many of the epoch's batches were used when the last step was taken within this loop; 0 before any.
+    newest:   the index of the loop's newest batch; -1 before the first.
+    trained:  how many of the epoch's batches were used at the newest step inside this loop; 0 before any.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Loop:
 
 
 class DataPosition:
-    """A position that moves with the loops over batches and the steps inside them.
+    """The position, as it moves with the loops over batches and with the steps inside them.
 
-    position:        after the newest step; of a resumed run, what its checkpoint says.
-    epochs:          how many epochs `raypar.epochs` runs to; None outside of it.
-    batches_to_skip: of each data set, the batches that a resumed run skips until a step trains on that set again.
+    position:        after the newest step; at first, that of the checkpoint from which the run resumes.
+    epochs:          the number of epochs given to `raypar.epochs`; None outside of it.
+    batches_to_skip: for each data set, how many batches a resumed run skips, until a step trains on that set again.
     innermost:       the innermost loop around the newest step; None if there was none.
     """
 
@@ -65,7 +65,7 @@ class DataPosition:
         self.epochs: int | None = None
         self.batches_to_skip = dict(self.position.trained)
         self.innermost: Loop | None = None
-        self._open: list[Loop] = []  # the one that got its newest batch last stands last
+        self._open: list[Loop] = []  # in the order of their newest batches: the innermost comes last
         self._passes: Counter[str] = Counter()  # over each data set, outside `epochs`
 
     # ------------------------------------------------------------ epochs
@@ -82,8 +82,8 @@ class DataPosition:
     # ------------------------------------------------------------ loops over batches
 
     def begin_loop(self, loop: Loop) -> int:
-        """A loop over batches begins; returns the index of its first batch. Raises UsageError if it would continue an
-        epoch whose earlier batches held other rows."""
+        """A loop over batches begins; returns the index of its first batch. Raises UsageError if it continues an epoch
+        whose earlier batches held other rows."""
         start = self.batches_to_skip.get(loop.name, 0)
         before = self.position.batching.get(loop.name, loop.batching)
         if start and before != loop.batching:
@@ -96,7 +96,8 @@ class DataPosition:
         return start
 
     def forget_progress(self, name: str) -> int:
-        """Skip nothing of a data set that cannot be resumed within an epoch; returns how many batches are repeated."""
+        """Skip nothing of a data set that cannot be resumed within an epoch; returns how many batches will be
+        repeated."""
         return self.batches_to_skip.pop(name, 0)
 
     def next_batch(self, loop: Loop, index: int) -> None:
@@ -106,8 +107,8 @@ class DataPosition:
         self._open.append(loop)
 
     def finish_loop(self, loop: Loop) -> bool:
-        """A loop has come to the end of its data set. True if it is the second such pass outside `epochs`, whose rows
-        come in the order of the first."""
+        """A loop has reached the end of its data set. Returns True if it is the second such pass outside `epochs`: its
+        rows came in the order of the first."""
         if loop.count is not None and self.batches_to_skip.get(loop.name, 0) >= loop.count:
             del self.batches_to_skip[loop.name]  # there was nothing left to train on
         if loop.trained and loop.batching["shuffle"] and self.epochs is None:
@@ -116,20 +117,20 @@ class DataPosition:
         return False
 
     def end_loop(self, loop: Loop) -> None:
-        """A loop is over, finished or left early."""
+        """A loop is over: finished, or left early."""
         self._open.remove(loop)
 
     # ------------------------------------------------------------ steps
 
     def is_last_batch(self) -> bool | None:
-        """Whether a step taken now uses the last batch of its innermost loop; None outside any loop."""
+        """Whether a step taken now uses the last batch of its innermost loop; None outside all loops."""
         if not self._open:
             return None
         loop = self._open[-1]
         return loop.newest + 1 == loop.count
 
     def trained_on_batch(self) -> Position:
-        """Count what a step uses, the newest batch of each open loop; returns the position after that step."""
+        """Count the batches that a step uses, the newest of each open loop; returns the position after that step."""
         for loop in {loop.name: loop for loop in self._open}.values():
             loop.trained = loop.newest + 1
             self.position.trained[loop.name] = loop.trained
@@ -139,9 +140,9 @@ class DataPosition:
         return self.position.copy()
 
     def to_save(self) -> Position:
-        """The position that a checkpoint made now stands for. Inside `raypar.epochs`, when every loop over batches that
-        were trained on has ended or has come to its last batch, the epoch is over, and a resumed run starts the next
-        one: it never enters an epoch that has no batch left."""
+        """The position that a checkpoint made now stands for. Inside `raypar.epochs`, once every loop whose batches
+        were trained on has ended or has reached its last batch, the epoch is over: a resumed run starts with the next
+        one, and never enters an epoch without a batch left."""
         unfinished = any(loop.trained and loop.trained != loop.count for loop in self._open)
         if self.epochs is not None and self.position.trained and not unfinished:
             return Position(self.position.epoch + 1)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, each written while the train loop continues with its steps.
+"""When a run's checkpoints are begun and finished: each is written while the train loop continues with its steps.
 
 report ─▶ begin ─▶ every actor copies its state ─▶ the next steps … ─▶ finish ─▶ the checkpoint counts
                                  └──── files are written ────┘         at the next report, or when the loop ends
@@ -22,7 +22,7 @@ from raypar.storage import Storage
 
 
 class SavedRun(Protocol):
-    """What saving needs of the session."""
+    """What CheckpointSaving needs of the session."""
 
     plan: Plan
     storage: Storage
@@ -38,7 +38,8 @@ class SavedRun(Protocol):
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A checkpoint that is being written: by whom, where (or why not), and the metrics that are published with it."""
+    """A checkpoint that is being written: by which actors, its path (or why it has none), and the metrics to
+    publish."""
 
     actors: ReplicaActors
     path: str | CheckpointError
@@ -53,8 +54,11 @@ class CheckpointSaving:
         self._under_way: _UnderWay | None = None
 
     def begin(self, actors: ReplicaActors, step: int, position: Position, row: dict[str, Any] | None = None) -> None:
-        """Begin to write a checkpoint; `finish` comes before the next one. `row`: the metrics published with it."""
-        assert self._under_way is None, "a checkpoint before the one before it was finished"
+        """Start writing a checkpoint of the run after `step`; `finish` it before the next one.
+
+        row: the metrics to publish with it; None: nothing is published.
+        """
+        assert self._under_way is None, "the previous checkpoint is not finished"
         try:
             path = self._run.decide(lambda: free_path(self._run.storage, step))
         except CheckpointError as error:
@@ -71,8 +75,8 @@ class CheckpointSaving:
         self._under_way = _UnderWay(actors, path, row)
 
     def finish(self) -> CheckpointError | None:
-        """Wait for the checkpoint that is being written, and publish it. Returns the error, the same on all replicas,
-        if it could not be written."""
+        """Wait for the checkpoint that is being written, if any, and publish it. Returns the error, the same on all
+        replicas, if it could not be written."""
         saving, self._under_way = self._under_way, None
         if saving is None:
             return None
@@ -100,8 +104,8 @@ class CheckpointSaving:
         return path
 
     def abandon(self) -> None:
-        """The train loop has failed: let a checkpoint that is being written be completed, if it can, so that a restart
-        finds it."""
+        """After the train loop has failed: wait, for a limited time, for a checkpoint that is being written, so that a
+        restart finds it."""
         if self._under_way is not None and isinstance(self._under_way.path, str):
             with contextlib.suppress(Exception):
                 self._under_way.actors.wait_until_saved(self._run.timeouts.stop)

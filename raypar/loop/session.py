@@ -1,7 +1,7 @@
-"""What a train loop runs in: which replica it is, where it is in the data, and how replicas talk.
+"""The session in which a train loop runs: which replica it is, where it is in the data, how it reaches the others.
 
-A session is made by local mode or by a train worker before the user's loop starts; `parallelize`, `epochs`,
-`batches` and `report` find it through `current()`.
+Local mode (raypar.loop.local) or a train worker (raypar.workers.train_worker) makes one before the user's loop starts;
+`parallelize`, `epochs`, `batches` and `report` find it through `current()`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ T = TypeVar("T")
 class RunSpec:
     """What a run is, in every mode and for all of its replicas.
 
-    train_loop: the user's, its config bound: takes no argument.
-    datasets:   by name, as `raypar.batches` reads them.
-    storage:    the run's folder. trace: whether actors record what they do when.
+    train_loop: the user's function, with its config bound: takes no argument.
+    datasets:   by the names that `raypar.batches` is given.
+    storage:    the run's folder.
+    trace:      whether actors record what they do when.
     """
 
     train_loop: Callable[[], Any]
@@ -52,11 +53,13 @@ class RunSpec:
 class Session(ABC):
     """One replica's view of the run.
 
-    replica, size: this replica and the number of them.
-    step:          number of the newest committed step; 0 before any.
-    data:          where the loop is in the data; moves with it.
-    history:       the metrics reported so far, those before a resume too.
-    restored:      the checkpoint that the run resumes from, None for a fresh run.
+    replica, size: the number of this replica, and how many there are.
+    step:          the number of the newest committed step; 0 before any.
+    data:          where the loop is in its data.
+    saving:        the run's checkpoints.
+    history:       the metrics reported so far, including those before a resume.
+    restored:      the checkpoint from which the run resumes; None for a fresh run.
+    tables:        Parquet tables that `batches` holds in memory, so that each is read once.
     """
 
     def __init__(self, run: RunSpec, replica: int) -> None:
@@ -67,14 +70,14 @@ class Session(ABC):
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.restored: str | None = None
-        self.tables: dict[Any, Any] = {}  # what `batches` has read, so that it reads it once
+        self.tables: dict[Any, Any] = {}
         self._actors: ReplicaActors | None = None
         self._wait: Callable[[], None] = lambda: None
         self._random_is_due = False
         self._rate = Rate()
 
     def restore(self, path: str | None) -> None:
-        """Resume from a checkpoint: the position and the history now, the weights in `parallelize`."""
+        """Resume from a checkpoint, if there is one: position and history now, the weights in `parallelize`."""
         if path is None:
             return
         manifest = read_manifest(path, self.storage.filesystem)
@@ -89,7 +92,7 @@ class Session(ABC):
         return self._actors is not None
 
     def attach(self, actors: ReplicaActors, wait: Callable[[], None]) -> None:
-        """The loop has a replica, made of these actors; `wait` waits for its steps under way."""
+        """Note that the loop has a replica with these actors; `wait` waits for its steps under way."""
         self._actors, self._wait = actors, wait
 
     def wait_for_steps(self) -> None:
@@ -97,24 +100,24 @@ class Session(ABC):
         self._wait()
 
     def close(self) -> None:
-        """The train loop has returned: wait for its last steps and its last checkpoint."""
+        """After the train loop has returned: wait for its last steps and its last checkpoint. Raises their errors."""
         self.wait_for_steps()
         failure = self.saving.finish()
         if failure is not None:
             raise failure
 
     def recorded(self) -> list[Event]:
-        """What this replica's actors did in the last steps; nothing unless the run is traced."""
+        """What this replica's actors did when, in the newest steps; empty unless the run is traced."""
         return self._actors.events() if self.run.trace and self._actors is not None else []
 
     # ------------------------------------------------------------ what local mode and train workers do differently
 
     writes_at_once = False
-    """Whether a checkpoint is written when `saving.begin` returns."""
+    """Whether a checkpoint is complete when `saving.begin` returns."""
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
-        """The value of every replica, in the order of the replicas; waits for all of them."""
+        """The values of all replicas, in the order of the replicas; waits for all of them."""
 
     @abstractmethod
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -126,7 +129,7 @@ class Session(ABC):
 
     @abstractmethod
     def start_actors(self, spec: ModelSpec) -> ReplicaActors:
-        """Build the model on this replica's actors, restored from `restored` where that is set."""
+        """Build the model on this replica's actors, restored from the checkpoint `restored` if there is one."""
 
     @abstractmethod
     def publish(self, metrics: dict[str, Any], path: str | None) -> None:
@@ -134,12 +137,13 @@ class Session(ABC):
 
     @abstractmethod
     def show_progress(self, progress: dict[str, Any]) -> None:
-        """Hand on where the run is; called now and then, must not wait."""
+        """Show how far the run is; called a few times per second, must not wait."""
 
     # ------------------------------------------------------------ what both share
 
     def decide(self, choose: Callable[[], T]) -> T:
-        """What replica 0 chooses, on all replicas; or the RayparError that it raises. All replicas call it alike."""
+        """What `choose` returns on replica 0, on all replicas; or its RayparError, raised on all. All replicas call it
+        alike."""
         outcome: Any = None
         if self.replica == 0:
             try:
@@ -153,7 +157,7 @@ class Session(ABC):
         return chosen
 
     def committed(self, result: StepResult, position: Position) -> None:
-        """Note a committed step, which has brought the run to `position`, and show progress a few times a second."""
+        """Note a committed step, after which the run is at `position`; shows progress a few times per second."""
         self.step = result.step
         if self._rate.count(result.samples) and self.replica == 0:
             loop = self.data.innermost
@@ -170,8 +174,9 @@ class Session(ABC):
             )
 
     def restore_random(self) -> None:
-        """Continue with the random numbers of this replica's loop, if a checkpoint has them; once, when the loop comes
-        to what it had not done when that was made. What it draws before is its preparation, as in a fresh run."""
+        """Restore the random generators of this replica's loop from the checkpoint, once: when the loop comes to the
+        first epoch or batch that the checkpoint had not done. What the loop draws before that is its preparation, as in
+        a fresh run."""
         due, self._random_is_due = self._random_is_due, False
         if due and self.restored is not None:
             state = saved_random(SavedTensors(self.restored, self.storage.filesystem), self.replica)
@@ -180,7 +185,7 @@ class Session(ABC):
 
 
 class Rate:
-    """Samples per second since the last time that progress was shown, at most four times a second."""
+    """Samples per second since progress was last shown, which is at most four times per second."""
 
     def __init__(self) -> None:
         self.since = time.monotonic()
@@ -188,7 +193,7 @@ class Rate:
         self.per_second: float | None = None
 
     def count(self, samples: int) -> bool:
-        """Count samples; True if it is time to show progress, and `per_second` is up to date."""
+        """Count samples; returns True if it is time to show progress, with `per_second` up to date."""
         self.samples += samples
         elapsed = time.monotonic() - self.since
         if elapsed < 0.25:
@@ -202,12 +207,12 @@ _current: ContextVar[Session | None] = ContextVar("raypar_session", default=None
 
 
 def enter(session: Session) -> None:
-    """Make `session` the one that raypar's calls in this thread find."""
+    """Make `session` the one that raypar's calls in this context (this thread) find."""
     _current.set(session)
 
 
 def current(call: str) -> Session:
-    """The session of this train loop. Raises UsageError outside of one; `call` names what was called."""
+    """The session of this train loop. Raises UsageError outside of one; `call` is the name of what was called."""
     session = _current.get()
     if session is None:
         raise UsageError(
@@ -218,9 +223,12 @@ def current(call: str) -> Session:
 
 
 def epochs(count: int) -> Iterator[int]:
-    """The epochs still to do, numbered from 0: all of `range(count)` in a fresh run, after a resume those that its
-    checkpoint had not finished. A checkpoint made within an epoch resumes that epoch at its next batch; `report` says
-    when an epoch counts as over. Raises UsageError if `count` is no whole number of at least 0."""
+    """The epochs still to do, numbered from 0: in a fresh run all of `range(count)`, after a resume those that the
+    checkpoint had not finished.
+
+    A run resumed from a checkpoint made within an epoch continues that epoch at its next batch; `report` says when an
+    epoch counts as over. Raises UsageError if `count` is not a whole number of at least 0, and outside a train loop.
+    """
     session = current("epochs")
     if not isinstance(count, int) or count < 0:
         raise UsageError(f"raypar.epochs({count!r}): needed a whole number of epochs, 0 or more")
@@ -229,6 +237,6 @@ def epochs(count: int) -> Iterator[int]:
 
 def _epochs(session: Session, count: int) -> Iterator[int]:
     for epoch in session.data.epochs_to_do(count):
-        if not session.data.batches_to_skip:  # else the loop resumes within the epoch
+        if not session.data.batches_to_skip:  # else the loop resumes within the epoch, and `batches` restores them
             session.restore_random()
         yield epoch

@@ -1,4 +1,10 @@
-"""The threads of local mode take turns: one replica runs at a time, and all meet where they exchange something."""
+"""The turns of local mode's threads: one train loop runs at a time, and all meet where replicas exchange something.
+
+    replica 0   runs ──▶ meet · waits ······················ ──▶ gets its result, runs on
+    replica 1   ················ runs ──▶ meet: acts for all ──▶ gets its result; runs until its next call or its end
+
+Who runs when depends only on the calls of the loops, so a run is bitwise reproducible.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +15,20 @@ from typing import Any
 from raypar import randomness
 from raypar.errors import UsageError
 
-_ALIKE = "all replicas must call train_step, eval_step, sum and report in the same order, as often as each other"
+_ALIKE = "all replicas must call train_step, eval_step, sum and report in the same order and equally often"
 
 
 class Stopped(BaseException):
-    """Ends the loop of a replica because another one has failed."""
+    """Ends a replica's train loop because another one has failed. No Exception: the user's loop must not catch it."""
 
 
 class Turns:
-    """Which of several threads may run. They switch only in `meet` and when one ends."""
+    """Which of several threads, one per replica, may run. They switch only in `meet`, and when one ends.
+
+    turn:    the replica whose thread may run.
+    arrived: the call and the value of each replica that waits in `meet`.
+    results: what replicas that waited have not yet fetched: a result, or an error to raise.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -28,14 +39,18 @@ class Turns:
         self.ended: set[int] = set()
         self.stopped = False
 
-    def meet(self, rank: int, call: str, value: Any, act: Callable[[list[Any]], list[Any]]) -> Any:
-        """Wait until all threads have come here with the same `call`; the last one calls `act` on their values, in the
-        order of their ranks; each gets its own of the results. An error of `act` is raised in all of them."""
+    def meet(self, replica: int, call: str, value: Any, act: Callable[[list[Any]], list[Any]]) -> Any:
+        """Wait until all threads have come here with the same `call`. The last one calls `act` with the values of all,
+        in the order of the replicas; it returns one result for each of them. An error of `act` is raised in all
+        threads.
+
+        Raises UsageError if the calls differ, or if a thread has ended without this call.
+        """
         if self.size == 1:
             return act([value])[0]
         with self.changed:
             self._check()
-            self.arrived[rank] = call, value
+            self.arrived[replica] = call, value
             if len(self.arrived) == self.size:
                 calls, values = zip(*(self.arrived[other] for other in range(self.size)), strict=True)
                 self.arrived.clear()
@@ -45,44 +60,47 @@ class Turns:
                 except Exception as error:
                     self.results = dict.fromkeys(range(self.size), error)
             elif self.ended:
-                raise _ended(rank, min(self.ended))
+                raise _ended(replica, min(self.ended))
             else:
                 state = randomness.save_state()
-                self._pass_on(rank)
-                self.wait_for_turn(rank)
+                self._pass_on(replica)
+                self.wait_for_turn(replica)
                 randomness.restore_state(state)
-            result = self.results.pop(rank)
+            result = self.results.pop(replica)
         if isinstance(result, Exception):
             raise result
         return result
 
-    def wait_for_turn(self, rank: int) -> None:
+    def wait_for_turn(self, replica: int) -> None:
+        """Wait until this replica may run; raises Stopped if the run was stopped."""
         with self.changed:
-            self.changed.wait_for(lambda: self.turn == rank or self.stopped)
+            self.changed.wait_for(lambda: self.turn == replica or self.stopped)
             self._check()
 
-    def end(self, rank: int) -> None:
-        """The loop of `rank` is over; whoever waits for it in `meet` finds out when its turn comes."""
+    def end(self, replica: int) -> None:
+        """The loop of `replica` is over. Threads that wait for it in `meet` get an error when their turn comes."""
         with self.changed:
-            self.ended.add(rank)
+            self.ended.add(replica)
             self.changed.notify_all()
             if self.arrived:
-                self.results = dict.fromkeys(self.arrived, _ended(min(self.arrived), rank))
+                self.results = dict.fromkeys(self.arrived, _ended(min(self.arrived), replica))
                 self.arrived.clear()
-            self._pass_on(rank)
+            self._pass_on(replica)
 
     def wait_until_ended(self, count: int) -> None:
+        """Wait until so many loops are over."""
         with self.changed:
             self.changed.wait_for(lambda: len(self.ended) == count)
 
     def stop(self) -> None:
+        """End all loops: each thread raises Stopped at its next call of raypar."""
         with self.changed:
             self.stopped = True
             self.changed.notify_all()
 
-    def _pass_on(self, rank: int) -> None:
-        """Give the turn to the next thread that can go on."""
-        following = [(rank + offset) % self.size for offset in range(1, self.size)]
+    def _pass_on(self, replica: int) -> None:
+        """Give the turn to the next thread that can continue."""
+        following = [(replica + offset) % self.size for offset in range(1, self.size)]
         free = [other for other in following if other not in self.ended and other not in self.arrived]
         if free:
             self.turn = free[0]
@@ -98,6 +116,6 @@ def _ended(waiting: int, ended: int) -> UsageError:
 
 
 def _check_calls(calls: Sequence[str]) -> None:
-    for rank, call in enumerate(calls):
+    for replica, call in enumerate(calls):
         if call != calls[0]:
-            raise UsageError(f"replica 0 called {calls[0]} while replica {rank} called {call}: {_ALIKE}")
+            raise UsageError(f"replica 0 called {calls[0]} while replica {replica} called {call}: {_ALIKE}")

@@ -1,4 +1,4 @@
-"""Gradients added up in flat buckets over a process group, after a stage's last backward pass of the step."""
+"""Gradients summed in flat buckets over the replicas, after the step's last backward pass."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ BUCKET_BYTES = 32 * 1024 * 1024
 
 
 class BucketSync(ReplicaSync):
-    """Each stage's gradients are summed in buckets over its own group; for actors that hold several stages, or one of
-    several, and for replicas in one process."""
+    """Sums each stage's gradients in buckets over that stage's collective: for pipelines, and for replicas that share
+    one process."""
 
     def __init__(self, part: ModelPart, collectives: Mapping[int, Collective | None]) -> None:
         self.collectives = collectives
@@ -28,7 +28,8 @@ class BucketSync(ReplicaSync):
 
 
 def buckets_of(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters of one type and device together, in their order, in parts of BUCKET_BYTES or of one parameter."""
+    """Parameters grouped by dtype and device, in their order, into buckets of at most BUCKET_BYTES; a larger parameter
+    is a bucket of its own."""
     buckets: list[list[nn.Parameter]] = []
     room: dict[tuple[torch.dtype, torch.device], int] = {}
     open_buckets: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
@@ -45,10 +46,11 @@ def buckets_of(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def add_up(buckets: Sequence[Sequence[nn.Parameter]], collective: Collective | None) -> Waiting:
-    """Sum the gradients of parameters over the members of a group, all buckets under way at once.
+    """Sum the gradients of parameters over the members of a collective, with all buckets under way at once. Does
+    nothing without a collective, or with a single member.
 
-    A parameter that has a gradient on no replica keeps None, as it would in plain PyTorch: each bucket ends with a
-    count per parameter of the replicas that have one.
+    A parameter without a gradient on every replica keeps None, as in plain PyTorch: each bucket ends with one number
+    per parameter, which sums to the count of replicas that have a gradient.
     """
     if collective is None or collective.size == 1:
         return

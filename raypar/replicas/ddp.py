@@ -1,4 +1,5 @@
-"""Gradients added up by DistributedDataParallel while the backward pass still runs: for actors with the whole model."""
+"""Gradients summed by torch's DistributedDataParallel while the last backward pass still runs: for actors that hold the
+whole model, one per process."""
 
 from __future__ import annotations
 
@@ -21,16 +22,16 @@ from raypar.tree import Tree
 
 
 class _Whole(nn.Module):
-    """The module that DDP wraps: the model, callable with inputs in any form, or with none at all."""
+    """The module that DDP wraps: the model, called with inputs in any form, or with None for no row."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        # DDP warns, to stderr and not through Python, when it looks for unused parameters and finds none; this is one
+        # If DDP looks for unused parameters and finds none, it warns (on stderr, not through Python): so there is one.
         self.never_used = nn.Parameter(torch.zeros(1, device=next(model.parameters()).device))
 
     def forward(self, inputs: Tree) -> Any:
-        if inputs is None:  # a replica without a row: it uses no parameter of the model, and takes part all the same
+        if inputs is None:  # a replica without a row takes part in the reduction, using no parameter of the model
             return self.never_used.sum() * 0.0
         return call(self.model, inputs)
 
@@ -38,8 +39,8 @@ class _Whole(nn.Module):
 class DdpSync(ReplicaSync):
     """DistributedDataParallel around a whole model: reduces during the last micro-batch's backward pass.
 
-    A communication hook adds without DDP's own division by the number of replicas, since raypar divides once,
-    by the weight of the global batch.
+    A communication hook sums without DDP's division by the number of replicas, since raypar divides once, by the weight
+    of the global batch.
     """
 
     def __init__(self, part: ModelPart, group: dist.ProcessGroup) -> None:
@@ -61,20 +62,20 @@ class DdpSync(ReplicaSync):
             try:
                 yield
             except RuntimeError as error:
-                if self.failures.any:  # else it is the model's own
+                if self.failures.any:  # else the model raised it
                     raise dist.DistError(str(error)) from error
                 raise
 
     def reduce(self, stage: int, microbatches: int) -> Waiting:
-        if not microbatches:  # this replica takes part with nothing
+        if not microbatches:  # no backward pass has reduced: take part with no gradient
             self.ddp(None).backward()
         yield from ()
 
 
 class _Failures:
-    """Whether a reduction within DDP's backward pass has failed, which raises that as it would any error.
+    """Whether a reduction inside DDP's backward pass has failed, whose error looks like any other of that pass.
 
-    Holds no process group: torch drops it in a thread of that group, which cannot wait for its own end.
+    Must not refer to the process group: torch frees this object in a thread of the group, which cannot join itself.
     """
 
     def __init__(self) -> None:
@@ -95,7 +96,7 @@ class _Failures:
 
 @dataclass(frozen=True)
 class _Reduction:
-    """What DDP's hook works with."""
+    """The state that DDP passes to its communication hook."""
 
     group: dist.ProcessGroup
     failures: _Failures
@@ -109,5 +110,5 @@ def _add_only(reduction: _Reduction, bucket: dist.GradBucket) -> torch.futures.F
     return future
 
 
-# DDP compares the annotations of a hook with the types themselves, where this module has them as text.
+# DDP compares a hook's annotations with the types themselves; in this module annotations are text.
 _add_only.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}

@@ -1,12 +1,12 @@
-"""Local SGD: replicas take steps of their own, and now and then their parameters are averaged.
+"""Local SGD: replicas take optimizer steps independently, and every so often their parameters are averaged.
 
     replica 0   w ─ step ─ step ─ step ─▶ w0 ─┐                    ┌─▶ w'
                                               ├ mean, by samples ──┤        after every `sync_every` steps
     replica 1   w ─ step ─ step ─ step ─▶ w1 ─┘                    └─▶ w'
 
-The mean itself is w' in local SGD (Stich 2019, https://arxiv.org/abs/1805.09767). With an outer optimizer, w − mean is
-the gradient of a step that goes from w, the weights at the last average, to w': DiLoCo (Douillard et al. 2023,
-https://arxiv.org/abs/2311.08105), there with Nesterov momentum. That step is the same on all replicas.
+In plain local SGD, w' is the mean (Stich 2019, https://arxiv.org/abs/1805.09767). With an outer optimizer, w − mean
+serves as the gradient of a step from w, the weights at the last average, to w': DiLoCo (Douillard et al. 2023,
+https://arxiv.org/abs/2311.08105), where that is SGD with Nesterov momentum. The step is the same on all replicas.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from raypar.transport.interface import Collective, Waiting
 
 
 class LocalSgdSync(ReplicaSync):
-    """One actor's share in the averages of its replica: of the parameters that it trains, stage by stage.
+    """Averages the parameters that one actor trains with those of the same stages in all other replicas.
 
-    trained: the weight (rows, or valid tokens) that each replica has trained on since the last average.
-    anchor:  the weights at the last average by name; only with an outer optimizer.
+    every:      steps between two averages, or "epoch" (Plan.sync_every).
+    parameters: those of all `buckets`, in their order.
+    trained:    of each replica, the weight (rows, or valid tokens) it has trained on since the last average.
+    anchor:     the weights at the last average, by name; empty without an outer optimizer.
     """
 
     trains_apart = True
@@ -47,8 +49,8 @@ class LocalSgdSync(ReplicaSync):
         self.outer: torch.optim.Optimizer | None = None
         if spec.outer_optimizer is not None and self.parameters:
             self.anchor = {names[id(p)]: nn.Parameter(p.detach().clone()) for p in self.parameters}
-            made = spec.outer_optimizer(list(self.anchor.values()))
-            self.outer = checked_optimizer(made, "outer_optimizer(parameters)")
+            optimizer = spec.outer_optimizer(list(self.anchor.values()))
+            self.outer = checked_optimizer(optimizer, "outer_optimizer(parameters)")
 
     def count(self, weights: Sequence[float]) -> None:
         self.trained = [before + weight for before, weight in zip(self.trained, weights, strict=True)]
@@ -58,7 +60,7 @@ class LocalSgdSync(ReplicaSync):
         return is_time and sum(self.trained) > 0.0
 
     def average(self) -> Waiting:
-        """The mean of the parameters over the replicas, by what each has trained on."""
+        """Returns the means of the parameters over the replicas, flat, weighted by `trained`."""
         share = self.trained[self.replica] / sum(self.trained)
         flats, works = [], []
         for stage, buckets in self.buckets.items():
@@ -70,11 +72,11 @@ class LocalSgdSync(ReplicaSync):
             if work is not None:
                 yield work
         sizes = [[p.numel() for p in bucket] for buckets in self.buckets.values() for bucket in buckets]
-        return [mean for flat, each in zip(flats, sizes, strict=True) for mean in flat.split(each)]
+        return [mean for flat, lengths in zip(flats, sizes, strict=True) for mean in flat.split(lengths)]
 
     @torch.no_grad()
     def take(self, means: list[torch.Tensor]) -> None:
-        """Go on from the mean, or from where the outer optimizer's step leads."""
+        """Continue from the means, or from where the outer optimizer's step leads."""
         self.trained = [0.0] * len(self.trained)
         if self.outer is None:
             for parameter, mean in zip(self.parameters, means, strict=True):
@@ -90,7 +92,7 @@ class LocalSgdSync(ReplicaSync):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """All replicas have been given the same weights: the next average starts from there."""
+        """All replicas have loaded the same weights: the next average starts from there."""
         self.trained = [0.0] * len(self.trained)
         for parameter, anchor in zip(self.parameters, self.anchor.values(), strict=False):
             anchor.copy_(parameter)
@@ -98,9 +100,11 @@ class LocalSgdSync(ReplicaSync):
     # ------------------------------------------------------------ state, by parameter name
 
     def state(self) -> dict[str, Any]:
-        """What the next average needs beside the replicas' own weights, the same on every replica, not copied:
-        {"trained": a number a replica, "anchor": {name: tensor}, "outer": {name: entry}}, the last two empty
-        without an outer optimizer. An entry is as in Learner.state."""
+        """What the next average needs besides each replica's weights; the same on every replica, not copied.
+
+        {"trained": [weight per replica], "anchor": {name: tensor}, "outer": {name: entry}}; the last two are empty
+        without an outer optimizer. An entry is as in Learner.state.
+        """
         names = {id(anchor): name for name, anchor in self.anchor.items()}
         return {
             "trained": list(self.trained),
@@ -110,9 +114,12 @@ class LocalSgdSync(ReplicaSync):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` of any actors has given, this actor's own parameters only; after the replica's own
-        weights. From a run with another number of replicas, or without an outer optimizer, only what fits is taken.
-        Raises CheckpointError where the outer optimizer was another one."""
+        """Load what `state` returned, merged from all actors: only what is of this actor's parameters. Call it after
+        the replica's weights are loaded.
+
+        A state saved with another number of replicas, or without an outer optimizer, is loaded as far as it fits.
+        Raises CheckpointError if it is that of another outer optimizer.
+        """
         self.restart()
         if len(state["trained"]) == len(self.trained):
             self.trained = list(state["trained"])

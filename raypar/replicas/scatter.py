@@ -1,9 +1,9 @@
-"""One process that owns several devices: torch.nn.DataParallel around the whole model.
+"""One process with several GPUs: torch.nn.DataParallel around the whole model.
 
     rows of a micro-batch ─ scatter ─▶ devices 0, 1, …, each with a copy of the model ─ gather ─▶ device 0: the loss
 
-The loss sees all rows at once, so shares of unequal size need no weights; gradients arrive at the one model, on the
-first device. Its buffers are those that the first device's rows have left.
+The loss sees all rows at once, so unequal shares need no weights. Gradients arrive at the model itself, on the first
+device; its buffers are changed by the first device's rows only.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ logger = logging.getLogger("raypar")
 
 
 def scatter_over(part: ModelPart, devices: Sequence[torch.device]) -> None:
-    """Let the one stage of a part run on several CUDA devices, the first of which holds it; with fewer than two it
-    stays the plain module, and a warning says so."""
+    """Make a part's only stage run on several CUDA devices, the first of which holds it. With fewer than two it stays
+    the plain module, and a warning says so."""
     if len(devices) < 2 or devices[0].type != "cuda":
         logger.warning(
             "Plan(data_strategy='scatter') runs as the plain module: found %s; needed several GPUs in one worker, "
-            "Trainer(scaling_config=ScalingConfig(use_gpu=True, resources_per_worker={'GPU': 2})) say",
+            "for example Trainer(scaling_config=ScalingConfig(use_gpu=True, resources_per_worker={'GPU': 2}))",
             ", ".join(map(str, devices)),
         )
         return
@@ -45,7 +45,7 @@ def scatter_over(part: ModelPart, devices: Sequence[torch.device]) -> None:
 
 
 def _seed_others(devices: Sequence[torch.device]) -> None:
-    """The engine seeds the first device for each pass; the others draw from seeds of their own that follow from it."""
+    """Seed the other devices, each differently, from the seed that the engine gives the first one for each pass."""
     generators = torch.cuda.default_generators
     first = generators[devices[0].index or 0].initial_seed()
     for number, device in enumerate(devices[1:], start=1):

@@ -1,4 +1,4 @@
-"""Which data strategy keeps the replicas of an actor equal, as the plan says. A new strategy is a line here."""
+"""Which data strategy keeps an actor's replicas equal, as the plan says. A new strategy is a line here."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from raypar.transport.process_links import ProcessCollective
 def sync_of(
     plan: Plan, replica: int, part: ModelPart, spec: ModelSpec, transport: Transport, devices: Sequence[torch.device]
 ) -> ReplicaSync:
-    """The strategy of one actor. All replicas call it alike, before the optimizer is made: fsdp replaces parameters.
+    """The data strategy of one actor. All replicas call it alike, before the optimizer is made: fsdp replaces
+    parameters.
 
-    devices: the actor's, the first of which holds its part.
+    devices: the actor's devices, the first of which holds its part of the model.
     """
     collectives = {stage: transport.same_stage(stage) for stage in part.stages}
     if plan.data_strategy == "local_sgd":
@@ -33,7 +34,7 @@ def sync_of(
         scatter_over(part, devices)
         return ReplicaSync()
     group = collectives[part.first_stage]
-    if isinstance(group, ProcessCollective):  # replicas in processes of their own
+    if isinstance(group, ProcessCollective):  # each replica has processes of its own
         if plan.data_strategy == "fsdp" and any(True for _ in part.module.parameters()):
             return FsdpSync(part, group, devices[0])
         if len(plan.actor_of_stage) == 1 and any(p.requires_grad for p in part.module.parameters()):

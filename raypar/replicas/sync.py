@@ -1,7 +1,7 @@
-"""What a data strategy is: one object per actor, which keeps that actor's weights equal on all replicas.
+"""What a data strategy is: one object per actor, which keeps the actor's weights equal on all replicas.
 
     begin ─▶ passes, each inside around() ─▶ reduce, stage by stage ─▶ the commit ─▶ is_due? average, take
-                                       └──▶ end, in an evaluation
+                                       └─▶ end, in an evaluation
 
 A strategy is a module of this room with a subclass that overrides what it does, and a line in strategies.py.
 """
@@ -18,7 +18,7 @@ from raypar.transport.interface import Waiting
 
 
 class ReplicaSync:
-    """The strategy of a single replica, which has nobody to agree with: every call does nothing.
+    """The strategy of a single replica, which has no other to equal: every call does nothing.
 
     gathers:      whether `begin` gathers weights from other replicas.
     trains_apart: whether each replica steps with its own gradient, so that weights differ between two averages.
@@ -45,7 +45,7 @@ class ReplicaSync:
     # ------------------------------------------------------------ only for replicas that train apart
 
     def count(self, weights: Sequence[float]) -> None:
-        """A step was committed in which each replica trained on rows of this weight."""
+        """A step was committed; `weights` holds the weight of the rows that each replica trained on."""
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Whether weights are averaged after this step; the same on all actors of all replicas."""
@@ -60,11 +60,11 @@ class ReplicaSync:
         """Continue from the means, or from where the user's outer optimizer leads from there."""
 
     def restart(self) -> None:
-        """All replicas have been given the same weights: the next average starts from there."""
+        """All replicas have loaded the same weights: the next average starts from there."""
 
     def state(self) -> dict[str, Any]:
-        """What the next average needs besides the replicas' own weights, the same on every replica, not copied."""
+        """What the next average needs besides each replica's weights; the same on every replica, not copied."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Load what `state` returned on any actors."""
+        """Load what `state` returned, merged from all actors."""

@@ -1,12 +1,12 @@
-"""Weights that stages on different actors share (tied weights): one parameter, trained by its first owner.
+"""Tied weights: parameters that stages on different actors share. One actor, the owner, trains them for all.
 
     owner (actor of the first stage that uses it)        holder (of a copy, for a later stage)
         grad += ◀──────────── gradient of the copy ──────────── after the last backward pass
         optimizer's step
-        weight ─────────────────────────────────────▶ copy      at the commit
+        weight ─────────────────────────────────────▶ copy      after the commit
 
-The owner keeps the parameter under all its names, in all its modules, so that groups of parameters by name or by
-type put it where they would in the whole model. Copies are in no optimizer and in no norm.
+The owner has the parameter under all its names, in all its modules, so that grouping parameters by name or by type
+puts it where it would be in the whole model. Copies belong to no optimizer and to no norm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from raypar.transport.interface import Link, Transport, Waiting
 
 
 class Ties:
-    """One actor's share in the tied weights of its replica."""
+    """One actor's tied weights: the copies it holds, and the parameters of which others hold copies.
+
+    copies: of each owner, the names of the parameters copied here; lent: of each holder, those copied there.
+    """
 
     def __init__(self, part: ModelPart, transport: Transport) -> None:
         self.module = part.module
@@ -30,33 +33,32 @@ class Ties:
         self.back: dict[int, Link] = {actor: transport.link_from(actor) for actor in {*self.copies, *self.lent}}
 
     def add_gradients(self) -> Waiting:
-        """Add the gradients of the copies to those of their owners, in the order of the actors. A parameter that no
-        stage has used keeps None."""
+        """Add the gradients of copies to those of their owners, in the order of the actors. A parameter that no stage
+        has used keeps None."""
         under_way = []
         for owner, copies in ((owner, self._parameters(names)) for owner, names in self.copies.items()):
-            have = torch.tensor([copy.grad is not None for copy in copies], dtype=torch.uint8)
-            under_way.append((self.to[owner].send_header(have), have))
+            used = torch.tensor([copy.grad is not None for copy in copies], dtype=torch.uint8)
+            under_way.append((self.to[owner].send_header(used), used))
             for copy in copies:
                 if copy.grad is not None:
                     gradient = copy.grad.contiguous()
                     under_way.append((self.to[owner].send(gradient), gradient))
         for holder, parameters in ((holder, self._parameters(names)) for holder, names in self.lent.items()):
-            have = torch.empty(len(parameters), dtype=torch.uint8)
-            yield self.back[holder].receive_header(have)
-            used = [p for p, has in zip(parameters, have.tolist(), strict=True) if has]
-            found = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in used]
-            for work in [self.back[holder].receive(gradient) for gradient in found]:
+            used = torch.empty(len(parameters), dtype=torch.uint8)
+            yield self.back[holder].receive_header(used)
+            parameters = [p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
+            gradients = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
+            for work in [self.back[holder].receive(gradient) for gradient in gradients]:
                 yield work
-            for parameter, gradient in zip(used, found, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         for work, _ in under_way:
             yield work
 
     def spread_weights(self) -> Waiting:
-        """Make the copies equal to their owners' parameters, to the bit. Where a replica keeps parts of both, these are
-        the same parts of them."""
+        """Make the copies bitwise identical to their owners' parameters. Under fsdp both are shards, the same ones."""
         sent = [
-            (self.to[holder].send(tensor), tensor)  # which must be kept until it is over
+            (self.to[holder].send(tensor), tensor)  # which must be held until the send is over
             for holder, names in self.lent.items()
             for tensor in [local(parameter).contiguous() for parameter in self._parameters(names)]
             if tensor.numel()
@@ -71,5 +73,5 @@ class Ties:
             yield work
 
     def _parameters(self, names: list[str]) -> list[nn.Parameter]:
-        """As the module holds them now: under fsdp other ones within a step and at its end."""
+        """The parameters that the module has now: under fsdp they are others during a step than after it."""
         return [self.module.get_parameter(name) for name in names]

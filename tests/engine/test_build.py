@@ -52,8 +52,11 @@ class Counting(nn.Linear):
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(pipeline=2)])
-def test_extra_state_which_no_checkpoint_would_restore_is_refused_by_its_name(plan: Plan):
-    """It ended in an AttributeError: 'dict' object has no attribute 'shape'."""
+def test_extra_state_is_refused(plan: Plan):
+    """No checkpoint would restore it; the error names it.
+
+    History: an AttributeError, 'dict' object has no attribute 'shape'.
+    """
     split = ("1",) if plan.pipeline > 1 else ()
     made = spec(lambda: nn.Sequential(nn.Linear(2, 2), Counting(2, 2)), split)
     with pytest.raises(ModelError, match=r"holds '1\._extra_state', a dict that is neither a parameter nor a buffer"):
@@ -73,9 +76,7 @@ def test_extra_state_which_no_checkpoint_would_restore_is_refused_by_its_name(pl
         (CNN, (), Plan()),
     ],
 )
-def test_the_parts_of_all_actors_are_the_model_with_each_value_once(
-    build: Callable[[], nn.Module], split: tuple[str, ...], plan: Plan
-):
+def test_all_parts_together_are_the_model(build: Callable[[], nn.Module], split: tuple[str, ...], plan: Plan):
     whole = build_whole(spec(build, split))
     parts = build_parts(spec(build, split), plan)
     names = [name for part in parts for name in part.module.state_dict()]
@@ -88,7 +89,7 @@ def test_the_parts_of_all_actors_are_the_model_with_each_value_once(
             assert plan.actor_of_stage[part.owner[name]] == parts.index(part)
 
 
-def test_a_part_keeps_the_names_and_types_of_the_whole_model():
+def test_a_part_keeps_names_and_types():
     first, second = build_parts(spec(batch_norm_net, ("3",)), Plan(pipeline=2))
     assert list(dict(first.module.named_parameters())) == ["0.0.weight", "0.0.bias", "0.1.weight", "0.1.bias"]
     assert list(dict(second.module.named_parameters())) == ["3.weight", "3.bias"]
@@ -98,14 +99,15 @@ def test_a_part_keeps_the_names_and_types_of_the_whole_model():
         assert all(types[name] is type(module) for name, module in part.module.named_modules())
 
 
-def test_a_part_is_of_the_users_own_class_and_lacks_the_modules_of_others():
+def test_a_part_lacks_other_actors_modules():
+    """It is of the user's own class."""
     first, second = build_parts(spec(CNN, ("fc1",)), Plan(pipeline=2))
     assert [type(part.module) for part in (first, second)] == [CNN, CNN]
     assert [name for name, _ in first.module.named_children()] == ["conv1", "conv2"]
     assert [name for name, _ in second.module.named_children()] == ["fc1", "fc2"]
 
 
-def test_the_stages_of_one_actor_train_their_own_parameters():
+def test_stages_train_their_own_parameters():
     (part,) = build_parts(spec(CNN, ("conv2", "fc2")), Plan(placement=[0, 0, 0]))
     model = part.module
     assert isinstance(model, CNN)
@@ -117,7 +119,7 @@ def test_the_stages_of_one_actor_train_their_own_parameters():
     ]
 
 
-def test_what_is_frozen_is_not_trained():
+def test_frozen_parameters_are_not_trained():
     def build() -> nn.Module:
         model = CNN()
         model.conv1.requires_grad_(False)
@@ -148,7 +150,9 @@ def test_tied_parameters_stay_tied_in_their_part():
     assert sorted(second.module.state_dict()) == ["3.bias", "3.weight"]
 
 
-def test_a_whole_model_in_one_actor_is_not_traced_so_that_any_forward_will_do():
+def test_a_whole_model_is_not_traced():
+    """In a single actor any forward will do."""
+
     class Looks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -165,7 +169,7 @@ def test_a_whole_model_in_one_actor_is_not_traced_so_that_any_forward_will_do():
     assert part.edges == {"train": set(), "eval": set()}
 
 
-def test_a_model_that_skips_a_stage_in_eval_mode_has_other_edges_there():
+def test_eval_mode_may_have_other_edges():
     class Differs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -198,7 +202,7 @@ def write(path: Path, state: dict[str, Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("name", ["cnn.safetensors", "cnn.pt"])
-def test_each_actor_takes_its_own_weights_from_a_file(tmp_path: Path, name: str):
+def test_each_actor_reads_its_own_weights(tmp_path: Path, name: str):
     state = {key: torch.full_like(value, index) for index, (key, value) in enumerate(CNN().state_dict().items())}
     path = write(tmp_path / name, state)
     for part in build_parts(spec(CNN, ("conv2", "fc2"), path), Plan(pipeline=2, placement=[0, 1, 0])):

@@ -32,17 +32,17 @@ def run_step(clock: Clock, passes: Sequence[tuple[int, str]]) -> None:
     clock.end_step()
 
 
-def test_a_clock_sums_the_passes_of_each_stage_and_the_spans_of_the_steps(clock: Clock):
+def test_a_clock_sums_passes_and_steps(clock: Clock):
     run_step(clock, [(0, "F"), (2, "F"), (0, "F"), (2, "B"), (0, "I"), (0, "W")])
     run_step(clock, [(0, "F"), (0, "B")])
-    found = clock.read()
-    assert found == Timing(
+    timing = clock.read()
+    assert timing == Timing(
         forward={0: 3.0, 2: 1.0}, backward={0: 3.0, 2: 1.0}, passes={0: 3, 2: 1}, span=18.0, weight={0: 1.0}
     )
-    assert found.busy == 8.0
+    assert timing.busy == 8.0
 
 
-def test_a_clock_starts_again_once_it_was_read(clock: Clock):
+def test_reading_a_clock_resets_it(clock: Clock):
     run_step(clock, [(0, "F")])
     clock.read()
     assert clock.read() == Timing({}, {}, {}, 0.0)
@@ -68,55 +68,57 @@ def times(stage: int, *, forward: float = 1.0, backward: float = 2.0, passes: in
 TWO_STAGES = Plan(pipeline=2, microbatches=4)
 
 
-def test_the_bubble_is_the_share_of_the_actors_time_in_which_they_do_not_compute():
-    found = bubble_of(TWO_STAGES, [times(0), times(1)], [actor(1), actor(2)])
-    assert found is not None
-    assert found.measured == pytest.approx(1 - 24 / 30)
-    assert found.simulated == pytest.approx(1 - 4 / 5)  # M / (M + S - 1) of the time is used
-    assert found.note is None
-    assert (found.forward, found.backward) == ((1000.0, 1000.0), (2000.0, 2000.0))
+def test_the_bubble_is_the_actors_idle_share():
+    """The share of their time in which they do not compute."""
+    result = bubble_of(TWO_STAGES, [times(0), times(1)], [actor(1), actor(2)])
+    assert result is not None
+    assert result.measured == pytest.approx(1 - 24 / 30)
+    assert result.simulated == pytest.approx(1 - 4 / 5)  # M / (M + S - 1) of the time is used
+    assert result.note is None
+    assert (result.forward, result.backward) == ((1000.0, 1000.0), (2000.0, 2000.0))
 
 
 @pytest.mark.parametrize(("weight", "bubble"), [(1.0, 1 - 12 / 13), (0.5, 1 - 12 / 14)])
-def test_a_split_backward_pass_is_simulated_with_the_measured_part_for_the_weights(weight: float, bubble: float):
-    """It was taken for half of the backward pass, whatever the model."""
+def test_two_part_backward_passes_are_simulated(weight: float, bubble: float):
+    """With the measured time of the part for the weights, which was once taken for half of the backward pass."""
     plan = Plan(pipeline=2, microbatches=4, schedule="zb-h1")
     timings = [dataclasses.replace(times(stage), weight={stage: weight}) for stage in range(2)]
-    found = bubble_of(plan, timings, [actor(1), actor(2)])
-    assert found is not None
-    assert found.simulated == pytest.approx(bubble)
-    assert found.backward == (2000.0, 2000.0)
+    result = bubble_of(plan, timings, [actor(1), actor(2)])
+    assert result is not None
+    assert result.simulated == pytest.approx(bubble)
+    assert result.backward == (2000.0, 2000.0)
 
 
-def test_a_wait_longer_than_the_schedules_shows_as_a_larger_measured_bubble():
-    found = bubble_of(TWO_STAGES, [times(0, span=20.0), times(1, span=24.0)], [actor(1), actor(2)])
-    assert found is not None
-    assert found.measured == pytest.approx(0.5)
-    assert found.simulated == pytest.approx(0.2)
+def test_a_long_wait_enlarges_the_bubble():
+    """The measured one, above that of the schedule."""
+    result = bubble_of(TWO_STAGES, [times(0, span=20.0), times(1, span=24.0)], [actor(1), actor(2)])
+    assert result is not None
+    assert result.measured == pytest.approx(0.5)
+    assert result.simulated == pytest.approx(0.2)
 
 
 def test_the_times_of_a_stage_are_averaged_over_the_replicas():
     timings = [times(0, forward=1.0), times(1), times(0, forward=3.0), times(1)]
-    found = bubble_of(Plan(data=2, pipeline=2, microbatches=4), timings, [actor(n) for n in range(4)])
-    assert found is not None
-    assert found.forward == (2000.0, 1000.0)
+    result = bubble_of(Plan(data=2, pipeline=2, microbatches=4), timings, [actor(n) for n in range(4)])
+    assert result is not None
+    assert result.forward == (2000.0, 1000.0)
 
 
 def test_more_actors_than_cores_are_not_simulated():
     """The reason is given."""
-    found = bubble_of(TWO_STAGES, [times(0), times(1)], [actor(1, cores=1), actor(2, cores=1)])
-    assert found is not None
-    assert (found.simulated, found.note) == (None, "2 actors share 1 cores")
+    result = bubble_of(TWO_STAGES, [times(0), times(1)], [actor(1, cores=1), actor(2, cores=1)])
+    assert result is not None
+    assert (result.simulated, result.note) == (None, "2 actors share 1 cores")
 
 
-def test_actors_on_gpus_or_on_nodes_of_their_own_do_not_share_cores():
+def test_gpus_and_nodes_do_not_share_cores():
     for actors in (
         [actor(1, device="cuda:0", cores=1), actor(2, device="cuda:0", cores=1)],
         [actor(1, node="a", cores=1), actor(2, node="b", cores=1)],
     ):
-        found = bubble_of(TWO_STAGES, [times(0), times(1)], actors)
-        assert found is not None
-        assert found.note is None
+        result = bubble_of(TWO_STAGES, [times(0), times(1)], actors)
+        assert result is not None
+        assert result.note is None
 
 
 def test_there_is_no_bubble_before_any_step():
@@ -124,5 +126,5 @@ def test_there_is_no_bubble_before_any_step():
     assert bubble_of(TWO_STAGES, [nothing, nothing], [actor(1), actor(2)]) is None
 
 
-def test_actors_that_take_turns_in_one_process_leave_no_bubble_to_measure():
+def test_actors_in_one_process_have_no_bubble():
     assert bubble_of(TWO_STAGES, [times(0), times(1)], [actor(1), actor(1)]) is None

@@ -1,4 +1,4 @@
-"""The engine, where parity does not look: when it commits, what it holds meanwhile, and how it gives a step up."""
+"""The engine, beyond parity: when it commits, what it holds until then, and how it drops a step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def train_step(engines: Engines, step: int, batch: reference.Batch) -> float:
 
 
 @each_plan
-def test_weights_change_only_after_every_backward_pass_of_every_replica(plan: Plan) -> None:
+def test_all_backward_passes_precede_the_commit(plan: Plan) -> None:
     world = NcclWorld(plan, seed=4)
     engines = Engines(plan, spec_of(three_stages, split_of(plan)), world, world.drive)
     events: list[str] = []
@@ -80,7 +80,7 @@ def test_weights_change_only_after_every_backward_pass_of_every_replica(plan: Pl
     assert len(events) - commits == plan.data * len(plan.actor_of_stage) * plan.microbatch_count
 
 
-def test_the_learning_rate_is_unknown_to_an_actor_without_parameters() -> None:
+def test_no_learning_rate_without_parameters() -> None:
     engines = Engines(Plan(pipeline=2), spec_of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), ("1",)))
     (batch,) = reference.images(1, 8)
     assert [result.lr for result in engines.train_step(1, [batch])] == [None, 0.1]
@@ -92,9 +92,8 @@ def test_the_learning_rate_is_unknown_to_an_actor_without_parameters() -> None:
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("placement", [(0, 1, 2), (0, 1, 0), (0, 0, 1)])
 @pytest.mark.parametrize("microbatches", [4, 16])
-def test_activations_and_receive_buffers_stay_within_what_the_check_has_counted(
-    microbatches: int, placement: tuple[int, ...], schedule: str
-) -> None:
+def test_what_is_held_stays_within_the_bounds(microbatches: int, placement: tuple[int, ...], schedule: str) -> None:
+    """Activations and receive buffers, as the check of the schedule has counted them."""
     plan = Plan(pipeline=max(placement) + 1, placement=placement, microbatches=microbatches, schedule=schedule)
     world = NcclWorld(plan, seed=microbatches)
     engines = Engines(plan, spec_of(three_stages, ("2", "4")), world, world.drive)
@@ -167,7 +166,7 @@ class CountingWorld(MemoryWorld):
 
 
 @pytest.mark.parametrize("placement", [(0, 1, 2), (0, 1, 0)])
-def test_a_header_goes_ahead_of_the_first_message_of_a_form_and_never_again(placement: tuple[int, ...]) -> None:
+def test_headers_are_sent_once_per_form(placement: tuple[int, ...]) -> None:
     plan = Plan(pipeline=max(placement) + 1, placement=placement, microbatches=4)
     world = CountingWorld(plan)
     engines = Engines(plan, spec_of(three_stages, ("2", "4")), world)
@@ -204,7 +203,7 @@ class Resize(nn.Module):
         return F.pad(x, (0, 784 - x.shape[1]))
 
 
-def test_a_shape_that_depends_on_the_data_is_refused_at_a_border() -> None:
+def test_a_data_dependent_shape_cannot_cross() -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Flatten(), Positive(), Resize(), nn.Linear(784, 10))
 
@@ -228,11 +227,11 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize(
     ("wrap", "unwrap", "what"),
     [
-        (lambda x: x.to_sparse(), lambda found: found.to_dense(), "sparse"),
+        (lambda x: x.to_sparse(), lambda x: x.to_dense(), "sparse"),
         (lambda x: iter([x]), next, "iterator"),
     ],
 )
-def test_a_value_that_is_no_tensor_or_not_dense_is_refused_at_a_border(wrap: Any, unwrap: Any, what: str) -> None:
+def test_sparse_tensors_and_iterators_cannot_cross(wrap: Any, unwrap: Any, what: str) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 10), Wrapped(wrap), Wrapped(unwrap))
 
@@ -253,9 +252,9 @@ def with_nan_in(batch: reference.Batch, row: int) -> reference.Batch:
 
 @pytest.mark.parametrize("rules", ["memory", "nccl"])
 @each_plan
-def test_nan_in_the_batch_names_step_and_stage_and_leaves_no_trace(plan: Plan, rules: str) -> None:
-    """Weights, optimizer state and the statistics of batch norm are as before the step, on all replicas: the run goes
-    on as one that never saw that batch."""
+def test_a_nan_batch_leaves_no_trace(plan: Plan, rules: str) -> None:
+    """Weights, optimizer state and the statistics of batch norm are as before the step, on all replicas: the run
+    continues as one that never saw that batch. The error names step and stage."""
     batches = reference.images(4, 16)
     world = NcclWorld(plan, seed=1) if rules == "nccl" else MemoryWorld(plan)
     spec = spec_of(three_stages, split_of(plan), optimizer=momentum)
@@ -273,7 +272,7 @@ def test_nan_in_the_batch_names_step_and_stage_and_leaves_no_trace(plan: Plan, r
         assert reference.worst_difference(engines.weights(), quiet.weights()) == 0
 
 
-def test_a_replica_without_a_row_learns_of_it_too() -> None:
+def test_a_replica_without_rows_drops_it_too() -> None:
     engines = Engines(PLANS["2x3"], spec_of(three_stages, ("2", "4"), optimizer=momentum))
     before = engines.weights(1)
     (batch,) = reference.images(1, 4)
@@ -290,7 +289,7 @@ class Broken(nn.Module):
         return x * float("inf") if self.training else x
 
 
-def test_the_first_stage_not_finite_is_named() -> None:
+def test_the_first_non_finite_stage_is_named() -> None:
     """Also one that is so only in training."""
     engines = Engines(PLANS["1x3-1f1b"], spec_of(lambda: three_stages(Broken()), ("2", "4")))
     (batch,) = reference.images(1, 16)
@@ -299,7 +298,7 @@ def test_the_first_stage_not_finite_is_named() -> None:
     assert caught.value.stage == 1
 
 
-def test_no_stage_is_named_where_only_the_loss_is_not_finite() -> None:
+def test_a_non_finite_loss_names_no_stage() -> None:
     def loss(output: Tensor, targets: Tensor) -> Tensor:
         return output.mean() * float("nan")
 
@@ -311,7 +310,7 @@ def test_no_stage_is_named_where_only_the_loss_is_not_finite() -> None:
 
 
 @each_plan
-def test_a_gradient_that_is_not_finite_is_not_committed_though_the_loss_is(plan: Plan) -> None:
+def test_a_non_finite_gradient_is_not_committed(plan: Plan) -> None:
     def loss(output: Tensor, targets: Tensor) -> Tensor:
         return torch.sqrt(output * 0).mean()  # 0, and its gradient is 0 · ∞
 
@@ -349,7 +348,7 @@ class Changing(nn.Module):
 
 
 @pytest.mark.parametrize("plan", [PLANS["1x1"], PLANS["1x3-1f1b"]], ids=["1x1", "1x3"])
-def test_buffers_are_restored_however_the_model_changes_them(plan: Plan) -> None:
+def test_buffers_are_restored_however_changed(plan: Plan) -> None:
     """History: a step was dropped with the statistics of batch norm as the bad batch had left them. torch's batch norm
     does not count its changes of running_mean in `_version`, and a buffer that is assigned anew begins at the
     version of the old one."""
@@ -412,9 +411,7 @@ def marked(batch: reference.Batch, row: int) -> reference.Batch:
     [(Fragile, "forward"), (FragileBackward, "backward")],
 )
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_an_exception_in_a_pass_names_replica_stage_and_microbatch(
-    fragile: type[nn.Module], what: str, schedule: str
-) -> None:
+def test_an_exception_in_a_pass_has_an_address(fragile: type[nn.Module], what: str, schedule: str) -> None:
     plan = Plan(data=2, pipeline=3, microbatches=4, schedule=schedule)
 
     def build() -> nn.Module:
@@ -445,7 +442,7 @@ def test_an_exception_in_the_loss_names_the_last_stage() -> None:
     assert (caught.value.replica, caught.value.stage) == (0, 2)
 
 
-def test_an_exception_in_the_optimizer_names_replica_and_actor() -> None:
+def test_an_exception_in_the_optimizer_has_an_address() -> None:
     class Fails(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             raise ZeroDivisionError("by a learning rate of zero")
@@ -463,7 +460,7 @@ def test_an_exception_in_the_optimizer_names_replica_and_actor() -> None:
         train_step(engines, 1, batch)
 
 
-def test_an_exception_in_a_forward_pass_without_gradients_has_an_address_too() -> None:
+def test_an_exception_in_evaluation_has_an_address() -> None:
     engines = Engines(Plan(pipeline=2, microbatches=4), spec_of(lambda: passing_on(Fragile()), ("2",)))
     (batch,) = reference.images(1, 8)
     with pytest.raises(UserCodeError, match=r"replica 0, stage 1, micro-batch 3: forward raised ValueError"):
@@ -471,7 +468,7 @@ def test_an_exception_in_a_forward_pass_without_gradients_has_an_address_too() -
 
 
 @pytest.mark.parametrize("value", [lambda output: output, lambda output: 0.5, lambda output: "none"])
-def test_a_loss_that_is_no_scalar_tensor_is_refused(value: Callable[[Tensor], Any]) -> None:
+def test_a_loss_must_be_a_scalar_tensor(value: Callable[[Tensor], Any]) -> None:
     def loss(output: Tensor, targets: Tensor) -> Any:
         return value(output)
 

@@ -23,21 +23,21 @@ LATE = RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/buffer.cc:91] Tim
     ],
 )
 def test_a_failed_exchange_says_where_and_why(error: Exception, kind: type[RunError], words: str) -> None:
-    """Any RuntimeError was once a lost peer, one of memory too, which then hid behind the losses it had caused."""
-    found = failed_wait(Place(1, (2,)), "the commit", error)
-    assert type(found) is kind
-    assert str(found).startswith("replica 1, stage 2: the commit")
-    assert words in str(found)
-    assert (found.replica, found.stage) == (1, 2)
+    """History: any RuntimeError was a lost peer, out of memory too, which the losses that it caused then masked."""
+    failure = failed_wait(Place(1, (2,)), "the commit", error)
+    assert type(failure) is kind
+    assert str(failure).startswith("replica 1, stage 2: the commit")
+    assert words in str(failure)
+    assert (failure.replica, failure.stage) == (1, 2)
 
 
-def test_only_errors_of_torch_distributed_are_of_the_connection() -> None:
+def test_which_errors_are_of_the_connection() -> None:
     assert is_of_connection(CLOSED)
     assert not is_of_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_of_connection(ValueError("/gloo/"))
 
 
-def test_an_exception_of_user_code_keeps_its_cause_and_its_traceback() -> None:
+def test_user_code_errors_keep_cause_and_traceback() -> None:
     with pytest.raises(UserCodeError) as caught, user_code(Place(0, (1,)), "forward"):
         raise KeyError("weights")
     assert "replica 0, stage 1: forward raised KeyError: 'weights'" in str(caught.value)
@@ -50,6 +50,7 @@ def test_errors_of_raypar_pass_unchanged() -> None:
         raise DataError("no rows")
 
 
-def test_a_reduction_within_user_code_that_loses_its_peer_is_no_fault_of_the_user() -> None:
+def test_a_lost_peer_is_not_the_users_fault() -> None:
+    """DDP reduces inside the user's backward pass."""
     with pytest.raises(PeerLostError), user_code(Place(0, (0,)), "backward"):
         raise CLOSED

@@ -47,7 +47,7 @@ def test_rows_are_shared_equally(count: int, microbatches: int, sizes: list[int]
 
 @settings(deadline=None)
 @given(st.integers(0, 200), st.integers(1, 20))
-def test_no_micro_batch_is_empty_and_none_is_larger_than_the_one_before(count: int, microbatches: int):
+def test_micro_batches_are_not_empty_and_shrink(count: int, microbatches: int):
     sizes = microbatch.sizes(count, microbatches)
     assert sum(sizes) == count
     assert len(sizes) == min(count, microbatches)
@@ -61,7 +61,7 @@ def test_no_micro_batch_is_empty_and_none_is_larger_than_the_one_before(count: i
 
 @settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 6))
-def test_a_batch_that_is_cut_and_joined_is_the_batch(count: int, microbatches: int):
+def test_cut_and_joined_is_the_batch(count: int, microbatches: int):
     batch = {"x": rows(count), "deep": (rows(count, 3), [rows(count, 1)])}
     parts = cut(batch, microbatch.sizes(count, microbatches))
     again = microbatch.join(parts)
@@ -75,7 +75,7 @@ def test_a_cut_is_a_view_not_a_copy():
     assert parts[1].data_ptr() == batch[2:].data_ptr()
 
 
-def test_what_is_shared_goes_whole_to_each_micro_batch():
+def test_shared_tensors_go_to_each_micro_batch():
     mask = torch.ones(7, 7)
     parts = cut({"x": rows(3), "mask": shared(mask)}, [2, 1])
     assert [part["mask"] is mask for part in parts] == [True, True]
@@ -91,7 +91,7 @@ def test_no_row_makes_no_micro_batch():
     assert cut(rows(0), microbatch.sizes(0, 4)) == []
 
 
-def test_outputs_are_joined_row_by_row_and_keep_their_form():
+def test_joined_outputs_keep_their_form():
     outputs = [{"logits": rows(2), "hidden": (rows(2, 1), None)}, {"logits": rows(1), "hidden": (rows(1, 1), None)}]
     joined = microbatch.join(outputs)
     assert torch.equal(joined["logits"], torch.cat([rows(2), rows(1)]))
@@ -115,7 +115,7 @@ def test_tensors_with_different_numbers_of_rows_are_refused():
         rows_of((rows(3), rows(2)))
 
 
-def test_a_tensor_without_dimensions_is_refused_unless_it_is_shared():
+def test_scalars_must_be_shared():
     with pytest.raises(DataError, match=r"a tensor without dimensions, needed batch first.*raypar\.shared"):
         rows_of((rows(3), torch.tensor(1.0)))
     assert rows_of((rows(3), shared(torch.tensor(1.0)))) == 3
@@ -130,7 +130,7 @@ def test_a_batch_without_a_row_tensor_is_refused(batch: Any):
 # ---------------------------------------------------------------- what fixes the shapes inside the model
 
 
-def test_the_description_of_a_batch_leaves_out_its_number_of_rows_alone():
+def test_a_form_leaves_out_only_the_rows():
     described = form_of({"x": rows(3), "mask": shared(torch.ones(2))})
     assert described == form_of({"x": rows(8), "mask": shared(torch.ones(2))})
     assert hash(described) == hash(form_of({"x": rows(0), "mask": shared(torch.ones(2))}))
@@ -145,18 +145,18 @@ def test_the_description_of_a_batch_leaves_out_its_number_of_rows_alone():
     assert all(form_of(other) != described for other in others)
 
 
-def test_plain_values_are_part_of_the_description():
+def test_plain_values_are_part_of_a_form():
     assert form_of((rows(1), 2)) != form_of((rows(1), 3))
 
 
-def test_a_numpy_batch_is_described_like_itself_whatever_its_rows():
+def test_a_numpy_batch_has_one_form():
     assert form_of(np.zeros((2, 3))) == form_of(np.ones((5, 3)))
 
 
 # ---------------------------------------------------------------- arrays and tensors
 
 
-def test_arrays_that_may_be_written_to_become_tensors_without_a_copy():
+def test_writable_arrays_are_not_copied():
     array = torch.zeros(2, 3).numpy()
     tensor = microbatch.to_tensors({"x": array}, CPU)["x"]
     array[0, 0] = 5
@@ -172,7 +172,7 @@ def test_read_only_arrays_are_copied():
     assert (tensor[0].tolist(), tensor[1].value.tolist(), array.tolist()) == ([7, 1, 2], [0, 1, 2], [0, 1, 2])
 
 
-def test_tensors_travel_as_arrays_and_come_back_the_same():
+def test_tensors_travel_as_arrays():
     batch = {"x": rows(3), "mask": shared(torch.ones(2, dtype=torch.bool)), "n": 4}
     arrays = microbatch.to_arrays(batch)
     assert isinstance(arrays["x"], np.ndarray)
@@ -185,7 +185,7 @@ def test_tensors_travel_as_arrays_and_come_back_the_same():
 
 
 @pytest.mark.parametrize("writeable", [True, False])
-def test_tensors_stand_where_torch_would_have_put_them(writeable: bool):
+def test_tensors_are_aligned_as_torch_aligns(writeable: bool):
     """Small batches come out of Ray's messages, and read-only ones were copied by NumPy, at any address. The product
     with a weight then rounded otherwise from run to run, and a resumed run did not end with the same bits."""
     for offset in range(0, 64, 4):
@@ -195,12 +195,12 @@ def test_tensors_stand_where_torch_would_have_put_them(writeable: bool):
         array[:] = np.arange(24).reshape(6, 4)
         array.flags.writeable = writeable
         tensor = microbatch.to_tensors((array, torch.from_numpy(array.copy())[1:]), CPU)
-        assert [each.data_ptr() % 64 for each in tensor] == [0, 0]
+        assert [row.data_ptr() % 64 for row in tensor] == [0, 0]
         assert tensor[0].tolist() == array.tolist()
         assert tensor[1].tolist() == array[1:].tolist()
 
 
-def test_bfloat16_which_numpy_lacks_travels_as_a_tensor():
+def test_bfloat16_travels_as_a_tensor():
     tensor = torch.ones(2, dtype=torch.bfloat16)
     assert microbatch.to_arrays(tensor) is tensor
 
@@ -216,5 +216,6 @@ def test_bfloat16_which_numpy_lacks_travels_as_a_tensor():
         (torch.zeros(0), True),
     ],
 )
-def test_values_are_finite_when_no_floating_point_tensor_holds_nan_or_infinity(values: Any, finite: bool):
+def test_when_values_are_finite(values: Any, finite: bool):
+    """If no floating-point tensor holds NaN or infinity."""
     assert microbatch.is_finite(values) is finite

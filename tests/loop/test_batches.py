@@ -42,22 +42,22 @@ def shares(
     path: Any, replicas: int = 1, passes: int = 1, read: Callable[..., Any] = batches, **options: Any
 ) -> list[list[Batches]]:
     """What each replica gets in each epoch."""
-    found: list[list[Batches]] = [[] for _ in range(replicas)]
+    epochs_of: list[list[Batches]] = [[] for _ in range(replicas)]
 
     def loop() -> None:
         for _ in epochs(passes):
-            found[current("the test").replica].append(list(read("train", **options)))
+            epochs_of[current("the test").replica].append(list(read("train", **options)))
 
     nowhere = Storage.open("/dev/null", "run")  # nothing can be written there
     run_local(RunSpec(loop, Plan(data=replicas), {"train": path}, Timeouts(), nowhere))
-    return found
+    return epochs_of
 
 
 def rows_of(of_epoch: Batches) -> list[list[int]]:
     return [batch["row"].tolist() for batch in of_epoch]
 
 
-def test_a_small_data_set_is_read_once_for_each_choice_of_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_small_data_set_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each epoch and each evaluation read and decoded the whole file again."""
     path = write(tmp_path / "rows.parquet", a=pa.array([1, 2]), b=pa.array([3, 4]))
     read: list[Any] = []
@@ -97,14 +97,12 @@ def test_a_small_data_set_is_read_once_for_each_choice_of_columns(tmp_path: Path
         (pa.array([True, False] * 3), (6,), torch.bool),
     ],
 )
-def test_a_column_of_numbers_is_a_tensor_with_one_row_an_example(
-    tmp_path: Path, column: pa.Array, shape: tuple[int, ...], dtype: torch.dtype
-):
+def test_a_column_becomes_a_tensor(tmp_path: Path, column: pa.Array, shape: tuple[int, ...], dtype: torch.dtype):
     (((batch,),),) = shares(write(tmp_path / "t.parquet", x=column), batch_size=6)
     assert (tuple(batch["x"].shape), batch["x"].dtype) == (shape, dtype)
 
 
-def test_a_tensor_column_keeps_its_values_in_their_places(tmp_path: Path):
+def test_a_tensor_column_keeps_its_shape(tmp_path: Path):
     images = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
     path = write(tmp_path / "t.parquet", image=pa.FixedShapeTensorArray.from_numpy_ndarray(images), row=range(4))
     (((first, second),),) = shares(path, batch_size=2)
@@ -112,7 +110,7 @@ def test_a_tensor_column_keeps_its_values_in_their_places(tmp_path: Path):
         assert torch.equal(batch["image"], torch.from_numpy(images[batch["row"].numpy()]))
 
 
-def test_a_batch_can_be_written_to_without_changing_the_data_set(tmp_path: Path):
+def test_writing_to_a_batch_changes_no_data(tmp_path: Path):
     def read_twice(name: str, **options: Any) -> Batches:
         for batch in batches(name, **options):
             batch["row"] += 100
@@ -122,13 +120,14 @@ def test_a_batch_can_be_written_to_without_changing_the_data_set(tmp_path: Path)
     assert batch["row"].tolist() == [0, 1, 2]
 
 
-def test_only_the_chosen_columns_are_read_so_that_others_may_hold_anything(tmp_path: Path):
+def test_only_chosen_columns_are_read(tmp_path: Path):
+    """Others may hold anything."""
     path = write(tmp_path / "t.parquet", x=[1, 2], name=["a", "b"], empty=[None, 1])
     (((batch,),),) = shares(path, batch_size=2, columns=["x"])
     assert list(batch) == ["x"]
 
 
-def test_a_batch_is_a_tree_so_that_it_can_be_given_to_a_model_as_it_is():
+def test_a_batch_can_be_a_models_inputs():
     batch = Batch(x=torch.ones(2), y=torch.zeros(2))
     assert len(tree.leaves(batch)) == 2
     again = tree.map_tensors(lambda t: t + 1, batch)
@@ -137,7 +136,7 @@ def test_a_batch_is_a_tree_so_that_it_can_be_given_to_a_model_as_it_is():
     assert tree.unpack(tree.pack(tree.flatten(batch)[1], None))[0] == tree.flatten(batch)[1]
 
 
-def test_a_column_that_a_batch_lacks_is_told_with_the_near_names():
+def test_a_missing_column_names_near_ones():
     with pytest.raises(DataError, match=r"the batch has no column 'lable'; did you mean 'label'\?"):
         Batch(label=torch.ones(1))["lable"]
 
@@ -145,7 +144,7 @@ def test_a_column_that_a_batch_lacks_is_told_with_the_near_names():
 # ---------------------------------------------------------------- files and folders
 
 
-def test_a_folder_is_all_its_parquet_files_by_name_at_any_depth(tmp_path: Path):
+def test_a_folder_is_all_its_parquet_files(tmp_path: Path):
     numbered(tmp_path / "d" / "b.parquet", 2, first=10)
     numbered(tmp_path / "d" / "a.parquet", 2, first=0)
     numbered(tmp_path / "d" / "c" / "a.parquet", 1, first=20)
@@ -157,7 +156,7 @@ def test_a_folder_is_all_its_parquet_files_by_name_at_any_depth(tmp_path: Path):
         assert batch["row"].tolist() == [0, 1, 10, 11, 20]
 
 
-def test_the_file_of_a_folder_without_a_row_is_no_hindrance(tmp_path: Path):
+def test_a_file_without_rows_is_fine(tmp_path: Path):
     numbered(tmp_path / "a.parquet", 2)
     write(tmp_path / "b.parquet", row=pa.array([], pa.int64()))
     (((batch,),),) = shares(tmp_path, batch_size=2, shuffle=False)
@@ -167,12 +166,13 @@ def test_the_file_of_a_folder_without_a_row_is_no_hindrance(tmp_path: Path):
 # ---------------------------------------------------------------- which rows form which batch
 
 
-def test_without_shuffling_rows_come_as_they_are_stored(tmp_path: Path):
+def test_unshuffled_rows_come_as_stored(tmp_path: Path):
     ((first, second),) = shares(numbered(tmp_path / "t.parquet", 5), passes=2, batch_size=2, shuffle=False)
     assert rows_of(first) == rows_of(second) == [[0, 1], [2, 3], [4]]
 
 
-def test_each_row_comes_once_in_every_epoch_and_each_epoch_has_another_order(tmp_path: Path):
+def test_each_row_comes_once_per_epoch(tmp_path: Path):
+    """Each epoch has another order."""
     ((first, second),) = shares(numbered(tmp_path / "t.parquet", 50), passes=2, batch_size=8)
     for of_epoch in (first, second):
         assert sorted(chain(*rows_of(of_epoch))) == list(range(50))
@@ -180,23 +180,23 @@ def test_each_row_comes_once_in_every_epoch_and_each_epoch_has_another_order(tmp
     assert rows_of(first) != rows_of(second)
 
 
-def test_the_order_depends_on_the_seed_and_on_nothing_else(tmp_path: Path):
+def test_only_the_seed_decides_the_order(tmp_path: Path):
     path = numbered(tmp_path / "t.parquet", 50)
     torch.manual_seed(1)
     one = shares(path, passes=2, batch_size=8, seed=3)
     torch.manual_seed(2)
     same, other = shares(path, passes=2, batch_size=8, seed=3), shares(path, passes=2, batch_size=8, seed=4)
-    assert [rows_of(each) for each in one[0]] == [rows_of(each) for each in same[0]]
+    assert [rows_of(batch) for batch in one[0]] == [rows_of(batch) for batch in same[0]]
     assert rows_of(one[0][0]) != rows_of(other[0][0])
 
 
-def test_the_order_of_an_epoch_is_the_same_whatever_the_batch_size(tmp_path: Path):
+def test_the_batch_size_does_not_change_the_order(tmp_path: Path):
     path = numbered(tmp_path / "t.parquet", 20)
     orders = [list(chain(*rows_of(shares(path, batch_size=size)[0][0]))) for size in (1, 3, 20)]
     assert orders[0] == orders[1] == orders[2]
 
 
-def test_windows_give_every_number_of_replicas_the_same_global_batches(
+def test_windows_keep_the_global_batches(
     tmp_path: Path,
 ):
     """Of a data set that is larger than a window."""
@@ -208,14 +208,15 @@ def test_windows_give_every_number_of_replicas_the_same_global_batches(
     assert rows_of(first) != rows_of(second)
     for replicas in (2, 3):
         of_replicas = [rows_of(of_epochs[0]) for of_epochs in shares(path, replicas, batch_size=16, window=30)]
-        assert [list(chain(*each)) for each in zip(*of_replicas, strict=True)] == rows_of(first)
+        assert [list(chain(*of_batch)) for of_batch in zip(*of_replicas, strict=True)] == rows_of(first)
 
 
 @settings(deadline=None, max_examples=25)
 @given(rows=st.integers(1, 40), batch_size=st.integers(1, 12), replicas=st.integers(1, 4), shuffle=st.booleans())
-def test_the_replicas_shares_form_the_same_global_batches_whatever_their_number(
+def test_shares_form_the_same_global_batches(
     tmp_path_factory: pytest.TempPathFactory, rows: int, batch_size: int, replicas: int, shuffle: bool
 ):
+    """Whatever the number of replicas."""
     path = numbered(tmp_path_factory.mktemp("d") / "t.parquet", rows)
     ((whole,),) = shares(path, batch_size=batch_size, shuffle=shuffle)
     parts = [rows_of(of_replica[0]) for of_replica in shares(path, replicas, batch_size=batch_size, shuffle=shuffle)]
@@ -228,13 +229,13 @@ def test_the_replicas_shares_form_the_same_global_batches_whatever_their_number(
     assert {len(part) for part in parts} == {-(-rows // batch_size)}
 
 
-def test_a_replica_without_a_row_gets_a_batch_of_none(tmp_path: Path):
+def test_a_share_may_have_no_rows(tmp_path: Path):
     (((one,),), ((other,),)) = shares(numbered(tmp_path / "t.parquet", 1), 2, batch_size=8)
     assert (one["row"].tolist(), other["row"].tolist()) == ([0], [])
     assert other["row"].dtype == torch.int64
 
 
-def test_a_last_batch_that_is_not_full_can_be_left_out(tmp_path: Path):
+def test_a_short_last_batch_can_be_dropped(tmp_path: Path):
     path = numbered(tmp_path / "t.parquet", 7)
     assert rows_of(shares(path, batch_size=3, shuffle=False, drop_last=True)[0][0]) == [[0, 1, 2], [3, 4, 5]]
     assert rows_of(shares(path, batch_size=7, shuffle=False, drop_last=True)[0][0]) == [[0, 1, 2, 3, 4, 5, 6]]
@@ -261,9 +262,7 @@ def test_a_last_batch_that_is_not_full_can_be_left_out(tmp_path: Path):
         (lambda d: "nosuch://bucket/t.parquet", r"nosuch://bucket/t\.parquet cannot be reached"),
     ],
 )
-def test_a_data_set_that_cannot_be_read_is_refused_before_a_run_starts(
-    tmp_path: Path, make: Callable[[Path], Any], message: str
-):
+def test_unreadable_data_sets_are_refused_early(tmp_path: Path, make: Callable[[Path], Any], message: str):
     with pytest.raises(DataError, match=message):
         check_datasets({"good": numbered(tmp_path / "good.parquet", 1), "train": make(tmp_path)})
 
@@ -285,7 +284,7 @@ def test_no_data_sets_are_fine():
         ({"columns": ["label"], "batch_size": 9, "drop_last": True}, r"has 3 rows, so no batch is full; lower"),
     ],
 )  # fmt: skip
-def test_a_column_that_is_missing_or_holds_no_numbers_is_refused(tmp_path: Path, options: dict[str, Any], message: str):
+def test_unusable_columns_are_refused(tmp_path: Path, options: dict[str, Any], message: str):
     path = write(
         tmp_path / "t.parquet",
         label=[1, 2, 3],
@@ -299,13 +298,13 @@ def test_a_column_that_is_missing_or_holds_no_numbers_is_refused(tmp_path: Path,
         shares(path, **({"batch_size": 2} | options))
 
 
-def test_an_unknown_data_set_is_refused_with_the_near_name(tmp_path: Path):
+def test_an_unknown_data_set_names_near_ones(tmp_path: Path):
     with pytest.raises(DataError, match=r"batches\('trian'\): no such data set; did you mean 'train'\?; see Trainer"):
         shares(numbered(tmp_path / "t.parquet", 1), read=lambda name, **_: batches("trian", batch_size=1))
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.0, "2", True, None])
-def test_a_batch_size_is_a_whole_number_of_at_least_one(tmp_path: Path, batch_size: Any):
+def test_a_batch_size_is_positive(tmp_path: Path, batch_size: Any):
     with pytest.raises(UsageError, match=r"batches\('train', batch_size=.*\): needed a whole number of at least 1"):
         shares(numbered(tmp_path / "t.parquet", 1), batch_size=batch_size)
 

@@ -87,7 +87,8 @@ def test_an_optimizer_that_selects_nothing_is_refused(name: str, frozen: bool, r
 # ---------------------------------------------------------------- one replica at a time
 
 
-def test_a_replica_runs_until_it_needs_the_others_and_then_the_next_one_does():
+def test_replicas_run_until_they_need_others():
+    """Then the next one runs."""
     log: list[str] = []
 
     def loop() -> None:
@@ -131,28 +132,29 @@ def test_a_single_replica_runs_in_the_calling_thread():
     assert threads == [threading.current_thread()]
 
 
-def test_what_is_gathered_and_added_is_in_the_order_of_the_replicas_on_all_of_them():
-    found: dict[int, tuple[list[Any], float]] = {}
+def test_values_come_in_replica_order():
+    """What is gathered or summed, on all replicas."""
+    values: dict[int, tuple[list[Any], float]] = {}
 
     def loop() -> None:
-        found[rank()] = gather(f"of {rank()}"), add([1e8, 1.0, -1e8][rank()])
+        values[rank()] = gather(f"of {rank()}"), add([1e8, 1.0, -1e8][rank()])
 
     run(loop, replicas=3)
     in_order = float((torch.tensor(1e8) + torch.tensor(1.0)) + torch.tensor(-1e8))
-    assert found == dict.fromkeys(range(3), (["of 0", "of 1", "of 2"], in_order))
+    assert values == dict.fromkeys(range(3), (["of 0", "of 1", "of 2"], in_order))
 
 
-def test_a_sum_can_be_changed_by_one_replica_without_the_others():
-    found: dict[int, float] = {}
+def test_each_replica_gets_its_own_sum():
+    sums: dict[int, float] = {}
 
     def loop() -> None:
         total = current("the test").sum(torch.ones(1))
         total += rank()
         gather(None)
-        found[rank()] = float(total)
+        sums[rank()] = float(total)
 
     run(loop)
-    assert found == {0: 2.0, 1: 3.0}
+    assert sums == {0: 2.0, 1: 3.0}
 
 
 # ---------------------------------------------------------------- random numbers
@@ -162,18 +164,20 @@ def draw() -> tuple[float, float, float]:
     return float(torch.rand(())), float(np.random.rand()), random.random()
 
 
-def test_each_replica_has_random_numbers_of_its_own_that_are_the_same_in_each_run():
+def test_each_replica_has_its_own_random_numbers():
+    """They are the same in each run."""
+
     def numbers(switching: bool) -> dict[int, list[tuple[float, float, float]]]:
-        found: dict[int, list[tuple[float, float, float]]] = {0: [], 1: [], 2: []}
+        numbers_of: dict[int, list[tuple[float, float, float]]] = {0: [], 1: [], 2: []}
 
         def loop() -> None:
             for _ in range(4):
-                found[rank()].append(draw())
+                numbers_of[rank()].append(draw())
                 if switching:
                     gather(None)
 
         run(loop, replicas=3)
-        return found
+        return numbers_of
 
     alone, taking_turns = numbers(switching=False), numbers(switching=True)
     assert alone == taking_turns
@@ -181,8 +185,8 @@ def test_each_replica_has_random_numbers_of_its_own_that_are_the_same_in_each_ru
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(data=2), Plan(pipeline=2), Plan(data=2, pipeline=2)])
-def test_building_and_training_a_model_leaves_the_loops_random_numbers_alone(plan: Plan):
-    found: dict[tuple[int, bool], list[Any]] = {}
+def test_training_leaves_the_loops_random_numbers_alone(plan: Plan):
+    numbers: dict[tuple[int, bool], list[Any]] = {}
 
     def loop(train: bool) -> Callable[[], None]:
         def go() -> None:
@@ -200,17 +204,17 @@ def test_building_and_training_a_model_leaves_the_loops_random_numbers_alone(pla
             else:
                 drawn.append(draw())
             drawn.append(draw())
-            found[rank(), train] = drawn
+            numbers[rank(), train] = drawn
 
         return go
 
     for train in (False, True):
         run_local(RunSpec(loop(train), plan, {}, Timeouts(), NOWHERE))
     for number in range(plan.data):
-        assert found[number, True] == found[number, False]
+        assert numbers[number, True] == numbers[number, False]
 
 
-def test_a_run_leaves_the_random_numbers_of_the_process_alone():
+def test_a_run_leaves_the_processs_random_numbers_alone():
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
@@ -243,7 +247,8 @@ def fail_on(failing: int, log: list[str] | None = None) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_an_error_in_one_loop_ends_all_of_them_and_is_the_one_that_is_raised(failing: int):
+def test_an_error_in_one_loop_ends_all(failing: int):
+    """It is the one that is raised."""
     log: list[str] = []
     with pytest.raises(Wrong, match=f"in replica {failing}"):
         run(fail_on(failing, log), replicas=3)
@@ -262,7 +267,9 @@ def test_an_error_before_the_other_replicas_began_ends_the_run():
     assert began == [0]
 
 
-def test_an_error_of_the_last_step_is_raised_though_nobody_asked_for_its_outcome(tmp_path: Path):
+def test_an_error_of_the_last_step_is_raised(tmp_path: Path):
+    """Though nothing has read its outcome."""
+
     def loop() -> None:
         make_replica().train_step(torch.full((2, 1), float("nan")), X)
 
@@ -304,9 +311,8 @@ def end_of(calls: dict[int, list[str]]) -> Callable[[], None]:
         ({0: ["eval"], 1: ["report"]}, "replica 0 called eval_step or sum while replica 1 called report"),
     ],
 )  # fmt: skip
-def test_replicas_that_do_not_call_the_same_are_told_so_instead_of_waiting_for_ever(
-    calls: dict[int, list[str]], message: str
-):
+def test_replicas_must_make_the_same_calls(calls: dict[int, list[str]], message: str):
+    """Else there is an error, and no wait for ever."""
     with pytest.raises(UsageError, match=message) as caught:
         run(end_of(calls))
     assert "all replicas must call train_step, eval_step, sum and report in the same order" in str(caught.value)
@@ -317,9 +323,9 @@ def test_with_three_replicas_too():
         run(end_of({0: ["step"], 1: [], 2: ["step"]}), replicas=3)
 
 
-def test_an_error_of_what_all_do_together_is_raised_in_each_of_them():
+def test_an_error_of_a_meeting_is_raised_in_all():
     turns = Turns(2)
-    found: dict[int, Exception] = {}
+    errors: dict[int, Exception] = {}
 
     def act(values: list[int]) -> list[int]:
         raise Wrong(f"with {values}")
@@ -329,7 +335,7 @@ def test_an_error_of_what_all_do_together_is_raised_in_each_of_them():
         try:
             turns.meet(number, "act", number * 10, act)
         except Wrong as error:
-            found[number] = error
+            errors[number] = error
         turns.end(number)
 
     threads = [threading.Thread(target=meet, args=(number,)) for number in (0, 1)]
@@ -337,7 +343,7 @@ def test_an_error_of_what_all_do_together_is_raised_in_each_of_them():
         thread.start()
     for thread in threads:
         thread.join()
-    assert {number: str(error) for number, error in found.items()} == {0: "with [0, 10]", 1: "with [0, 10]"}
+    assert {number: str(error) for number, error in errors.items()} == {0: "with [0, 10]", 1: "with [0, 10]"}
 
 
 @pytest.mark.usefixtures("ctrl_c")
@@ -378,7 +384,7 @@ def test_the_history_is_that_of_the_first_replica():
 
 
 @pytest.mark.parametrize(("keep", "left"), [(None, [1, 2, 3, 4]), (1, [4]), (2, [3, 4])])
-def test_as_many_checkpoints_stay_as_are_to_be_kept(tmp_path: Path, keep: int | None, left: list[int]):
+def test_the_newest_checkpoints_are_kept(tmp_path: Path, keep: int | None, left: list[int]):
     storage = Storage.open(tmp_path, "run")
 
     def loop() -> None:
@@ -391,9 +397,8 @@ def test_as_many_checkpoints_stay_as_are_to_be_kept(tmp_path: Path, keep: int | 
     assert [int(Path(path).name.removeprefix("checkpoint_")) for path in list_checkpoints(storage)] == left
 
 
-def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_run_resumes_from_the_newest_whole_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """It says so."""
     storage = Storage.open(tmp_path, "run")
     steps: list[int] = []
     said: list[str] = []

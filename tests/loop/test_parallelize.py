@@ -78,7 +78,7 @@ class Runs:
     def train(
         self, build: Callable[[], nn.Module] = stateful, crash_after: int | None = None, plan: Plan | None = None
     ) -> list[dict[str, Any]]:
-        """Trains to the end, with a checkpoint an epoch, or until behind step `crash_after`, which it saves."""
+        """Trains to the end, with one checkpoint per epoch, or up to step `crash_after`, which it saves."""
         self.losses = []
 
         def loop() -> None:
@@ -114,14 +114,14 @@ def adamw(module: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_replica(build: Callable[[], nn.Module], plan: Plan, **options: Any) -> Replica:
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "loss_fn": F.cross_entropy,
         "optimizer": adamw,
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS),
         "max_grad_norm": 1.0,
         "split": split_of(plan),
     }
-    return parallelize(build, **(given | options))
+    return parallelize(build, **(defaults | options))
 
 
 def write_rows(folder: Path, change: Callable[[np.ndarray], None] | None = None) -> None:
@@ -172,7 +172,7 @@ def test_a_run_returns_the_history_of_its_metrics(new_runs: Callable[[Plan], Run
 
 
 @each_plan
-def test_a_run_is_repeatable_to_the_bit(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_runs_are_bitwise_reproducible(new_runs: Callable[[Plan], Runs], plan: Plan):
     one, other = new_runs(plan), new_runs(plan)
     one.train()
     torch.manual_seed(99)
@@ -184,9 +184,8 @@ def test_a_run_is_repeatable_to_the_bit(new_runs: Callable[[Plan], Runs], plan: 
 
 @each_plan
 @pytest.mark.parametrize("crash_after", [1, 3, 5])
-def test_a_run_resumed_after_a_crash_ends_with_the_bits_of_one_that_never_crashed(
-    new_runs: Callable[[Plan], Runs], plan: Plan, crash_after: int
-):
+def test_a_run_resumed_after_a_crash_is_identical(new_runs: Callable[[Plan], Runs], plan: Plan, crash_after: int):
+    """Bitwise, to one that never crashed."""
     whole, broken = new_runs(plan), new_runs(plan)
     history = whole.train()
     broken.train(crash_after=crash_after)
@@ -230,7 +229,7 @@ def test_a_run_can_be_resumed_with_another_plan(new_runs: Callable[[Plan], Runs]
         torch.testing.assert_close(changed.states[0][name], value, rtol=0, atol=1e-6)
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over_by_the_run_that_follows(new_runs: Callable[[Plan], Runs]):
+def test_a_truncated_checkpoint_is_skipped(new_runs: Callable[[Plan], Runs]):
     whole, broken = new_runs(Plan()), new_runs(Plan())
     whole.train()
     broken.train(crash_after=2)
@@ -246,7 +245,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over_by_the_run_that_follows(ne
 
 
 @each_plan
-def test_evaluating_between_steps_changes_nothing_in_training(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_evaluation_changes_nothing_in_training(new_runs: Callable[[Plan], Runs], plan: Plan):
     states: dict[bool, dict[int, dict[str, Tensor]]] = {False: {}, True: {}}
 
     def loop(evaluate: bool) -> Callable[[], None]:
@@ -269,17 +268,17 @@ def test_evaluating_between_steps_changes_nothing_in_training(new_runs: Callable
 
 
 @each_plan
-def test_an_eval_step_and_a_prediction_are_those_of_the_plain_model_in_eval_mode(
-    new_runs: Callable[[Plan], Runs], plan: Plan
-):
+def test_evaluation_is_that_of_the_plain_model(new_runs: Callable[[Plan], Runs], plan: Plan):
+    """eval_step and predict, in eval mode."""
+
     def loop() -> None:
         replica = make_replica(stateful, plan)
         model = stateful()
         model.load_state_dict(replica.state_dict())
         model.eval()
-        found = replica.eval_step(share(X), share(Y))
-        assert found.samples == 12
-        assert found.loss == pytest.approx(F.cross_entropy(model(X), Y).item(), abs=1e-6)
+        output = replica.eval_step(share(X), share(Y))
+        assert output.samples == 12
+        assert output.loss == pytest.approx(F.cross_entropy(model(X), Y).item(), abs=1e-6)
         torch.testing.assert_close(replica.predict(share(X)), model(share(X)), rtol=0, atol=1e-6)
         assert tuple(replica.predict(X[:0]).shape) == (0, 3)
 
@@ -288,23 +287,23 @@ def test_an_eval_step_and_a_prediction_are_those_of_the_plain_model_in_eval_mode
 
 @each_plan
 def test_a_number_is_added_over_all_replicas(new_runs: Callable[[Plan], Runs], plan: Plan):
-    found: list[tuple[Any, list[int]]] = []
+    sums: list[tuple[Any, list[int]]] = []
 
     def loop() -> None:
         replica = make_replica(plain, plan)
-        found.append((replica.sum(rank() + 1), replica.sum(torch.tensor([1, rank()])).tolist()))
+        sums.append((replica.sum(rank() + 1), replica.sum(torch.tensor([1, rank()])).tolist()))
 
     new_runs(plan)(loop)
-    assert found == [(3, [2, 1])] * 2 if plan.data == 2 else [(1, [1, 0])]
+    assert sums == [(3, [2, 1])] * 2 if plan.data == 2 else [(1, [1, 0])]
 
 
 # ---------------------------------------------------------------- the state dict
 
 
 @each_plan
-def test_the_names_of_the_state_dict_are_those_of_the_whole_model_in_its_order(
-    new_runs: Callable[[Plan], Runs], plan: Plan
-):
+def test_a_state_dict_has_the_models_names(new_runs: Callable[[Plan], Runs], plan: Plan):
+    """In the model's order."""
+
     def loop() -> None:
         assert list(make_replica(stateful, plan).state_dict()) == list(stateful().state_dict())
 
@@ -312,23 +311,23 @@ def test_the_names_of_the_state_dict_are_those_of_the_whole_model_in_its_order(
 
 
 @each_plan
-def test_a_state_dict_that_is_loaded_is_the_one_that_is_trained_on(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_training_continues_from_a_loaded_state_dict(new_runs: Callable[[Plan], Runs], plan: Plan):
     torch.manual_seed(7)
-    given = stateful().state_dict()
+    state = stateful().state_dict()
 
     def loop() -> None:
         replica = make_replica(stateful, plan)
-        assert not torch.equal(replica.state_dict()["0.weight"], given["0.weight"])
-        replica.load_state_dict(given)
-        assert all(torch.equal(value, given[name]) for name, value in replica.state_dict().items())
+        assert not torch.equal(replica.state_dict()["0.weight"], state["0.weight"])
+        replica.load_state_dict(state)
+        assert all(torch.equal(value, state[name]) for name, value in replica.state_dict().items())
         replica.train_step(share(X), share(Y)).result()
-        assert not torch.equal(replica.state_dict()["0.weight"], given["0.weight"])
+        assert not torch.equal(replica.state_dict()["0.weight"], state["0.weight"])
 
     new_runs(plan)(loop)
 
 
 @each_plan
-def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_a_wrong_state_dict_changes_nothing(new_runs: Callable[[Plan], Runs], plan: Plan):
     def loop() -> None:
         replica = make_replica(stateful, plan)
         before = replica.state_dict()
@@ -351,14 +350,13 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(new_runs:
 
 @each_plan
 @pytest.mark.parametrize("name", ["weights.pt", "file://weights.safetensors"])
-def test_a_run_starts_from_a_file_of_weights_and_goes_on_from_its_checkpoint(
-    new_runs: Callable[[Plan], Runs], plan: Plan, name: str
-):
+def test_starting_from_a_file_of_weights(new_runs: Callable[[Plan], Runs], plan: Plan, name: str):
+    """A resumed run continues from its checkpoint instead."""
     runs = new_runs(plan)
     torch.manual_seed(7)
-    given = stateful().state_dict()
+    in_file = stateful().state_dict()
     path = runs.folder / name.removeprefix("file://")
-    save_file(given, str(path)) if name.endswith("safetensors") else torch.save(given, path)
+    save_file(in_file, str(path)) if name.endswith("safetensors") else torch.save(in_file, path)
     weights = f"file://{path}" if name.startswith("file://") else path
     ends: list[dict[str, Tensor]] = []
 
@@ -368,7 +366,7 @@ def test_a_run_starts_from_a_file_of_weights_and_goes_on_from_its_checkpoint(
         if ends:
             assert bits({0: start}) == bits({0: ends[0]})
             return
-        assert all(torch.equal(value, given[key]) for key, value in start.items())
+        assert all(torch.equal(value, in_file[key]) for key, value in start.items())
         replica.train_step(share(X), share(Y))
         report({}, replica)
         if rank() == 0:
@@ -378,7 +376,7 @@ def test_a_run_starts_from_a_file_of_weights_and_goes_on_from_its_checkpoint(
             ends.append(state)
 
     runs(loop)
-    if plan.data == 1:  # with more replicas each goes on from buffers of its own
+    if plan.data == 1:  # with more replicas, each continues from its own buffers
         runs(loop)
     assert len(ends) == 1
 
@@ -444,7 +442,7 @@ def test_a_second_model_in_one_loop_is_refused(new_runs: Callable[[Plan], Runs])
         make_replica(plain, Plan())
         make_replica(plain, Plan())
 
-    with pytest.raises(UsageError, match="parallelize was called twice in one train loop, needed: one model a run"):
+    with pytest.raises(UsageError, match="parallelize was called twice in one train loop; needed: one model per run"):
         new_runs(Plan())(loop)
 
 
@@ -466,7 +464,7 @@ def test_a_second_model_in_one_loop_is_refused(new_runs: Callable[[Plan], Runs])
         ),
     ],
 )
-def test_what_cannot_be_trained_is_refused_on_all_replicas_alike(
+def test_all_replicas_refuse_alike(
     new_runs: Callable[[Plan], Runs], options: dict[str, Any], error: type[Exception], message: str
 ):
     plan = Plan(data=2, pipeline=2)
@@ -496,7 +494,7 @@ def test_a_split_makes_no_sense_with_one_stage(new_runs: Callable[[Plan], Runs])
 
 
 @each_plan
-def test_a_batch_with_inputs_and_targets_of_different_length_is_refused(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_inputs_and_targets_have_equally_many_rows(new_runs: Callable[[Plan], Runs], plan: Plan):
     def loop() -> None:
         make_replica(plain, plan).train_step(X, Y[:1])
 
@@ -505,7 +503,7 @@ def test_a_batch_with_inputs_and_targets_of_different_length_is_refused(new_runs
 
 
 @each_plan
-def test_an_error_of_the_users_loss_has_an_address_and_ends_the_run(new_runs: Callable[[Plan], Runs], plan: Plan):
+def test_an_error_in_the_loss_has_an_address(new_runs: Callable[[Plan], Runs], plan: Plan):
     def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
         raise IndexError("targets out of range")
 
@@ -527,39 +525,39 @@ def test_an_error_of_the_users_loss_has_an_address_and_ends_the_run(new_runs: Ca
 
 
 def holders(new_runs: Callable[[Plan], Runs], plan: Plan, **options: Any) -> Iterator[dict[int, list[str]]]:
-    found: list[ActorInfo] = []
+    actors: list[ActorInfo] = []
 
     def loop() -> None:
         replica = make_replica(CNN, plan, **options)
-        found[:] = replica.describe()
+        actors[:] = replica.describe()
 
     new_runs(plan)(loop)
-    assert [(info.replica, info.actor) for info in found] == [
+    assert [(info.replica, info.actor) for info in actors] == [
         (replica, actor) for replica in range(plan.data) for actor in range(plan.pipeline)
     ]
-    return (dict(info.stages) for info in found)
+    return (dict(info.stages) for info in actors)
 
 
-def test_each_actor_tells_which_modules_it_holds(new_runs: Callable[[Plan], Runs]):
+def test_describe_names_each_actors_modules(new_runs: Callable[[Plan], Runs]):
     plan = Plan(data=2, pipeline=2, placement=[0, 1, 0])
-    found = list(holders(new_runs, plan, split=["conv2", "fc2"]))
-    assert found == [{0: ["conv1"], 2: ["fc2"]}, {1: ["conv2", "fc1"]}] * 2
+    modules = list(holders(new_runs, plan, split=["conv2", "fc2"]))
+    assert modules == [{0: ["conv1"], 2: ["fc2"]}, {1: ["conv2", "fc1"]}] * 2
 
 
 def test_without_names_measured_times_decide_the_split(
     new_runs: Callable[[Plan], Runs], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(local, "measure_units", lambda *_: [4.0, 4.0, 1.0, 1.0])
-    found = list(holders(new_runs, Plan(pipeline=2), split=None, example_inputs=torch.zeros(64, 1, 28, 28)))
-    assert found == [{0: ["conv1"]}, {1: ["conv2", "fc1", "fc2"]}]
+    modules = list(holders(new_runs, Plan(pipeline=2), split=None, example_inputs=torch.zeros(64, 1, 28, 28)))
+    assert modules == [{0: ["conv1"]}, {1: ["conv2", "fc1", "fc2"]}]
 
 
 def test_one_replica_measures_for_all(new_runs: Callable[[Plan], Runs], monkeypatch: pytest.MonkeyPatch):
     times = iter([[1.0, 1.0, 1.0, 3.0]])
     monkeypatch.setattr(local, "measure_units", lambda *_: next(times))
     plan = Plan(data=2, pipeline=2)
-    found = list(holders(new_runs, plan, split=None, example_inputs=torch.zeros(16, 1, 28, 28)))
-    assert found == [{0: ["conv1", "conv2", "fc1"]}, {1: ["fc2"]}] * 2
+    modules = list(holders(new_runs, plan, split=None, example_inputs=torch.zeros(16, 1, 28, 28)))
+    assert modules == [{0: ["conv1", "conv2", "fc1"]}, {1: ["fc2"]}] * 2
 
 
 class WithTable(nn.Module):
@@ -592,7 +590,7 @@ def test_example_inputs_may_be_all_that_a_batch_may_be(
     assert 0 < losses[0] < 3
 
 
-def test_an_argument_that_tracing_did_not_know_is_refused_at_the_first_step(new_runs: Callable[[Plan], Runs]):
+def test_an_untraced_argument_is_refused(new_runs: Callable[[Plan], Runs]):
     class WithMask(WithTable):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
             hidden = torch.tanh(self.a(x))

@@ -153,7 +153,8 @@ def test_two_steps_at_most_are_under_way(replica: Replica, log: Log):
     assert log == ["start 1", "start 2", "end 1", "start 3", "end 2", "start 4"]
 
 
-def test_all_that_a_step_found_waits_for_it_and_for_those_before_it_once(replica: Replica, log: Log):
+def test_reading_an_outcome_waits_once(replica: Replica, log: Log):
+    """For the step, and for those before it."""
     replica.train_step(X, Y)
     output = replica.train_step(X, Y)
     assert (output.loss, output.grad_norm, output.samples, output.lr, output.skipped) == (0.5, 2.0, 6, 0.1, False)
@@ -177,7 +178,7 @@ def test_an_older_output_keeps_its_own_result(replica: Replica):
         lambda replica: replica.bubble(),
     ],
 )
-def test_every_other_call_waits_for_the_steps_under_way(
+def test_other_calls_wait_for_steps_under_way(
     replica: Replica, log: Log, call: Callable[[Replica], Any], errors: dict[int, Exception]
 ):
     replica.train_step(X, Y)
@@ -190,15 +191,13 @@ def test_every_other_call_waits_for_the_steps_under_way(
         call(replica)
 
 
-def test_the_session_waits_for_them_when_the_loop_ends(replica: Replica, session: FakeSession, log: Log):
+def test_the_session_waits_for_the_last_steps(replica: Replica, session: FakeSession, log: Log):
     replica.train_step(X, Y)
     session.wait_for_steps()
     assert log == ["start 1", "end 1"]
 
 
-def test_an_error_is_raised_where_its_step_is_waited_for_and_again_each_time(
-    replica: Replica, log: Log, errors: dict[int, Exception]
-):
+def test_an_error_is_raised_at_each_wait(replica: Replica, log: Log, errors: dict[int, Exception]):
     errors[1] = UserCodeError("replica 0, stage 1: forward raised", replica=0, stage=1)
     first, second = replica.train_step(X, Y), replica.train_step(X, Y)
     for call in (lambda: replica.train_step(X, Y), lambda: first.loss, lambda: second.loss, replica.wait):
@@ -207,7 +206,7 @@ def test_an_error_is_raised_where_its_step_is_waited_for_and_again_each_time(
     assert log == ["start 1", "start 2", "end 1"]
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_counts_its_steps_on(session: FakeSession, actors: FakeActors):
+def test_a_resumed_run_continues_to_count_steps(session: FakeSession, actors: FakeActors):
     session.step = 41
     replica = Replica(session, actors)
     assert [replica.train_step(X, Y).step for _ in range(2)] == [42, 43]
@@ -216,9 +215,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_counts_its_steps_on(session: FakeS
 # ---------------------------------------------------------------- what is handed to the actors
 
 
-def test_the_order_of_a_batch_has_its_rows_and_a_key_that_depends_on_everything_else(
-    replica: Replica, actors: FakeActors
-):
+def test_a_request_has_rows_and_form(replica: Replica, actors: FakeActors):
+    """The form depends on everything but the rows."""
     replica.train_step(X, Y)
     replica.train_step(X[:1], Y[:1])
     replica.train_step(X.double(), Y)
@@ -228,9 +226,9 @@ def test_the_order_of_a_batch_has_its_rows_and_a_key_that_depends_on_everything_
     assert len({request.batch.form for request in actors.requests}) == 3
 
 
-def test_a_batch_without_a_row_is_handed_on_too(replica: Replica, actors: FakeActors):
+def test_a_batch_without_rows_is_requested(replica: Replica, actors: FakeActors):
     replica.train_step(X[:0], Y[:0])
-    assert actors.requests[0].rows == 0
+    assert actors.requests[0].batch.rows == 0
 
 
 @pytest.mark.parametrize(
@@ -238,7 +236,7 @@ def test_a_batch_without_a_row_is_handed_on_too(replica: Replica, actors: FakeAc
 )
 def test_inputs_and_targets_of_different_rows_are_refused(replica: Replica, log: Log, call: Callable[[Replica], Any]):
     """Nothing is started."""
-    with pytest.raises(DataError, match="found 3 rows of inputs and 2 rows of targets, needed as many of both"):
+    with pytest.raises(DataError, match="found 3 rows of inputs and 2 rows of targets; needed the same number"):
         call(replica)
     assert log == []
     assert replica.train_step(X, Y).step == 1
@@ -247,23 +245,23 @@ def test_inputs_and_targets_of_different_rows_are_refused(replica: Replica, log:
 # ---------------------------------------------------------------- evaluation
 
 
-def test_the_loss_of_an_eval_step_is_the_mean_over_the_rows_of_all_replicas(replica: Replica):
-    found = replica.eval_step(X, Y)
-    assert (found.loss, found.samples) == (12.0 / 6.0, 6)
+def test_an_eval_loss_is_over_all_replicas(replica: Replica):
+    output = replica.eval_step(X, Y)
+    assert (output.loss, output.samples) == (12.0 / 6.0, 6)
 
 
 def test_the_loss_over_no_row_is_nan(replica: Replica):
-    found = replica.eval_step(X[:0], Y[:0])
-    assert found.loss != found.loss
-    assert found.samples == 0
+    output = replica.eval_step(X[:0], Y[:0])
+    assert output.loss != output.loss
+    assert output.samples == 0
 
 
 def test_a_prediction_needs_no_targets(replica: Replica, actors: FakeActors):
     assert replica.predict(X) is X
-    assert actors.requests[0].targets is None
+    assert actors.requests[0].batch.targets is None
 
 
-def test_a_sum_over_the_replicas_keeps_the_kind_of_what_is_added(replica: Replica):
+def test_a_sum_keeps_its_type(replica: Replica):
     assert (replica.sum(3), type(replica.sum(3))) == (6, int)
     assert (replica.sum(1.5), type(replica.sum(1.5))) == (3.0, float)
     assert (replica.sum(np.int64(3)), type(replica.sum(np.int64(3)))) == (6, int)
@@ -277,14 +275,14 @@ def test_a_sum_over_the_replicas_keeps_the_kind_of_what_is_added(replica: Replic
 # ---------------------------------------------------------------- weights
 
 
-def test_a_state_dict_is_taken_over_whole(replica: Replica, actors: FakeActors):
+def test_a_state_dict_is_loaded_whole(replica: Replica, actors: FakeActors):
     state = replica.state_dict()
     assert list(state) == ["a", "b"]
     replica.load_state_dict(state)
     assert actors.loaded is state
 
 
-def test_a_state_dict_with_other_names_is_refused_and_nothing_is_loaded(replica: Replica, actors: FakeActors):
+def test_a_state_dict_with_other_names_is_refused(replica: Replica, actors: FakeActors):
     state = {"a": torch.ones(1)} | {f"c{n}": torch.ones(1) for n in range(12)}
     with pytest.raises(
         CheckpointError, match=r"load_state_dict: the state .* 1 missing \(b\) and 12 extra \(c0"
@@ -295,7 +293,7 @@ def test_a_state_dict_with_other_names_is_refused_and_nothing_is_loaded(replica:
     assert actors.loaded == {}
 
 
-def test_a_state_dict_with_other_shapes_is_refused_and_nothing_is_loaded(replica: Replica, actors: FakeActors):
+def test_a_state_dict_with_other_shapes_is_refused(replica: Replica, actors: FakeActors):
     with pytest.raises(CheckpointError, match=r"1 tensors of another shape than the model: b \(3,\) for \(2,\)"):
         replica.load_state_dict({"a": torch.ones(1), "b": torch.zeros(3)})
     assert actors.loaded == {}
@@ -316,7 +314,7 @@ def outside() -> Any:
     enter(None)  # type: ignore[arg-type]
 
 
-def test_a_report_has_the_step_and_the_epoch_beside_the_metrics(inside: FakeSession, replica: Replica):
+def test_a_report_adds_step_and_epoch(inside: FakeSession, replica: Replica):
     inside.data = DataPosition(Position(3))
     report({"loss": torch.tensor(0.5), "count": np.int64(3), "one": np.ones(1), "note": "x", "each": np.arange(2)})
     row = {"step": 0, "epoch": 3, "loss": 0.5, "count": 3, "one": 1.0, "note": "x", "each": [0, 1]}
@@ -325,9 +323,8 @@ def test_a_report_has_the_step_and_the_epoch_beside_the_metrics(inside: FakeSess
     assert type(row["count"]) is int
 
 
-def test_a_report_with_a_replica_waits_for_its_steps_and_begins_to_save_them(
-    inside: FakeSession, replica: Replica, log: Log
-):
+def test_a_report_with_a_replica_saves(inside: FakeSession, replica: Replica, log: Log):
+    """It waits for the steps under way, and starts to save."""
     replica.train_step(X, Y)
     report({"loss": 0.5}, replica)
     assert log == ["start 1", "end 1", "save 1"]
@@ -336,12 +333,12 @@ def test_a_report_with_a_replica_waits_for_its_steps_and_begins_to_save_them(
     assert log[-1] == "saved"
     ((row, path),) = inside.published
     assert row == {"step": 1, "epoch": 0, "loss": 0.5}
-    found = manifest_of(path)
-    assert (found["step"], found["history"], found["plan"]["data"]) == (1, [row], 2)
+    manifest = manifest_of(path)
+    assert (manifest["step"], manifest["history"], manifest["plan"]["data"]) == (1, [row], 2)
     assert saved_values(path)["model", "a"].tolist() == [1.0]
 
 
-def test_a_checkpoint_is_published_before_the_next_one_is_begun(inside: FakeSession, replica: Replica, log: Log):
+def test_a_checkpoint_is_published_before_the_next(inside: FakeSession, replica: Replica, log: Log):
     for _ in range(2):
         replica.train_step(X, Y)
         report({}, replica)
@@ -351,7 +348,7 @@ def test_a_checkpoint_is_published_before_the_next_one_is_begun(inside: FakeSess
     assert [str(path)[-9:] for _, path in inside.published] == ["_00000001", "_00000002", "None"]
 
 
-def test_a_failed_checkpoint_is_told_at_the_next_report(inside: FakeSession, replica: Replica, actors: FakeActors):
+def test_a_failed_checkpoint_is_raised_at_the_next_report(inside: FakeSession, replica: Replica, actors: FakeActors):
     """It is told once, and the run continues."""
     folder = Path(inside.storage.path)
     replica.train_step(X, Y)
@@ -373,17 +370,15 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_fails(inside: FakeSession
         inside.close()
 
 
-def test_a_loop_that_fails_lets_the_checkpoint_under_way_come_to_its_end(
-    inside: FakeSession, replica: Replica, log: Log
-):
+def test_a_failed_loop_completes_its_checkpoint(inside: FakeSession, replica: Replica, log: Log):
     report({}, replica)
     inside.saving.abandon()
     assert log == ["save 0", "saved"]
     assert inside.published == []
 
 
-def test_a_report_without_a_replica_waits_for_the_steps_under_way_too(inside: FakeSession, replica: Replica, log: Log):
-    """Its row once bore the number of the last step that somebody had waited for: 3 behind five steps."""
+def test_a_report_without_a_replica_waits_too(inside: FakeSession, replica: Replica, log: Log):
+    """History: its row had the number of the last step that had been waited for: 3 after five steps."""
     replica.train_step(X, Y)
     replica.train_step(X, Y)
     report({})
@@ -391,7 +386,7 @@ def test_a_report_without_a_replica_waits_for_the_steps_under_way_too(inside: Fa
     assert log == ["start 1", "start 2", "end 1", "end 2"]
 
 
-def test_a_metric_may_bear_the_name_of_what_stands_beside_it(inside: FakeSession):
+def test_a_metric_may_be_called_epoch(inside: FakeSession):
     report({"epoch": 7})
     assert inside.history == [{"step": 0, "epoch": 7}]
 
@@ -404,7 +399,7 @@ def test_a_metric_may_bear_the_name_of_what_stands_beside_it(inside: FakeSession
         ({"when": np.datetime64("2026-01-01")}, r"the metric 'when' is a date, needed a number"),
     ],
 )
-def test_a_metric_that_a_checkpoint_cannot_hold_is_refused(inside: FakeSession, metrics: Any, message: str):
+def test_other_metrics_are_refused(inside: FakeSession, metrics: Any, message: str):
     with pytest.raises(UsageError, match=message):
         report(metrics)
     assert inside.history == []
@@ -414,7 +409,7 @@ def test_a_metric_that_a_checkpoint_cannot_hold_is_refused(inside: FakeSession, 
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_a_loss_not_finite_names_the_checkpoint(
+def test_a_non_finite_loss_names_the_checkpoint(
     session: FakeSession,
     actors: FakeActors,
     errors: dict[int, Exception],
@@ -443,17 +438,16 @@ def test_a_loss_not_finite_names_the_checkpoint(
     ) as caught:
         steps(3, 5)
     assert (caught.value.step, caught.value.stage) == (3, 1)
-    found = manifest_of(caught.value.checkpoint)
-    assert (found["step"], found["position"]) == (
+    manifest = manifest_of(caught.value.checkpoint)
+    assert (manifest["step"], manifest["position"]) == (
         2,
         {"epoch": 0, "trained": {"train": 2}, "batching": {"train": {"batch_size": 3}}},
     )
     assert len(list(Path(session.storage.path).iterdir())) == 1
 
 
-def test_a_loss_that_is_not_finite_in_the_first_step_of_an_epoch_saves_that_epoch(
-    session: FakeSession, replica: Replica, errors: dict[int, Exception]
-):
+def test_a_non_finite_first_step_saves_its_epoch(session: FakeSession, replica: Replica, errors: dict[int, Exception]):
+    """A resumed run tries that epoch again."""
     errors[3] = NonFiniteError("the loss became nan at step 3.", step=3, stage=None)
     for _ in session.data.epochs_to_do(2):
         loop = Loop("train", 2, {"batch_size": 3})
@@ -464,13 +458,12 @@ def test_a_loss_that_is_not_finite_in_the_first_step_of_an_epoch_saves_that_epoc
         session.data.end_loop(loop)
     with pytest.raises(NonFiniteError) as caught:
         replica.wait()
-    found = manifest_of(caught.value.checkpoint)
-    assert (found["step"], found["position"]) == (2, {"epoch": 1, "trained": {}, "batching": {}})
+    manifest = manifest_of(caught.value.checkpoint)
+    assert (manifest["step"], manifest["position"]) == (2, {"epoch": 1, "trained": {}, "batching": {}})
 
 
-def test_a_loss_that_is_not_finite_is_told_also_where_nothing_can_be_saved(
-    session: FakeSession, replica: Replica, errors: dict[int, Exception]
-):
+def test_a_non_finite_loss_without_a_checkpoint(session: FakeSession, replica: Replica, errors: dict[int, Exception]):
+    """It is raised also if nothing can be saved."""
     Path(session.storage.path).write_text("a file where a folder is needed")
     errors[1] = NonFiniteError("the loss became nan at step 1.", step=1, stage=None)
     output = replica.train_step(X, Y)

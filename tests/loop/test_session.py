@@ -63,9 +63,9 @@ def saved_position(tmp_path: Path) -> dict[str, Any]:
     storage = Storage.open(tmp_path, "run")
     path = newest_checkpoint(storage)
     assert path is not None
-    found: dict[str, Any] = read_manifest(path, storage.filesystem)["position"]
-    assert found["batching"].keys() == found["trained"].keys()
-    return {"epoch": found["epoch"], "trained": found["trained"]}
+    position: dict[str, Any] = read_manifest(path, storage.filesystem)["position"]
+    assert position["batching"].keys() == position["trained"].keys()
+    return {"epoch": position["epoch"], "trained": position["trained"]}
 
 
 # ---------------------------------------------------------------- epochs and batches after a resume
@@ -73,18 +73,18 @@ def saved_position(tmp_path: Path) -> dict[str, Any]:
 
 def trained_rows(run: Any, crash_after: int | None, inside: bool = True) -> list[tuple[int, list[int]]]:
     """The epoch and the rows of each step of a loop that saves after step `crash_after`, and then crashes."""
-    found: list[tuple[int, list[int]]] = []
+    steps: list[tuple[int, list[int]]] = []
 
     def loop() -> None:
         replica = make_replica()
         for epoch in epochs(EPOCHS):
             for batch in batches("train", batch_size=BATCH):
                 train_on(replica, batch)
-                found.append((epoch, batch["row"].tolist()))
-                if inside and len(found) == crash_after:
+                steps.append((epoch, batch["row"].tolist()))
+                if inside and len(steps) == crash_after:
                     report({}, replica)
                     raise Crash
-            if not inside and len(found) == crash_after:
+            if not inside and len(steps) == crash_after:
                 report({}, replica)
                 raise Crash
 
@@ -93,26 +93,26 @@ def trained_rows(run: Any, crash_after: int | None, inside: bool = True) -> list
     else:
         with pytest.raises(Crash):
             run(loop)
-    return found
+    return steps
 
 
-def test_a_checkpoint_behind_the_last_batch_of_an_epoch_goes_on_with_the_next_one(run: Any, tmp_path: Path):
+def test_a_resume_after_an_epoch_starts_the_next(run: Any, tmp_path: Path):
     """Saving every few steps hits the last batch sooner or later. The resumed run then entered that epoch with no
-    batch left, and a loop that reports its last step's loss behind the batches had none."""
+    batch left, and a loop that reports its last step's loss after its batches had none."""
     trained_rows(run, STEPS_AN_EPOCH)
     assert saved_position(tmp_path) == {"epoch": 1, "trained": {}}
     assert {epoch for epoch, _ in trained_rows(run, None)} == set(range(1, EPOCHS))
 
 
-def test_a_fresh_run_goes_through_all_batches_of_all_epochs(run: Any):
-    found = trained_rows(run, None)
-    assert [epoch for epoch, _ in found] == [0] * STEPS_AN_EPOCH + [1] * STEPS_AN_EPOCH + [2] * STEPS_AN_EPOCH
+def test_a_fresh_run_has_all_batches(run: Any):
+    steps = trained_rows(run, None)
+    assert [epoch for epoch, _ in steps] == [0] * STEPS_AN_EPOCH + [1] * STEPS_AN_EPOCH + [2] * STEPS_AN_EPOCH
     for epoch in range(EPOCHS):
-        assert sorted(row for at, rows in found if at == epoch for row in rows) == list(range(ROWS))
+        assert sorted(row for at, rows in steps if at == epoch for row in rows) == list(range(ROWS))
 
 
 @pytest.mark.parametrize("step", range(1, EPOCHS * STEPS_AN_EPOCH + 1))
-def test_a_run_that_crashed_behind_any_step_goes_on_at_the_next_batch(run: Any, step: int):
+def test_a_crashed_run_resumes_at_the_next_batch(run: Any, step: int):
     before = trained_rows(run, step)
     assert len(before) == step
     after = trained_rows(run, None)
@@ -123,13 +123,13 @@ def test_a_run_that_crashed_behind_any_step_goes_on_at_the_next_batch(run: Any, 
 
 
 @pytest.mark.parametrize("step", [STEPS_AN_EPOCH, 2 * STEPS_AN_EPOCH])
-def test_a_checkpoint_behind_the_last_batch_of_an_epoch_starts_the_next_one(run: Any, tmp_path: Path, step: int):
+def test_a_checkpoint_after_an_epoch_starts_the_next(run: Any, tmp_path: Path, step: int):
     trained_rows(run, step, inside=False)
     assert saved_position(tmp_path) == {"epoch": step // STEPS_AN_EPOCH, "trained": {}}
     assert trained_rows(run, None)[0][0] == step // STEPS_AN_EPOCH
 
 
-def test_a_checkpoint_within_an_epoch_names_the_batches_that_were_trained_on(run: Any, tmp_path: Path):
+def test_a_checkpoint_counts_trained_batches(run: Any, tmp_path: Path):
     trained_rows(run, STEPS_AN_EPOCH + 3)
     assert saved_position(tmp_path) == {"epoch": 1, "trained": {"train": 3}}
 
@@ -154,11 +154,11 @@ def test_a_run_that_is_over_has_no_epoch_left(run: Any):
 
 
 def seen_by_loops(run: Any, crash_at: tuple[int, int] | None) -> dict[str, list[int]]:
-    """How many batches each loop of an epoch got, by its name; `crash_at` is the epoch and the batch to save behind."""
-    found: dict[str, list[int]] = {"before": [], "inside": [], "after": [], "again": []}
+    """How many batches each loop of an epoch got, by its name; `crash_at` is the epoch and the batch to save after."""
+    counts: dict[str, list[int]] = {"before": [], "inside": [], "after": [], "again": []}
 
     def count(kind: str, name: str) -> None:
-        found[kind].append(len(list(batches(name, batch_size=BATCH, shuffle=False))))
+        counts[kind].append(len(list(batches(name, batch_size=BATCH, shuffle=False))))
 
     def loop() -> None:
         replica = make_replica()
@@ -178,14 +178,14 @@ def seen_by_loops(run: Any, crash_at: tuple[int, int] | None) -> dict[str, list[
     else:
         with pytest.raises(Crash):
             run(loop)
-    return found
+    return counts
 
 
 def test_a_loop_that_does_not_train_always_gets_all_batches(run: Any):
-    """Also one over the rows that were trained on before, in the same epoch: what training has used is passed over by
-    the first loop after a resume alone. It was once passed over by every loop, so that this one got nothing."""
-    found = seen_by_loops(run, None)
-    assert found == {"before": [4, 4], "inside": [4] * 8, "after": [4, 4], "again": [4, 4]}
+    """Also one over the rows that were trained on before, in the same epoch: only the first loop after a resume skips
+    what training has used. History: every loop skipped it, so this one got nothing."""
+    counts = seen_by_loops(run, None)
+    assert counts == {"before": [4, 4], "inside": [4] * 8, "after": [4, 4], "again": [4, 4]}
 
 
 def test_after_a_resume_too(run: Any):
@@ -193,12 +193,12 @@ def test_after_a_resume_too(run: Any):
     assert seen_by_loops(run, None) == {"before": [4, 4], "inside": [4] * 6, "after": [4, 4], "again": [4, 4]}
 
 
-def test_a_step_behind_an_inner_loop_counts_for_the_outer_ones_data_set(run: Any, tmp_path: Path):
+def test_a_step_after_an_inner_loop_counts_outside(run: Any, tmp_path: Path):
     seen_by_loops(run, (1, 2))
     assert saved_position(tmp_path) == {"epoch": 1, "trained": {"train": 3}}
 
 
-def test_an_inner_loop_over_the_same_data_set_does_not_end_the_outer_one(run: Any, tmp_path: Path):
+def test_an_inner_loop_does_not_end_the_outer(run: Any, tmp_path: Path):
     def loop() -> None:
         replica = make_replica()
         for _ in epochs(1):
@@ -213,10 +213,10 @@ def test_an_inner_loop_over_the_same_data_set_does_not_end_the_outer_one(run: An
     run(loop)
 
 
-@pytest.mark.parametrize(("saved_behind", "left"), [(2, 2), (4, 0)])
-def test_without_epochs_each_loop_gets_all_batches(run: Any, saved_behind: int, left: int):
+@pytest.mark.parametrize(("saved_after", "left"), [(2, 2), (4, 0)])
+def test_without_epochs_each_loop_gets_all_batches(run: Any, saved_after: int, left: int):
     """All but the first loop after a resume."""
-    found: list[int] = []
+    counts: list[int] = []
 
     def loop() -> None:
         replica = make_replica()
@@ -225,37 +225,37 @@ def test_without_epochs_each_loop_gets_all_batches(run: Any, saved_behind: int, 
             for batch in batches("train", batch_size=BATCH):
                 train_on(replica, batch)
                 steps += 1
-                if len(found) == 1 and steps == saved_behind:
+                if len(counts) == 1 and steps == saved_after:
                     report({}, replica)
-            found.append(steps)
+            counts.append(steps)
 
     with pytest.warns(UserWarning, match="outside raypar.epochs"):
         run(loop)
     with pytest.warns(UserWarning, match="outside raypar.epochs"):
         run(loop)
-    assert found == [4, 4, 4, left, 4, 4]
+    assert counts == [4, 4, 4, left, 4, 4]
 
 
-def test_once_training_goes_on_no_other_loop_passes_over_anything(run: Any):
+def test_once_training_resumes_nothing_is_skipped(run: Any):
     seen_by_loops(run, (0, 1))
-    found: list[int] = []
+    counts: list[int] = []
 
     def loop() -> None:
         replica = make_replica()
         for batch in batches("train", batch_size=BATCH):
             train_on(replica, batch)
-            found.append(len(list(batches("train", batch_size=BATCH))))
+            counts.append(len(list(batches("train", batch_size=BATCH))))
 
     run(loop)
-    assert found == [4, 4]
+    assert counts == [4, 4]
 
 
-def test_what_was_trained_on_in_one_epoch_is_not_passed_over_in_the_next(run: Any):
+def test_the_next_epoch_skips_nothing(run: Any):
     seen_by_loops(run, (0, 1))
 
     def loop() -> None:
-        found = [len(list(batches("train", batch_size=BATCH))) if epoch else None for epoch in epochs(2)]
-        assert found == [None, 4]
+        counts = [len(list(batches("train", batch_size=BATCH))) if epoch else None for epoch in epochs(2)]
+        assert counts == [None, 4]
 
     run(loop)
 
@@ -273,7 +273,7 @@ def test_a_loop_that_is_left_early_ends_there(run: Any, tmp_path: Path):
     assert saved_position(tmp_path) == {"epoch": 2, "trained": {}}
 
 
-def test_steps_on_data_of_the_users_own_leave_the_position_alone(run: Any, tmp_path: Path):
+def test_steps_outside_loops_leave_the_position(run: Any, tmp_path: Path):
     def loop() -> None:
         replica = make_replica()
         for _ in epochs(1):
@@ -297,7 +297,7 @@ def crash_and_go_on(run: Any, body: Callable[[Replica, list[Any], bool], None]) 
     return seen
 
 
-def test_a_step_on_the_batches_of_two_loops_counts_for_both(run: Any, tmp_path: Path):
+def test_a_step_counts_for_both_loops(run: Any, tmp_path: Path):
     """Only the data set whose batch came last was counted: a resumed run paired the first batch of one with the third
     of the other."""
 
@@ -316,7 +316,7 @@ def test_a_step_on_the_batches_of_two_loops_counts_for_both(run: Any, tmp_path: 
     assert saved_position(tmp_path) == {"epoch": 1, "trained": {}}
 
 
-def test_a_loop_that_was_never_finished_does_not_hold_up_the_epoch(run: Any, tmp_path: Path):
+def test_an_unfinished_loop_does_not_hold_up_the_epoch(run: Any, tmp_path: Path):
     """A first batch fetched by hand, to look at it, leaves a loop open for as long as its iterator lives."""
 
     def loop() -> None:
@@ -387,7 +387,7 @@ def test_evaluating_first_uses_up_nothing(run: Any):
     assert crash_and_go_on(run, body) == ([0, 2], [4, 6])
 
 
-def test_a_second_pass_outside_epochs_is_warned_of(run: Any):
+def test_a_second_pass_outside_epochs_warns(run: Any):
     """The warning comes once: the pass has the order of the first. With `for epoch in range(5)` all epochs have the
     same order of rows, and nothing said so."""
 
@@ -403,16 +403,16 @@ def test_a_second_pass_outside_epochs_is_warned_of(run: Any):
 
     with pytest.warns(
         UserWarning, match=r"second pass over raypar\.batches\('train'\) outside raypar\.epochs"
-    ) as found:
+    ) as warned:
         run(loop(), Plan(data=2))
-    assert [Path(each.filename).name for each in found] == [Path(__file__).name]
+    assert [Path(warning.filename).name for warning in warned] == [Path(__file__).name]
     run(loop(shuffle=False))  # a warning would be an error here
 
 
 # ---------------------------------------------------------------- the history
 
 
-def test_the_history_goes_on_where_the_checkpoint_left_it(run: Any):
+def test_the_history_continues_after_a_resume(run: Any):
     def loop(crash: bool) -> Callable[[], None]:
         def train() -> None:
             replica = make_replica()
@@ -480,7 +480,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def test_the_rate_is_that_of_the_samples_since_it_was_shown_last(clock: SimpleNamespace):
+def test_the_rate_is_since_it_was_last_shown(clock: SimpleNamespace):
     rate = Rate()
     shown = []
     for now, samples in [(0.1, 10), (0.2, 10), (0.5, 30), (0.6, 10), (1.5, 90)]:
@@ -489,7 +489,7 @@ def test_the_rate_is_that_of_the_samples_since_it_was_shown_last(clock: SimpleNa
     assert shown == [None, None, pytest.approx(100.0), None, pytest.approx(100.0)]
 
 
-def test_progress_says_where_the_run_is_and_how_fast_it_is(run: Any, clock: SimpleNamespace):
+def test_progress_says_position_and_speed(run: Any, clock: SimpleNamespace):
     shown: list[dict[str, Any]] = []
 
     def loop() -> None:

@@ -35,17 +35,17 @@ def pool() -> Iterator[Processes]:
 
 
 def train_everywhere(pool: Processes, training: Training) -> list[Trained]:
-    found = pool.run(training.plan.data, train, training)
-    for each in found:
-        assert isinstance(each, Trained), each
-        assert each.losses == found[0].losses, "the replicas disagree on the loss"
-    return found
+    outcomes = pool.run(training.plan.data, train, training)
+    for outcome in outcomes:
+        assert isinstance(outcome, Trained), outcome
+        assert outcome.losses == outcomes[0].losses, "the replicas disagree on the loss"
+    return outcomes
 
 
-def assert_plain(found: list[Trained], needed: reference.Outcome, tolerance: float = 1e-6) -> None:
-    for each in found:
-        assert each.losses == pytest.approx(needed.losses, abs=1e-6, rel=0)
-        assert reference.worst_difference(each.weights, needed.weights) <= tolerance
+def assert_plain(outcomes: list[Trained], needed: reference.Outcome, tolerance: float = 1e-6) -> None:
+    for outcome in outcomes:
+        assert outcome.losses == pytest.approx(needed.losses, abs=1e-6, rel=0)
+        assert reference.worst_difference(outcome.weights, needed.weights) <= tolerance
 
 
 # ---------------------------------------------------------------- parity, in processes
@@ -53,9 +53,7 @@ def assert_plain(found: list[Trained], needed: reference.Outcome, tolerance: flo
 
 @each_way
 @pytest.mark.parametrize("rows", [(8, 8), (7, 2), (4, 0), (5, 3, 4), (0, 3, 2)], ids=str)
-def test_replicas_in_processes_equal_one_loop_over_the_full_batch(
-    pool: Processes, rows: tuple[int, ...], ddp: bool
-) -> None:
+def test_replicas_equal_a_loop_over_full_batches(pool: Processes, rows: tuple[int, ...], ddp: bool) -> None:
     training = Training(Plan(data=len(rows), microbatches=4), model="small", rows=(rows,) * 5, ddp=ddp)
     needed = reference.train_on_full_batches(MODELS["small"], training.batches(), OPTIMIZERS["sgd"], F.cross_entropy)
     assert_plain(train_everywhere(pool, training), needed)
@@ -63,9 +61,7 @@ def test_replicas_in_processes_equal_one_loop_over_the_full_batch(
 
 @each_way
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_adamw_over_two_replicas_equals_a_loop_over_the_same_microbatches(
-    pool: Processes, model: str, ddp: bool
-) -> None:
+def test_adamw_equals_a_loop_over_microbatches(pool: Processes, model: str, ddp: bool) -> None:
     training = Training(Plan(data=2, microbatches=2), model=model, optimizer="adamw", rows=((8, 8),) * 5, ddp=ddp)
     needed = reference.train_on_microbatches(
         MODELS[model], training.batches(), OPTIMIZERS["adamw"], F.cross_entropy, replicas=2, microbatches=2
@@ -74,7 +70,7 @@ def test_adamw_over_two_replicas_equals_a_loop_over_the_same_microbatches(
 
 
 @each_way
-def test_what_no_replica_uses_keeps_no_gradient(pool: Processes, ddp: bool) -> None:
+def test_unused_parameters_keep_no_gradient(pool: Processes, ddp: bool) -> None:
     """AdamW lets a parameter decay whose gradient is zero, not one whose gradient is None. `never` is used nowhere,
     also not by a replica that has no row; `rare` only in the first micro-batch of one replica."""
     training = Training(
@@ -94,24 +90,24 @@ def test_what_no_replica_uses_keeps_no_gradient(pool: Processes, ddp: bool) -> N
                 (F.cross_entropy(model(inputs[part]), targets[part], reduction="sum") / len(inputs)).backward()
         optimizer.step()
     never = reference.seeded(MODELS["partly"]).get_parameter("never.weight")
-    for each in train_everywhere(pool, training):
-        assert torch.equal(each.weights["never.weight"], never)
-        assert reference.worst_difference(each.weights, model.state_dict()) <= 1e-5  # Adam, sums in another order
+    for outcome in train_everywhere(pool, training):
+        assert torch.equal(outcome.weights["never.weight"], never)
+        assert reference.worst_difference(outcome.weights, model.state_dict()) <= 1e-5  # Adam, sums in another order
 
 
 @each_way
 def test_frozen_parameters_take_no_part(pool: Processes, ddp: bool) -> None:
     training = Training(Plan(data=2, microbatches=2), model="frozen", rows=((4, 4),) * 3, ddp=ddp)
-    found = train_everywhere(pool, training)
-    assert torch.equal(found[0].weights["1.weight"], reference.seeded(MODELS["frozen"]).state_dict()["1.weight"])
+    outcomes = train_everywhere(pool, training)
+    assert torch.equal(outcomes[0].weights["1.weight"], reference.seeded(MODELS["frozen"]).state_dict()["1.weight"])
     needed = reference.train_on_full_batches(MODELS["frozen"], training.batches(), OPTIMIZERS["sgd"], F.cross_entropy)
-    assert_plain(found, needed)
+    assert_plain(outcomes, needed)
 
 
 @each_way
-def test_each_replica_keeps_batch_statistics_of_its_own(pool: Processes, ddp: bool) -> None:
+def test_batch_statistics_belong_to_the_replica(pool: Processes, ddp: bool) -> None:
     training = Training(Plan(data=2, microbatches=2), model="with_batch_norm", rows=((6, 6),) * 3, ddp=ddp)
-    one, other = (each.weights for each in train_everywhere(pool, training))
+    one, other = (outcome.weights for outcome in train_everywhere(pool, training))
     assert not torch.allclose(one["1.running_mean"], other["1.running_mean"])
     assert torch.equal(one["4.weight"], other["4.weight"])
 
@@ -121,15 +117,14 @@ def test_each_replica_keeps_batch_statistics_of_its_own(pool: Processes, ddp: bo
 
 @each_way
 @pytest.mark.parametrize("rows", [(3, 16), (0, 16)], ids=str)
-def test_gradients_are_reduced_once_a_step_whatever_the_number_of_microbatches(
-    pool: Processes, rows: tuple[int, int], ddp: bool
-) -> None:
+def test_gradients_are_reduced_once_per_step(pool: Processes, rows: tuple[int, int], ddp: bool) -> None:
+    """Whatever the number of micro-batches."""
     weights = 4 * sum(p.numel() for p in MODELS["mlp"]().parameters())
     per_step = []
     for microbatches in (1, 8):
         training = Training(Plan(data=2, microbatches=microbatches), model="mlp", rows=(rows,) * 3, ddp=ddp)
-        for each in train_everywhere(pool, training):
-            for sizes in each.reductions:
+        for outcome in train_everywhere(pool, training):
+            for sizes in outcome.reductions:
                 *of_gradients, commit = sizes
                 assert commit == COMMIT_BYTES
                 assert weights <= sum(of_gradients) <= weights + 64, "a few bytes beside the gradients themselves"
@@ -138,7 +133,7 @@ def test_gradients_are_reduced_once_a_step_whatever_the_number_of_microbatches(
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_in_memory_too_gradients_are_sent_once_a_step(pipeline: int) -> None:
+def test_in_memory_gradients_are_sent_once_per_step(pipeline: int) -> None:
     """By each stage, whatever the number of micro-batches."""
     per_step = []
     for microbatches in (1, 4, 8):
@@ -170,16 +165,16 @@ def test_a_dead_replica_is_a_lost_peer(pool: Processes, what: str, ddp: bool) ->
 
 
 @each_way
-def test_a_replica_that_is_stuck_ends_in_a_timeout_that_names_the_setting(pool: Processes, ddp: bool) -> None:
+def test_a_stuck_replica_names_the_timeout(pool: Processes, ddp: bool) -> None:
     fault = Fault("stick", replica=1, step=2, what="forward", microbatch=1)
     training = Training(Plan(data=2, microbatches=2), rows=((4, 4),) * 3, ddp=ddp, fault=fault)
     calls = pool.begin(2, train, training, timeouts=Timeouts(start=LIMIT, peer=5))
-    found = calls.answer(0)
+    outcome = calls.answer(0)
     calls.tell(1, "go on")
     calls.answer(1)
-    assert isinstance(found, Failed), found
-    assert isinstance(found.error, TimeoutExceededError)
-    assert "Timeouts(peer=…)" in str(found.error)
+    assert isinstance(outcome, Failed), outcome
+    assert isinstance(outcome.error, TimeoutExceededError)
+    assert "Timeouts(peer=…)" in str(outcome.error)
 
 
 # ---------------------------------------------------------------- buckets, in memory
@@ -205,14 +200,15 @@ def add(replicas: list[list[nn.Parameter]]) -> list[int]:
     return sizes
 
 
-def test_buckets_hold_parameters_of_one_kind_up_to_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_hold_one_kind_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "BUCKET_BYTES", 100 * 4)
     mixed = [*parameters(60, 30), *parameters(7, dtype=torch.float64), *parameters(20, 500, 10)]
     sizes = [[p.numel() for p in bucket] for bucket in buckets_of(mixed)]
     assert sizes == [[60, 30], [7], [20], [500], [10]]
 
 
-def test_each_bucket_is_one_reduction_with_a_count_for_each_parameter() -> None:
+def test_each_bucket_is_one_reduction() -> None:
+    """It ends with one count per parameter."""
     one, other = parameters(3, 5), parameters(3, 5)
     for index, replica in enumerate([one, other]):
         for parameter in replica:
@@ -223,7 +219,7 @@ def test_each_bucket_is_one_reduction_with_a_count_for_each_parameter() -> None:
         assert parameter.grad.tolist() == [3.0] * parameter.numel()
 
 
-def test_a_gradient_that_all_replicas_lack_stays_none() -> None:
+def test_a_gradient_on_no_replica_stays_none() -> None:
     """One that a single replica lacks is zero there."""
     one, other = parameters(2, 2), parameters(2, 2)
     one[0].grad = torch.tensor([1.0, 2.0])

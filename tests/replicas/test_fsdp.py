@@ -1,4 +1,4 @@
-"""fsdp: replicas that keep parts of their weights train as those do that keep them whole; counted in processes."""
+"""fsdp: replicas that keep shards of their weights train as those under ddp do; counted in processes."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def sharded(training: Training) -> Training:
 
 
 def run_all(pool: Processes, what: Callable[..., Any], training: Training, *more: Any) -> list[Any]:
-    found = pool.run(training.plan.data * training.plan.pipeline, what, training, *more)
-    for each in found:
-        assert not isinstance(each, BaseException), each
-    return found
+    outcomes = pool.run(training.plan.data * training.plan.pipeline, what, training, *more)
+    for outcome in outcomes:
+        assert not isinstance(outcome, BaseException), outcome
+    return outcomes
 
 
-def weights_of(found: list[Trained], plan: Plan, replica: int = 0) -> dict[str, Tensor]:
-    actors = found[replica * plan.pipeline : (replica + 1) * plan.pipeline]
-    return {name: tensor for each in actors for name, tensor in each.weights.items()}
+def weights_of(outcomes: list[Trained], plan: Plan, replica: int = 0) -> dict[str, Tensor]:
+    actors = outcomes[replica * plan.pipeline : (replica + 1) * plan.pipeline]
+    return {name: tensor for actor in actors for name, tensor in actor.weights.items()}
 
 
 # ---------------------------------------------------------------- equal to ddp
@@ -81,7 +81,7 @@ ROWS = {2: ((8, 6), (3, 5), (4, 0), (4, 1)), 3: ((8, 6, 3), (3, 5, 0), (0, 2, 4)
     [(plan, ("adamw", "sgd")[number % 2]) for number, plan in enumerate(PLANS)],
     ids=lambda case: name_of(case) if isinstance(case, Plan) else case,
 )
-def test_replicas_that_keep_parts_train_as_those_do_that_keep_all(pool: Processes, plan: Plan, optimizer: str) -> None:
+def test_fsdp_trains_as_ddp_does(pool: Processes, plan: Plan, optimizer: str) -> None:
     """With weights tied across the stages, dropout, widths that no number of replicas divides, shares of unequal size
     and of no row."""
     training = Training(
@@ -92,68 +92,66 @@ def test_replicas_that_keep_parts_train_as_those_do_that_keep_all(pool: Processe
         rows=ROWS[plan.data],
         ddp=True,
     )
-    found, needed = run_all(pool, train, sharded(training)), run_all(pool, train, training)
+    outcomes, needed = run_all(pool, train, sharded(training)), run_all(pool, train, training)
     limit = 1e-6 if plan.precision == "fp32" else 1e-3
-    for one, other in zip(found, needed, strict=True):
+    for one, other in zip(outcomes, needed, strict=True):
         assert one.losses == pytest.approx(other.losses, abs=limit, rel=0)
     for replica in range(plan.data):
-        whole = weights_of(found, plan, replica)
+        whole = weights_of(outcomes, plan, replica)
         assert worst_difference(whole, weights_of(needed, plan)) <= (limit if optimizer == "sgd" else 1e-4)
         assert torch.equal(whole["2.weight"], whole["6.weight"])
 
 
 @pytest.mark.parametrize("model", ["frozen", "partly", "odd", "with_batch_norm"])
-def test_models_of_any_form_train_as_under_ddp(pool: Processes, model: str) -> None:
+def test_models_of_any_form(pool: Processes, model: str) -> None:
     """Frozen weights; some that no replica uses, or one alone (AdamW lets those decay whose gradient is zero); scalars
     and other types; buffers, which belong to the replica."""
     training = Training(
         Plan(data=2, microbatches=2), model, "adamw", rows=((4, 4), (4, 0), (0, 4), (4, 4)), marked=(1,), ddp=True
     )
-    found, needed = run_all(pool, train, sharded(training)), run_all(pool, train, training)
-    for one, other in zip(found, needed, strict=True):
+    outcomes, needed = run_all(pool, train, sharded(training)), run_all(pool, train, training)
+    for one, other in zip(outcomes, needed, strict=True):
         assert one.losses == pytest.approx(other.losses, abs=1e-6, rel=0)
         assert worst_difference(one.weights, other.weights) <= 1e-5
     if model == "partly":
         never = reference.seeded(MODELS["partly"]).get_parameter("never.weight")
-        assert torch.equal(found[0].weights["never.weight"], never)
+        assert torch.equal(outcomes[0].weights["never.weight"], never)
 
 
 @pytest.mark.parametrize(("pipeline", "split"), [(1, ()), (2, ("two",)), (2, ("three",))], ids=str)
-def test_weights_that_forward_uses_by_hand_are_gathered_too(
-    pool: Processes, pipeline: int, split: tuple[str, ...]
-) -> None:
-    """The traced code of a stage holds them beside the model; some of them in two stages."""
+def test_weights_used_directly_are_gathered(pool: Processes, pipeline: int, split: tuple[str, ...]) -> None:
+    """By forward itself, outside their modules: the traced code of a stage holds them, some of them in two stages."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)
     training = Training(plan, "by_hand", "sgd", split, ((4, 3), (2, 5), (3, 0)), ddp=True)
-    found, needed = run_all(pool, train, sharded(training)), run_all(pool, train, training)
-    assert worst_difference(weights_of(found, plan), weights_of(needed, plan)) <= 1e-6
+    outcomes, needed = run_all(pool, train, sharded(training)), run_all(pool, train, training)
+    assert worst_difference(weights_of(outcomes, plan), weights_of(needed, plan)) <= 1e-6
     start = reference.seeded(MODELS["by_hand"]).state_dict()
-    moved = {name for name, tensor in weights_of(found, plan).items() if not torch.equal(tensor, start[name])}
+    moved = {name for name, tensor in weights_of(outcomes, plan).items() if not torch.equal(tensor, start[name])}
     assert moved == start.keys() - {"unused.bias"}
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_the_gradient_is_clipped_by_the_norm_of_the_whole_model(pool: Processes, pipeline: int) -> None:
+def test_clipping_by_the_whole_models_norm(pool: Processes, pipeline: int) -> None:
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)
     training = Training(plan, split=("3",)[: pipeline - 1], rows=((4, 4), (5, 2)), ddp=True, max_grad_norm=0.05)
-    found = run_all(pool, train, sharded(training))
+    outcomes = run_all(pool, train, sharded(training))
     needed = reference.train_on_full_batches(
         MODELS["small"], training.batches(), OPTIMIZERS["sgd"], F.cross_entropy, max_grad_norm=0.05
     )
-    assert worst_difference(weights_of(found, plan), needed.weights) <= 1e-6
-    for each in found:
-        assert each.norms == pytest.approx(needed.norms, abs=1e-5)
+    assert worst_difference(weights_of(outcomes, plan), needed.weights) <= 1e-6
+    for outcome in outcomes:
+        assert outcome.norms == pytest.approx(needed.norms, abs=1e-5)
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_step_that_is_not_finite_is_given_up_by_all_and_names_the_stage(pool: Processes, pipeline: int) -> None:
-    """The forward passes that look for the stage gather the weights once more."""
+def test_all_replicas_drop_a_non_finite_step(pool: Processes, pipeline: int) -> None:
+    """Its error names the stage; the forward passes that look for it gather the weights once more."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)
     training = Training(plan, split=("3",)[: pipeline - 1], rows=((2, 2), (2, 3)), marked=(4,), mark=float("nan"))
-    for found in pool.run(2 * pipeline, train, sharded(training)):
-        assert isinstance(found, Failed), found
-        assert isinstance(found.error, NonFiniteError), found.error
-        assert (found.error.step, found.error.stage) == (2, 0)
+    for outcome in pool.run(2 * pipeline, train, sharded(training)):
+        assert isinstance(outcome, Failed), outcome
+        assert isinstance(outcome.error, NonFiniteError), outcome.error
+        assert (outcome.error.step, outcome.error.stage) == (2, 0)
 
 
 # ---------------------------------------------------------------- what it costs
@@ -164,7 +162,7 @@ def count_bytes(me: Me, training: Training) -> dict[str, list[int]]:
     engine = engine_of(me, training)
     optimizer = engine.learner.optimizer
     assert optimizer is not None
-    found: dict[str, list[int]] = {"bytes": [], "gathered": [], "reduced": []}
+    counts: dict[str, list[int]] = {"bytes": [], "gathered": [], "reduced": []}
     calls = {"gathered": 0, "reduced": 0}
     step = optimizer.step
 
@@ -176,7 +174,7 @@ def count_bytes(me: Me, training: Training) -> dict[str, list[int]]:
             held += [value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor)]
         # by storage: what is a part of something larger holds all of it
         storages = {local(t).untyped_storage().data_ptr(): local(t).untyped_storage().nbytes() for t in held}
-        found["bytes"].append(sum(storages.values()))
+        counts["bytes"].append(sum(storages.values()))
         return result
 
     optimizer.step = noted  # type: ignore[method-assign, assignment]
@@ -188,9 +186,9 @@ def count_bytes(me: Me, training: Training) -> dict[str, list[int]]:
             shares = list(zip(*(tensor.split(training.rows[number - 1]) for tensor in batch), strict=True))
             drive(engine.train_step(request_of(number, shares[engine.replica])))
             for name, count in calls.items():
-                found[name].append(count)
+                counts[name].append(count)
                 calls[name] = 0
-    return found
+    return counts
 
 
 def counting(call: Any, calls: dict[str, int], name: str) -> Any:
@@ -202,48 +200,45 @@ def counting(call: Any, calls: dict[str, int], name: str) -> Any:
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_two_replicas_hold_half_of_parameters_gradients_and_optimizer_state_each(
-    pool: Processes, pipeline: int
-) -> None:
+def test_two_replicas_hold_half_each(pool: Processes, pipeline: int) -> None:
+    """Of parameters, gradients and optimizer state."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=4)
     training = Training(plan, "mlp", "adamw", ("2",)[: pipeline - 1], rows=((8, 8),) * 3, ddp=pipeline == 1)
     one, other = run_all(pool, count_bytes, sharded(training)), run_all(pool, count_bytes, training)
-    for found, needed in zip(one, other, strict=True):
-        assert max(found["bytes"]) <= 0.51 * min(needed["bytes"])
+    for counts, needed in zip(one, other, strict=True):
+        assert max(counts["bytes"]) <= 0.51 * min(needed["bytes"])
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 @pytest.mark.parametrize("microbatches", [1, 4])
-def test_weights_are_gathered_and_gradients_reduced_once_a_step(
-    pool: Processes, microbatches: int, pipeline: int
-) -> None:
+def test_one_gather_and_one_reduction_per_step(pool: Processes, microbatches: int, pipeline: int) -> None:
     """Whatever the number of micro-batches."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=microbatches)
     training = sharded(Training(plan, "mlp", "adamw", ("2",)[: pipeline - 1], rows=((8, 8),) * 3))
-    for found in run_all(pool, count_bytes, training):
-        assert (found["gathered"], found["reduced"]) == ([1, 1, 1], [1, 1, 1])
+    for counts in run_all(pool, count_bytes, training):
+        assert (counts["gathered"], counts["reduced"]) == ([1, 1, 1], [1, 1, 1])
 
 
 # ---------------------------------------------------------------- evaluation and state
 
 
-def evaluate_and_go_on(me: Me, training: Training, folder: str) -> dict[str, Any]:
+def evaluate_and_continue(me: Me, training: Training, folder: str) -> dict[str, Any]:
     """What an engine gives, and what a second one does that has been restored from the checkpoint of the first."""
     one, group = engine_of(me, training), dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     steps(one, training, range(1, 3))
     storage = Storage.open(folder, "run")
-    saver, order = SharedSaver(storage, group, 30.0), SaveRequest(2, f"{storage.path}/checkpoint_00000002", MANIFEST)
-    saver.start(order, state_to_save(one, order))
+    saver, request = SharedSaver(storage, group, 30.0), SaveRequest(2, f"{storage.path}/checkpoint_00000002", MANIFEST)
+    saver.start(request, state_to_save(one, request))
     saver.wait()
     other = engine_of(me, training)
-    restore(other, SavedTensors(order.path, storage.filesystem))
+    restore(other, SavedTensors(request.path, storage.filesystem))
     inputs = training.batches()[0][0][:3]
-    outputs = [drive(each.predict(request_of(0, (inputs, None)))) for each in (one, other)]
+    outputs = [drive(engine.predict(request_of(0, (inputs, None)))) for engine in (one, other)]
     assert all(is_shard(p) for p in one.part.module.parameters())
-    losses = [drive(each.eval_step(request_of(0, training.batches()[0]))) for each in (one, other)]
+    losses = [drive(engine.eval_step(request_of(0, training.batches()[0]))) for engine in (one, other)]
     model = model_of(one)
-    later = [steps(each, training, range(3, 5)) for each in (one, other)]
+    later = [steps(engine, training, range(3, 5)) for engine in (one, other)]
     load_model(one, model)
     models = [model, model_of(one), model_of(other)]
     return {"outputs": outputs, "losses": losses, "later": later, "models": models}
@@ -264,34 +259,34 @@ def steps(engine: Engine, training: Training, numbers: range) -> list[float]:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_checkpoint_resumes_to_the_bit(pool: Processes, pipeline: int, optimizer: str, tmp_path: Path) -> None:
+def test_a_checkpoint_resumes_bitwise(pool: Processes, pipeline: int, optimizer: str, tmp_path: Path) -> None:
     """Without a pipeline it continues as it would under ddp."""
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)
     training = sharded(Training(plan, "small", optimizer, ("3",)[: pipeline - 1], rows=((4, 3),) * 4))
-    found = run_all(pool, evaluate_and_go_on, training, str(tmp_path))
-    for each in found:
-        assert each["losses"][0] == each["losses"][1]
-        assert each["later"][0] == each["later"][1]
-        assert worst_difference(each["models"][0], each["models"][1]) == 0.0, "what was given to load_model"
+    outcomes = run_all(pool, evaluate_and_continue, training, str(tmp_path))
+    for outcome in outcomes:
+        assert outcome["losses"][0] == outcome["losses"][1]
+        assert outcome["later"][0] == outcome["later"][1]
+        assert worst_difference(outcome["models"][0], outcome["models"][1]) == 0.0, "what was given to load_model"
 
-    before = {name: tensor for each in found[:pipeline] for name, tensor in each["models"][0].items()}
+    before = {name: tensor for outcome in outcomes[:pipeline] for name, tensor in outcome["models"][0].items()}
     model = reference.seeded(MODELS["small"])
     model.load_state_dict(before)
     output = model(training.batches()[0][0][:3])
-    for each in found[pipeline - 1 :: pipeline]:
-        assert torch.allclose(each["outputs"][0], output, atol=1e-6)
-        assert torch.equal(*each["outputs"])
+    for outcome in outcomes[pipeline - 1 :: pipeline]:
+        assert torch.allclose(outcome["outputs"][0], output, atol=1e-6)
+        assert torch.equal(*outcome["outputs"])
 
     alone = Engines(Plan(microbatches=2), dataclasses.replace(training.spec, split=Split()))
     restore(alone.all[0], SavedTensors(str(tmp_path / "run" / "checkpoint_00000002"), pafs.LocalFileSystem()))
     assert worst_difference(alone.weights(), before) == 0.0
     for step, batch in enumerate(training.batches()[2:], start=3):
         alone.train_step(step, [batch])
-    after = {name: tensor for each in found[:pipeline] for name, tensor in each["models"][2].items()}
+    after = {name: tensor for outcome in outcomes[:pipeline] for name, tensor in outcome["models"][2].items()}
     assert worst_difference(alone.weights(), after) <= (1e-6 if optimizer == "sgd" else 1e-4)
 
 
-def go_on(me: Me, training: Training, path: str) -> dict[str, Tensor]:
+def continue_from(me: Me, training: Training, path: str) -> dict[str, Tensor]:
     engine = engine_of(me, training)
     restore(engine, SavedTensors(path, pafs.LocalFileSystem()))
     steps(engine, training, range(3, 5))
@@ -302,16 +297,16 @@ def go_on(me: Me, training: Training, path: str) -> dict[str, Tensor]:
 def test_a_checkpoint_resumes_under_another_plan(pool: Processes, data: int, pipeline: int, tmp_path: Path) -> None:
     """One of two replicas under other numbers of replicas and stages."""
     before = sharded(Training(Plan(data=2, microbatches=2), "small", "sgd", rows=((4, 3),) * 4))
-    needed = run_all(pool, evaluate_and_go_on, before, str(tmp_path))[0]["models"][2]
+    needed = run_all(pool, evaluate_and_continue, before, str(tmp_path))[0]["models"][2]
     plan = Plan(data=data, pipeline=pipeline, microbatches=2)
     rows = {2: (3, 4), 3: (3, 0, 4)}[data]
     after = sharded(Training(plan, "small", "sgd", ("3",)[: pipeline - 1], (rows,) * 4))
-    found = run_all(pool, go_on, after, str(tmp_path / "run" / "checkpoint_00000002"))
-    model = {name: tensor for each in found[:pipeline] for name, tensor in each.items()}
+    outcomes = run_all(pool, continue_from, after, str(tmp_path / "run" / "checkpoint_00000002"))
+    model = {name: tensor for outcome in outcomes[:pipeline] for name, tensor in outcome.items()}
     assert worst_difference(model, needed) <= 1e-6
 
 
-def test_a_plain_tensor_is_its_own_part_and_its_own_whole() -> None:
+def test_a_plain_tensor_is_its_own_shard() -> None:
     parameter = nn.Parameter(torch.ones(3))
     assert not is_shard(parameter)
     assert local(parameter).data_ptr() == whole(parameter).data_ptr() == parameter.data_ptr()
@@ -326,7 +321,7 @@ def test_a_plain_tensor_is_its_own_part_and_its_own_whole() -> None:
     ("how", "what"),
     [("kill", "forward"), ("kill", "backward"), ("kill", "commit"), ("raise", "forward"), ("raise", "backward")],
 )
-def test_a_dead_or_failed_replica_is_a_lost_peer(pool: Processes, how: str, what: str) -> None:
+def test_a_lost_replica_is_a_lost_peer(pool: Processes, how: str, what: str) -> None:
     """History: torch keeps device meshes in caches for ever, and those held the process group; and what autograd's
     graph holds is found by the garbage collector only in a second pass."""
     fault = Fault(how, replica=1, step=2, what=what, microbatch=1)
@@ -344,7 +339,8 @@ def test_a_dead_or_failed_replica_is_a_lost_peer(pool: Processes, how: str, what
 # ---------------------------------------------------------------- in local mode
 
 
-def test_in_local_mode_replicas_share_a_process_and_the_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_local_mode_logs_that_fsdp_is_ddp(caplog: pytest.LogCaptureFixture) -> None:
+    """Replicas share a process there."""
     with caplog.at_level(logging.WARNING, logger="raypar"):
         run_local(
             RunSpec(lambda: None, Plan(data=2, data_strategy="fsdp"), {}, Timeouts(), Storage.open("/dev/null", "run"))
@@ -354,7 +350,7 @@ def test_in_local_mode_replicas_share_a_process_and_the_run_says_so(caplog: pyte
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_in_local_mode_it_trains_as_ddp_does(pipeline: int) -> None:
+def test_local_mode_trains_as_ddp_does(pipeline: int) -> None:
     plan = Plan(data=2, pipeline=pipeline, microbatches=2)
     spec = spec_of(MODELS["small"], ("3",)[: pipeline - 1])
     one, other = Engines(plan, spec), Engines(dataclasses.replace(plan, data_strategy="fsdp"), spec)

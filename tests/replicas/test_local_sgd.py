@@ -64,11 +64,11 @@ ROWS: dict[int, list[tuple[int, ...]]] = {
 
 def data_of(rows: list[tuple[int, ...]]) -> list[list[reference.Batch]]:
     """The share of each replica in each step."""
-    found = []
-    for step, each in enumerate(rows):
-        inputs, targets = images(1, sum(each), seed=step)[0]
-        found.append(list(zip(inputs.split(each), targets.split(each), strict=True)))
-    return found
+    steps = []
+    for step, sizes in enumerate(rows):
+        inputs, targets = images(1, sum(sizes), seed=step)[0]
+        steps.append(list(zip(inputs.split(sizes), targets.split(sizes), strict=True)))
+    return steps
 
 
 def plain_local_sgd(
@@ -98,8 +98,8 @@ def plain_local_sgd(
             seen[replica] += len(inputs)
         if step % every == 0:
             means = [
-                sum(count * p.detach() for count, p in zip(seen, each, strict=True)) / sum(seen)
-                for each in zip(*(model.parameters() for model in models), strict=True)
+                sum(count * p.detach() for count, p in zip(seen, copies, strict=True)) / sum(seen)
+                for copies in zip(*(model.parameters() for model in models), strict=True)
             ]
             for start, mean in zip(anchor, means, strict=True):
                 start.grad = start.detach() - mean
@@ -131,24 +131,22 @@ def all_weights(engines: Engines) -> list[Weights]:
 @each_plan
 @pytest.mark.parametrize("outer", [None, diloco], ids=["average", "diloco"])
 @pytest.mark.parametrize("limit", [None, 0.5], ids=["", "clipped"])
-def test_replicas_train_apart_and_are_averaged_as_in_a_plain_loop(
-    plan: Plan, outer: Outer | None, limit: float | None
-) -> None:
+def test_local_sgd_equals_a_plain_loop(plan: Plan, outer: Outer | None, limit: float | None) -> None:
     """With shares of unequal size, some of no row; each gradient is clipped by the norm of its own replica."""
     steps = data_of(ROWS[plan.data])
     spec = spec_of(small, small_split(plan), optimizer=OPTIMIZERS["sgd"], outer_optimizer=outer, max_grad_norm=limit)
     engines = Engines(plan, spec)
     norms = train_apart(engines, steps)
     needed_norms, needed = plain_local_sgd(small, steps, OPTIMIZERS["sgd"], 3, outer, limit or math.inf)
-    assert [norm for each in norms for norm in each] == pytest.approx(
-        [norm for each in needed_norms for norm in each], abs=1e-5
+    assert [norm for of_step in norms for norm in of_step] == pytest.approx(
+        [norm for of_step in needed_norms for norm in of_step], abs=1e-5
     )
-    for found, each in zip(all_weights(engines), needed, strict=True):
-        assert worst_difference(found, each) <= TOLERANCE
+    for weights, needed_weights in zip(all_weights(engines), needed, strict=True):
+        assert worst_difference(weights, needed_weights) <= TOLERANCE
 
 
 @each_plan
-def test_after_an_average_replicas_are_bitwise_identical(plan: Plan) -> None:
+def test_an_average_makes_replicas_identical(plan: Plan) -> None:
     """Before it they are not."""
     engines = Engines(plan, spec_of(small, small_split(plan), outer_optimizer=diloco))
     differences = []
@@ -160,19 +158,19 @@ def test_after_an_average_replicas_are_bitwise_identical(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"pipeline": 2}, {"pipeline": 2, "placement": (0, 1, 0)}], ids=str)
-def test_an_average_behind_each_step_of_sgd_is_ddp_also_with_unequal_shares(fields: dict[str, Any]) -> None:
-    """w - lr · g_r, weighted by n_r, is w - lr · the mean gradient over all rows."""
+def test_averaging_each_step_of_sgd_is_ddp(fields: dict[str, Any]) -> None:
+    """Also with unequal shares: w - lr · g_r, weighted by n_r, is w - lr · the mean gradient over all rows."""
     steps = data_of(ROWS[3])
     plan, ddp = apart(3, 1, **fields), Plan(data=3, microbatches=2, **fields)
-    one, other = (Engines(each, spec_of(small, small_split(plan), optimizer=plain_sgd)) for each in (plan, ddp))
+    one, other = (Engines(strategy, spec_of(small, small_split(plan), optimizer=plain_sgd)) for strategy in (plan, ddp))
     train_apart(one, steps)
     for step, shares in enumerate(steps, start=1):
         other.train_step(step, shares)
-    for found, needed in zip(all_weights(one), all_weights(other), strict=True):
-        assert worst_difference(found, needed) <= TOLERANCE
+    for weights, needed in zip(all_weights(one), all_weights(other), strict=True):
+        assert worst_difference(weights, needed) <= TOLERANCE
 
 
-def test_an_outer_step_of_plain_sgd_with_rate_one_is_the_average() -> None:
+def test_an_outer_sgd_of_rate_one_averages() -> None:
     steps = data_of(ROWS[2])
     whole = Engines(apart(2, 3), spec_of(small, outer_optimizer=lambda p: torch.optim.SGD(p, lr=1.0)))
     plain = Engines(apart(2, 3), spec_of(small))
@@ -181,7 +179,7 @@ def test_an_outer_step_of_plain_sgd_with_rate_one_is_the_average() -> None:
     assert worst_difference(whole.weights(), plain.weights()) <= TOLERANCE
 
 
-def test_replicas_are_weighted_by_tokens_where_the_loss_counts_those() -> None:
+def test_replicas_are_weighted_by_tokens() -> None:
     def over_valid(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         valid = targets < 5
         return F.cross_entropy(output, targets, reduction="none")[valid].sum(), valid.sum()
@@ -199,7 +197,7 @@ def test_replicas_are_weighted_by_tokens_where_the_loss_counts_those() -> None:
 # ---------------------------------------------------------------- what belongs to a replica
 
 
-def test_batch_statistics_stay_those_of_the_replica() -> None:
+def test_batch_statistics_are_not_averaged() -> None:
     engines = Engines(apart(2, 1), spec_of(with_batch_norm))
     train_apart(engines, data_of([(6, 6), (6, 4)]))
     one, other = all_weights(engines)
@@ -207,7 +205,7 @@ def test_batch_statistics_stay_those_of_the_replica() -> None:
     assert torch.equal(one["1.weight"], other["1.weight"])
 
 
-def test_a_replica_without_a_row_keeps_its_weights_and_counts_nothing() -> None:
+def test_a_replica_without_rows_counts_nothing() -> None:
     engines = Engines(apart(2, 2), spec_of(small))
     start = engines.weights(1)
     first, second = data_of([(4, 0), (4, 0)])
@@ -221,18 +219,19 @@ def test_a_replica_without_a_row_keeps_its_weights_and_counts_nothing() -> None:
     assert worst_difference(engines.weights(1), alone.weights()) <= TOLERANCE
 
 
-def test_the_learning_rate_goes_on_in_a_replica_without_a_row() -> None:
+def test_a_replica_without_rows_steps_its_scheduler() -> None:
+    """So that learning rates stay equal."""
     spec = spec_of(small, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
     engines = Engines(apart(2, 5), spec)
-    found = [
+    rates = [
         [result.lr for result in engines.train_step(step, shares)]
         for step, shares in enumerate(data_of([(4, 0), (0, 4), (4, 4)]), start=1)
     ]
-    assert found == [[0.1, 0.1], [0.05, 0.05], [0.025, 0.025]]
+    assert rates == [[0.1, 0.1], [0.05, 0.05], [0.025, 0.025]]
 
 
 @pytest.mark.parametrize("outer", [None, diloco], ids=["average", "diloco"])
-def test_weights_tied_across_stages_stay_equal_to_the_bit(outer: Outer | None) -> None:
+def test_tied_weights_stay_bitwise_identical(outer: Outer | None) -> None:
     plan = apart(2, 2, pipeline=2)
     engines = Engines(plan, spec_of(MODELS["tied_ends"], ("5",), outer_optimizer=outer))
     for step, shares in enumerate(data_of(ROWS[2]), start=1):
@@ -244,18 +243,18 @@ def test_weights_tied_across_stages_stay_equal_to_the_bit(outer: Outer | None) -
 # ---------------------------------------------------------------- a step that is dropped
 
 
-def test_a_step_that_is_not_finite_in_one_replica_is_dropped_in_all() -> None:
+def test_all_replicas_drop_a_non_finite_step() -> None:
     engines = Engines(apart(2, 2), spec_of(small))
     first, (one, (inputs, labels)) = data_of([(4, 4), (4, 4)])
     engines.train_step(1, first)
     before = all_weights(engines)
     with pytest.raises(NonFiniteError, match="at step 2"):
         engines.train_step(2, [one, (torch.full_like(inputs, math.nan), labels)])
-    for found, needed in zip(all_weights(engines), before, strict=True):
-        assert worst_difference(found, needed) == 0.0
+    for weights, needed in zip(all_weights(engines), before, strict=True):
+        assert worst_difference(weights, needed) == 0.0
 
 
-def test_an_overflow_skips_the_step_and_not_the_average() -> None:
+def test_an_overflow_does_not_skip_the_average() -> None:
     """Of float16 in one replica; the step is skipped in all."""
     engines = Engines(apart(2, 2, precision="fp16"), spec_of(small))
     first, second = data_of([(4, 4), (4, 4)])
@@ -266,8 +265,8 @@ def test_an_overflow_skips_the_step_and_not_the_average() -> None:
         engine.learner.loss_scale.value = 2.0**60
     assert all(result.skipped for result in engines.train_step(2, second))
     means = {name: (before[0][name] + before[1][name]) / 2 for name in before[0]}
-    for found in all_weights(engines):
-        assert worst_difference(found, means) <= TOLERANCE
+    for weights in all_weights(engines):
+        assert worst_difference(weights, means) <= TOLERANCE
 
 
 # ---------------------------------------------------------------- what it costs
@@ -285,11 +284,12 @@ def sent(plan: Plan, steps: int) -> int:
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 @pytest.mark.parametrize("every", [1, 3, 6])
-def test_the_bytes_sent_are_those_of_ddp_divided_by_the_steps_between_averages(every: int, pipeline: int) -> None:
+def test_it_sends_the_bytes_of_one_average(every: int, pipeline: int) -> None:
+    """Those of ddp divided by the steps between averages."""
     ddp = sent(Plan(data=2, pipeline=pipeline, microbatches=2), 6)
-    found = sent(apart(2, every, pipeline=pipeline), 6)
+    local_sgd = sent(apart(2, every, pipeline=pipeline), 6)
     flags = 4 * len(list(small().parameters()))  # ddp says of each parameter whether there is a gradient
-    assert found == (ddp - 6 * flags) / every
+    assert local_sgd == (ddp - 6 * flags) / every
 
 
 @pytest.fixture(scope="module")
@@ -299,11 +299,11 @@ def pool() -> Iterator[Processes]:
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_in_processes_of_their_own_replicas_train_as_they_do_in_memory(pool: Processes, pipeline: int) -> None:
+def test_processes_train_as_memory_does(pool: Processes, pipeline: int) -> None:
     plan = apart(2, 3, pipeline=pipeline)
     training = Training(plan, split=("3",)[: pipeline - 1], rows=tuple(ROWS[2]))
-    found = pool.run(2 * pipeline, train, training)
-    assert all(isinstance(each, Trained) for each in found), found
+    outcomes = pool.run(2 * pipeline, train, training)
+    assert all(isinstance(outcome, Trained) for outcome in outcomes), outcomes
     engines = Engines(plan, training.spec)
     steps = [
         list(zip(*(tensor.split(rows) for tensor in batch), strict=True))
@@ -311,11 +311,13 @@ def test_in_processes_of_their_own_replicas_train_as_they_do_in_memory(pool: Pro
     ]
     train_apart(engines, steps)
     for replica in range(2):
-        actors = found[replica * pipeline : (replica + 1) * pipeline]
-        whole = {name: tensor for each in actors for name, tensor in each.weights.items()}
+        actors = outcomes[replica * pipeline : (replica + 1) * pipeline]
+        whole = {name: tensor for outcome in actors for name, tensor in outcome.weights.items()}
         assert worst_difference(whole, engines.weights(replica)) <= TOLERANCE
-    for each in found:
-        assert [len(sizes) for sizes in each.reductions] == [1, 1, 2, 1, 1, 2, 1], "the commit, and now and then a mean"
+    for outcome in outcomes:
+        assert [len(sizes) for sizes in outcome.reductions] == [1, 1, 2, 1, 1, 2, 1], (
+            "the commit, and now and then a mean"
+        )
 
 
 # ---------------------------------------------------------------- its state
@@ -323,8 +325,8 @@ def test_in_processes_of_their_own_replicas_train_as_they_do_in_memory(pool: Pro
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 @pytest.mark.parametrize("outer", [None, diloco], ids=["average", "diloco"])
-def test_a_run_that_takes_over_the_state_goes_on_as_if_it_had_never_stopped(outer: Outer | None, pipeline: int) -> None:
-    """Stopped between two averages, with momentum in the optimizers and in the outer one."""
+def test_loaded_state_continues_bitwise(outer: Outer | None, pipeline: int) -> None:
+    """As if the run had never stopped, between two averages, with momentum in the optimizers and in the outer one."""
     plan = apart(2, 3, pipeline=pipeline)
     spec = spec_of(small, small_split(plan), optimizer=OPTIMIZERS["sgd"], outer_optimizer=outer)
     steps = data_of(ROWS[2])
@@ -336,11 +338,12 @@ def test_a_run_that_takes_over_the_state_goes_on_as_if_it_had_never_stopped(oute
         new.learner.load_state(old.learner.state())
         new.sync.load_state(old.sync.state())
     train_apart(resumed, steps[4:], first=5)
-    for found, needed in zip(all_weights(resumed), all_weights(whole), strict=True):
-        assert worst_difference(found, needed) == 0.0
+    for weights, needed in zip(all_weights(resumed), all_weights(whole), strict=True):
+        assert worst_difference(weights, needed) == 0.0
 
 
-def test_the_state_is_plain_tensors_and_numbers_by_name_also_with_stages() -> None:
+def test_the_state_is_by_parameter_name() -> None:
+    """Plain tensors and numbers, also with stages."""
     plan = apart(2, 3, pipeline=2)
     engines = Engines(plan, spec_of(small, ("3",), outer_optimizer=diloco))
     train_apart(engines, data_of(ROWS[2][:4]))
@@ -352,7 +355,7 @@ def test_the_state_is_plain_tensors_and_numbers_by_name_also_with_stages() -> No
     assert first["outer"]["1.bias"]["options"]["nesterov"] is True
 
 
-def test_the_state_of_another_outer_optimizer_is_refused() -> None:
+def test_state_of_another_outer_optimizer_is_refused() -> None:
     one = Engines(apart(2, 1), spec_of(small, outer_optimizer=diloco))
     other = Engines(apart(2, 1), spec_of(small, outer_optimizer=lambda p: torch.optim.Adam(p)))
     with pytest.raises(CheckpointError, match="is SGD, found Adam; needed: outer_optimizer= gives SGD again"):
@@ -379,7 +382,8 @@ def dataset(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_with_epoch_replicas_are_averaged_behind_the_last_batch_of_each_epoch(dataset: str) -> None:
+def test_epoch_averages_after_each_last_batch(dataset: str) -> None:
+    """With Plan(sync_every="epoch")."""
     seen: dict[int, list[list[Weights]]] = {0: [], 1: []}
 
     def loop() -> None:
@@ -399,7 +403,7 @@ def test_with_epoch_replicas_are_averaged_behind_the_last_batch_of_each_epoch(da
     assert same == [[False, False, True], [False, False, True]]
 
 
-def test_with_epoch_a_step_outside_a_loop_over_batches_is_refused() -> None:
+def test_epoch_needs_a_loop_over_batches() -> None:
     def loop() -> None:
         replica_of().train_step(torch.ones(2, 1), torch.ones(2, 1))
 
@@ -407,16 +411,16 @@ def test_with_epoch_a_step_outside_a_loop_over_batches_is_refused() -> None:
         run(apart(2, "epoch"), loop)
 
 
-def test_weights_given_to_all_replicas_are_where_the_next_average_starts() -> None:
-    """An outer optimizer would otherwise step from weights that nobody has any more."""
-    given = {"weight": torch.tensor([[3.0]]), "bias": torch.tensor([0.5])}
+def test_the_next_average_starts_from_loaded_weights() -> None:
+    """An outer optimizer would otherwise step from weights that no replica has any more."""
+    weights = {"weight": torch.tensor([[3.0]]), "bias": torch.tensor([0.5])}
 
     def loop() -> None:
         replica = replica_of(outer_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
         replica.train_step(torch.ones(2, 1), torch.ones(2, 1))
-        replica.load_state_dict(given)
+        replica.load_state_dict(weights)
         replica.train_step(torch.ones(2, 1), torch.ones(2, 1))
-        assert worst_difference(replica.state_dict(), given) == 0.0
+        assert worst_difference(replica.state_dict(), weights) == 0.0
 
     run(apart(2, 2), loop)
 
@@ -434,12 +438,12 @@ def test_an_outer_optimizer_without_averages_is_refused() -> None:
         (torch.optim.LBFGS, r"outer_optimizer: found LBFGS"),
     ],
 )
-def test_what_makes_no_outer_optimizer_is_refused(outer: Any, message: str) -> None:
+def test_a_wrong_outer_optimizer_is_refused(outer: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         run(apart(2, 1), lambda: replica_of(outer_optimizer=outer) and None)
 
 
-def test_an_error_of_the_outer_optimizer_has_an_address() -> None:
+def test_an_outer_optimizers_error_has_an_address() -> None:
     class Wrong(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             raise ValueError("as the test has asked for")
@@ -449,7 +453,7 @@ def test_an_error_of_the_outer_optimizer_has_an_address() -> None:
         engines.train_step(1, data_of([(2, 2)])[0])
 
 
-def test_one_replica_alone_trains_as_it_would_without() -> None:
+def test_one_replica_trains_as_without() -> None:
     one, other = Engines(apart(1, 2), spec_of(small)), Engines(Plan(microbatches=2), spec_of(small))
     batches = images(3, 4)
     assert one.train(batches) == other.train(batches)

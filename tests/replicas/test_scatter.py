@@ -22,16 +22,16 @@ from support.cases import OPTIMIZERS, small
 
 
 def run(train: Any, plan: Plan) -> dict[str, Tensor]:
-    """The weights behind a train loop over a few batches of unequal size."""
-    found: dict[str, Tensor] = {}
+    """The weights after a train loop over a few batches of unequal size."""
+    weights: dict[str, Tensor] = {}
 
     def loop() -> None:
         replica = parallelize(small, loss_fn=F.cross_entropy, optimizer=OPTIMIZERS["sgd"])
         train(replica)
-        found.update(replica.state_dict())
+        weights.update(replica.state_dict())
 
     run_local(RunSpec(loop, plan, {}, Timeouts(), Storage.open("/dev/null", "run")))
-    return found
+    return weights
 
 
 BATCHES = [batch for rows in (8, 5, 1) for batch in reference.images(1, rows, seed=rows)]
@@ -42,16 +42,17 @@ def train(replica: Any) -> None:
         replica.train_step(images, labels)
 
 
-def test_on_a_cpu_the_model_runs_as_it_is_and_the_run_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_on_a_cpu_the_plain_model_runs(caplog: pytest.LogCaptureFixture) -> None:
+    """The log says so once."""
     with caplog.at_level(logging.WARNING, logger="raypar"):
-        found = run(train, Plan(microbatches=2, data_strategy="scatter"))
+        weights = run(train, Plan(microbatches=2, data_strategy="scatter"))
     needed = reference.train_on_full_batches(small, BATCHES, OPTIMIZERS["sgd"], F.cross_entropy)
-    assert reference.worst_difference(found, needed.weights) <= 1e-6
+    assert reference.worst_difference(weights, needed.weights) <= 1e-6
     (record,) = caplog.records
     assert "Plan(data_strategy='scatter') runs as the plain module: found cpu; needed several GPUs" in record.message
 
 
-def test_a_value_that_all_rows_share_is_refused() -> None:
+def test_shared_values_are_refused() -> None:
     """Devices get rows of every tensor."""
 
     def loop(replica: Any) -> None:

@@ -212,7 +212,8 @@ def plain(plan: Plan, build: Callable[[], nn.Module], optimizer: Any = adam, **m
 
 @pytest.mark.parametrize("model", MODELS)
 @each_plan
-def test_they_are_trained_as_in_the_whole_model_and_equal_to_the_bit_on_all_actors(plan: Plan, model: str) -> None:
+def test_tied_weights_train_as_in_the_model(plan: Plan, model: str) -> None:
+    """They are bitwise identical on all actors after each step."""
     engines = engines_of(plan, MODELS[model], seed=len(model))
     losses = []
     for batch in sentences():
@@ -223,13 +224,13 @@ def test_they_are_trained_as_in_the_whole_model_and_equal_to_the_bit_on_all_acto
 
 @pytest.mark.parametrize("optimizer", ["by name", "by type", "adagrad"])
 @each_plan
-def test_groups_of_parameters_hold_them_where_they_do_in_the_whole_model(plan: Plan, optimizer: str) -> None:
+def test_parameter_groups_hold_tied_weights(plan: Plan, optimizer: str) -> None:
     engines = engines_of(plan, WithBias, OPTIMIZERS[optimizer])
     assert_equal(engines, engines.train(sentences()), plain(plan, WithBias, OPTIMIZERS[optimizer]))
 
 
 @each_plan
-def test_the_norm_counts_them_once_and_clips_by_it(plan: Plan) -> None:
+def test_the_norm_counts_tied_weights_once(plan: Plan) -> None:
     engines = engines_of(plan, InThreeStages, max_grad_norm=0.3)
     needed = plain(plan, InThreeStages, max_grad_norm=0.3)
     results = [
@@ -249,7 +250,8 @@ def parts_of(build: Callable[[], nn.Module], plan: Plan) -> list[Any]:
     return [build_part(spec, plan, actor, CPU) for actor in range(plan.pipeline)]
 
 
-def test_the_owner_has_all_names_and_others_those_that_they_use() -> None:
+def test_the_owner_has_all_names() -> None:
+    """Other actors have the names that they use."""
     first, middle, last = parts_of(WithBias, Plan(pipeline=3))
     assert first.module.head.weight is first.module.words.weight
     assert isinstance(first.module.head, nn.Linear)
@@ -261,26 +263,26 @@ def test_the_owner_has_all_names_and_others_those_that_they_use() -> None:
     assert [list(map(len, part.copies.values())) for part in (first, middle, last)] == [[], [], [1]]
 
 
-def test_a_weight_in_three_stages_has_two_copies() -> None:
+def test_three_stages_need_two_copies() -> None:
     first, middle, last = parts_of(InThreeStages, Plan(pipeline=3))
     # two and three are in the middle; their bias is theirs alone
     assert first.ties == {(0, 1), (0, 2)}
-    assert [len(each) for each in middle.copies.values()] == [1]
-    assert [len(each) for each in last.copies.values()] == [1]
+    assert [len(names) for names in middle.copies.values()] == [1]
+    assert [len(names) for names in last.copies.values()] == [1]
     assert middle.module.two.weight is middle.module.three.weight
 
 
-def test_stages_of_one_actor_share_without_a_copy() -> None:
+def test_one_actors_stages_need_no_copy() -> None:
     first, second = parts_of(WithBias, Plan(pipeline=2, placement=(0, 1, 0)))
     assert first.ties == second.ties == set()
     assert first.module.head.weight is first.module.words.weight
 
 
-def test_what_is_frozen_is_no_tie() -> None:
+def test_frozen_weights_are_not_tied() -> None:
     assert [part.ties for part in parts_of(WithFrozen, Plan(pipeline=3))] == [set()] * 3
 
 
-def test_no_copy_is_in_an_optimizer_and_the_owner_steps_once() -> None:
+def test_only_the_owners_optimizer_has_them() -> None:
     engines = engines_of(PLANS[1], WithBias, groups_by_type)
     held = [
         {name for name, p in engine.part.module.named_parameters() if p in of_optimizer(engine)}
@@ -298,7 +300,7 @@ def of_optimizer(engine: Any) -> set[Tensor]:
     return {p for group in optimizer.param_groups for p in group["params"]} | set(optimizer.state)
 
 
-def test_an_actor_with_nothing_but_a_copy_has_no_optimizer() -> None:
+def test_an_actor_with_only_copies_has_no_optimizer() -> None:
     engines = engines_of(PLANS[1], Tied)
     assert [engine.learner.optimizer is None for engine in engines.all] == [False, False, True]
     assert [result.lr for result in engines.train_step(1, sentences(1))] == [1e-2, 1e-2, None]
@@ -320,17 +322,17 @@ def local(
     loop: Callable[[Replica], Any], plan: Plan, folder: Path, build: Any, optimizer: Any, **more: Any
 ) -> list[Any]:
     """What `loop` returns on each replica, in local mode."""
-    found: list[Any] = []
+    results: list[Any] = []
 
     def train_loop() -> None:
-        found.append(
+        results.append(
             loop(
                 parallelize(build, loss_fn=loss_fn, optimizer=optimizer, split=list(split_of(plan)) or None, **more),
             )
         )
 
     run_local(RunSpec(train_loop, plan, {}, Timeouts(), Storage.open(folder, "run")))
-    return found
+    return results
 
 
 def halves(batch: Batch, plan: Plan, rank: int) -> Batch:
@@ -340,9 +342,7 @@ def halves(batch: Batch, plan: Plan, rank: int) -> Batch:
 @pytest.mark.parametrize("optimizer", ["by name", "by type", "adagrad"])
 @pytest.mark.parametrize("plan", [PLANS[1], PLANS[5], PLANS[8]], ids=name_of)
 @pytest.mark.parametrize("after", [PLANS[1], PLANS[2]], ids=name_of)
-def test_a_run_goes_on_from_a_checkpoint_also_with_another_plan(
-    plan: Plan, after: Plan, optimizer: str, tmp_path: Path
-) -> None:
+def test_resuming_also_under_another_plan(plan: Plan, after: Plan, optimizer: str, tmp_path: Path) -> None:
     batches = sentences(4)
 
     def first(replica: Replica) -> None:
@@ -362,13 +362,13 @@ def test_a_run_goes_on_from_a_checkpoint_also_with_another_plan(
     assert list(saved) == list(InThreeStages().state_dict())
     for same in (("head.weight", "words.weight"), ("one.weight", "two.weight", "three.weight")):
         assert all(torch.equal(saved[name], saved[same[0]]) for name in same)
-    (found,) = local(second, after, tmp_path, InThreeStages, OPTIMIZERS[optimizer])
+    (weights,) = local(second, after, tmp_path, InThreeStages, OPTIMIZERS[optimizer])
     needed = reference.train_on_microbatches(InThreeStages, batches, OPTIMIZERS[optimizer], loss_fn, 1, MICROBATCHES)
-    assert list(found) == list(needed.weights)
-    assert reference.worst_difference(found, needed.weights) <= TOLERANCE
+    assert list(weights) == list(needed.weights)
+    assert reference.worst_difference(weights, needed.weights) <= TOLERANCE
 
 
-def test_a_state_that_is_loaded_is_there_on_all_actors(tmp_path: Path) -> None:
+def test_loaded_weights_reach_all_actors(tmp_path: Path) -> None:
     other = reference.seeded(WithBias, seed=5)
     batches = sentences(1)
 
@@ -377,13 +377,13 @@ def test_a_state_that_is_loaded_is_there_on_all_actors(tmp_path: Path) -> None:
         replica.train_step(*batches[0])
         return replica.state_dict()
 
-    (found,) = local(loop, PLANS[1], tmp_path, WithBias, adam)
+    (weights,) = local(loop, PLANS[1], tmp_path, WithBias, adam)
     needed = reference.train_on_microbatches(lambda: other, batches, adam, loss_fn, 1, MICROBATCHES)
-    assert reference.worst_difference(found, needed.weights) <= TOLERANCE
+    assert reference.worst_difference(weights, needed.weights) <= TOLERANCE
 
 
-def test_of_several_loaded_values_of_a_tie_the_last_counts() -> None:
-    """On all actors. As in plain PyTorch. Each actor took the last of the names that it knows itself, and they
+def test_the_last_loaded_value_of_a_tie_counts() -> None:
+    """On all actors, as in plain PyTorch. History: each actor took the last of the names that it knows itself, and they
     differed."""
     whole = InThreeStages().state_dict()
     whole = {name: torch.full_like(tensor, number) for number, (name, tensor) in enumerate(whole.items())}
@@ -417,9 +417,7 @@ def built_from(path: str, plan: Plan, build: Callable[[], nn.Module] = InThreeSt
     ],
 )
 @pytest.mark.parametrize("plan", [Plan(), PLANS[1], PLANS[2]], ids=name_of)
-def test_a_file_may_hold_a_tied_weight_under_one_of_its_names(
-    plan: Plan, left_out: Sequence[str], name: str, tmp_path: Path
-) -> None:
+def test_a_file_may_hold_one_name_of_a_tie(plan: Plan, left_out: Sequence[str], name: str, tmp_path: Path) -> None:
     """As transformers writes it: safetensors refuses tensors that share memory, so that one name alone is written."""
     whole = reference.seeded(InThreeStages, seed=5).state_dict()
     path = write({key: value for key, value in whole.items() if key not in left_out}, tmp_path / name)
@@ -427,8 +425,8 @@ def test_a_file_may_hold_a_tied_weight_under_one_of_its_names(
         assert all(torch.equal(tensor, whole[key]) for key, tensor in state.items())
 
 
-def test_where_a_file_holds_several_names_the_last_one_counts_on_all_actors(tmp_path: Path) -> None:
-    """As it does when plain PyTorch loads an untied model's state dict into a tied model."""
+def test_the_last_name_in_a_file_counts(tmp_path: Path) -> None:
+    """On all actors, as when plain PyTorch loads an untied model's state dict into a tied model."""
     whole = InThreeStages().state_dict()
     whole = {name: torch.full_like(tensor, number) for number, (name, tensor) in enumerate(whole.items())}
     path = write(whole, tmp_path / "weights.pt")
@@ -438,7 +436,7 @@ def test_where_a_file_holds_several_names_the_last_one_counts_on_all_actors(tmp_
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
 
 
-def test_a_weight_that_no_name_of_the_file_has_is_missing(tmp_path: Path) -> None:
+def test_a_tied_weight_without_any_name_is_missing(tmp_path: Path) -> None:
     whole = reference.seeded(InThreeStages).state_dict()
     path = write({k: v for k, v in whole.items() if k not in ("words.weight", "head.weight")}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=r"2 missing \(words.weight, head.weight\)"):
