@@ -16,22 +16,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from engines import engines_of as engines_over_memory
+from engines import train_step
 from pipeline import ACTORS, PLACEMENTS, Processes, plan_of, port, torch_pipeline
 from torch.autograd.graph import saved_tensors_hooks
 from transformer import batch, transformer
 
-from raypar.engine.build import build_engine
 from raypar.engine.engine import Engine
-from raypar.engine.microbatch import ReplicaBatch
-from raypar.engine.step import StepRequest
 from raypar.planning.plan import Plan
-from raypar.splitting.model import ModelSpec, Split
-from raypar.transport.interface import take_turns
-from raypar.transport.memory_links import MemoryWorld
 
 CONFIG: dict[str, Any] = {"layers": 8, "width": 64, "tokens": 16, "rows": 2}
-CPU = torch.device("cpu")
 
 
 class Counter:
@@ -58,18 +52,8 @@ class Counted:
 
 def engines_of(plan: Plan) -> list[Engine]:
     stages = len(plan.actor_of_stage)
-    split = tuple(str(CONFIG["layers"] * index // stages) for index in range(1, stages))
-    spec = ModelSpec(
-        lambda: transformer(CONFIG["layers"], CONFIG["width"]),
-        F.mse_loss,
-        lambda module: torch.optim.SGD(module.parameters(), lr=1e-3),
-        split=Split(split),
-    )
-    world = MemoryWorld(plan)
-    return [
-        build_engine(spec, plan, 0, actor, [CPU], lambda _, actor=actor: world.transport(0, actor))  # type: ignore[misc]
-        for actor in range(plan.pipeline)
-    ]
+    split = [str(CONFIG["layers"] * index // stages) for index in range(1, stages)]
+    return engines_over_memory(plan, lambda: transformer(CONFIG["layers"], CONFIG["width"]), split)
 
 
 def train(plan: Plan, engines: list[Engine], saved: list[Counter] | None = None) -> None:
@@ -80,7 +64,7 @@ def train(plan: Plan, engines: list[Engine], saved: list[Counter] | None = None)
             for stage in engine.part.stages.values():
                 stage.forward = counted_forward(stage.forward, counter)  # type: ignore[method-assign]
     for step in range(1, 4):
-        take_turns([engine.train_step(StepRequest(step, ReplicaBatch.of(inputs, targets))) for engine in engines])
+        train_step(engines, step, (inputs, targets))
 
 
 def counted_forward(forward: Callable[..., Any], counter: Counter) -> Callable[..., Any]:
