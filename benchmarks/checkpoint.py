@@ -1,9 +1,9 @@
-"""What a checkpoint costs the steps: one that is written beside them against one that is waited for.
+"""How long a checkpoint delays training: one written in the background against a synchronous one.
 
 A pipeline of two stage actors on Ray with 200 MB of weights and optimizer state, as people run it. Both kinds of save
-take turns in one run. The stall is the time from the call of `report` until all actors are free for the next step: in
-it they copy their state. Also printed is what the steps take longer until the checkpoint is written: on two cores,
-which the two actors need for themselves, that is most of the time of a save; beside a GPU it is time of free CPUs.
+alternate in one run. The stall is the time from the call of `report` until all actors are free for the next step: they
+copy their state meanwhile. Also printed is how much longer the steps take until the checkpoint is written: on two
+cores, which the two actors need for themselves, that is most of the time of a save; next to a GPU, idle CPUs do it.
 
     python benchmarks/checkpoint.py
 """
@@ -41,22 +41,29 @@ def train_loop(config: dict[str, Any]) -> None:
     )
     x = torch.randn(config["rows"], width)
     step = seconds(lambda: replica.train_step(x, x).result())
-    for _ in range(2):  # the first save allocates the buffers
+    for _ in range(2):  # the first save allocates its buffers
         raypar.report({}, replica)
         raypar.report({})
     for number in range(2 * config["rounds"]):
-        alone = statistics.median(step() for _ in range(5))
+        undisturbed = statistics.median(step() for _ in range(5))
         begin = time.perf_counter()
         raypar.report({}, replica)
         replica.bubble()  # the actors answer when they have copied their state
         stall = time.perf_counter() - begin
         if number % 2:
-            raypar.report({})  # waits for it
-            raypar.report({"kind": "waited for", "seconds": time.perf_counter() - begin})
+            raypar.report({})  # waits until it is written
+            raypar.report({"kind": "synchronous", "seconds": time.perf_counter() - begin})
             continue
         steps = [step() for _ in range(config["steps"])]
         raypar.report({})
-        raypar.report({"kind": "beside", "seconds": stall, "slower": sum(steps) - alone * len(steps), "step": alone})
+        raypar.report(
+            {
+                "kind": "background",
+                "seconds": stall,
+                "slower": sum(steps) - undisturbed * len(steps),
+                "step": undisturbed,
+            }
+        )
 
 
 def seconds(act: Callable[[], Any]) -> Callable[[], float]:
@@ -74,7 +81,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16, help="of width² weights each")
     parser.add_argument("--rows", type=int, default=256, help="of a batch")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10, help="taken beside each checkpoint that is not waited for")
+    parser.add_argument("--steps", type=int, default=10, help="taken during each background save")
     config = vars(parser.parse_args())
     state = 3 * 4 * config["layers"] * (config["width"] ** 2 + config["width"])
     with tempfile.TemporaryDirectory() as folder:
@@ -87,14 +94,17 @@ def main() -> None:
         ).fit()
     rows = result.metrics_dataframe
     assert rows is not None
-    beside = rows[rows["kind"] == "beside"]
-    waited = rows[rows["kind"] == "waited for"]["seconds"].tolist()
-    found = compare(waited, beside["seconds"].tolist())
-    print(f"{state / 1e6:.0f} MB of state on 2 stage actors; a step alone {beside['step'].median() * 1e3:.0f} ms")
-    print(f"a save that is waited for: {found.raypar * 1e3:.0f} ms")
-    print(f"a save beside the steps: stall {found.peer * 1e3:.0f} ms; the steps until it is written are "
-          f"{beside['slower'].median() * 1e3:.0f} ms slower, all together")  # fmt: skip
-    print(f"stall / wait: {found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}] (goal: {GOAL})")
+    background = rows[rows["kind"] == "background"]
+    synchronous = rows[rows["kind"] == "synchronous"]["seconds"].tolist()
+    comparison = compare(synchronous, background["seconds"].tolist())
+    step = background["step"].median()
+    print(f"{state / 1e6:.0f} MB of state on 2 stage actors; a step without a save {step * 1e3:.0f} ms")
+    print(f"synchronous save: {comparison.raypar * 1e3:.0f} ms")
+    print(f"background save: stall {comparison.peer * 1e3:.0f} ms; until it is written the steps together take "
+          f"{background['slower'].median() * 1e3:.0f} ms longer")  # fmt: skip
+    print(
+        f"stall / synchronous save: {comparison.ratio:.3f} [{comparison.low:.3f}, {comparison.high:.3f}] (goal: {GOAL})"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two contenders measured in one run: in turns, medians, the ratio with its bootstrap interval."""
+"""Two contenders measured in one run: alternating, medians, their ratio with a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of raypar and of its peer, measured in turns; `ratio` is the peer's time over raypar's,
-    so that above 1 raypar is faster, with the 95 % bootstrap interval of its median."""
+    """Median seconds of raypar and of its peer, measured alternately. `ratio` is the median of the peer's time over
+    raypar's (above 1, raypar is faster); `low` and `high` are its 95 % bootstrap interval."""
 
     raypar: float
     peer: float
@@ -21,8 +21,8 @@ class Comparison:
 
 
 def in_turns(contenders: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """The times that each contender reports, one a round; the order changes from round to round, so that a
-    machine that slows down or speeds up does so for all alike."""
+    """The times that each contender reports, one per round. The order alternates from round to round, so that a machine
+    that slows down or speeds up affects all alike."""
     times: list[list[float]] = [[] for _ in contenders]
     for contender in contenders:
         contender()  # warm up
@@ -34,7 +34,7 @@ def in_turns(contenders: Sequence[Callable[[], float]], rounds: int) -> list[lis
 
 
 def compare(raypar: Sequence[float], peer: Sequence[float], resamples: int = 2000) -> Comparison:
-    """Compare round by round: each ratio is of two neighbours in time."""
+    """Compare round by round: each ratio is of two times measured one after the other."""
     ratios = [p / r for r, p in zip(raypar, peer, strict=True)]
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(resamples))

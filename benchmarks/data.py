@@ -1,12 +1,12 @@
-"""How fast `raypar.batches` reads Parquet, shuffled, against what reads the same file without raypar.
+"""How fast `raypar.batches` reads Parquet, shuffled, against readers of the same file without raypar.
 
-    pyarrow      the same columns with pyarrow alone: record batches of the same size as NumPy arrays, as stored
-    DataLoader   torch's, with one worker, shuffled: a data set of single rows, which the worker collates
-    record batches   the same DataLoader, over an iterable of whole record batches, as stored: nothing to collate
+    pyarrow          the same columns with pyarrow alone: record batches of the same size as NumPy arrays, in file order
+    DataLoader       torch's, with one worker, shuffled: a data set of single rows, which the worker collates
+    record batches   the same DataLoader over whole record batches, in file order: nothing to collate
 
-They take turns in one run, each through the whole file once. Beside the times stand the seconds of processors that a
-pass took, which tell more on a machine that is busy. Then a small network is trained on the batches, and the time that
-the loop waits for them is taken.
+They alternate in one run; each pass reads the whole file once. The CPU seconds of a pass are printed as well, which say
+more on a busy machine. Then a small network is trained on the batches, and the time that the loop waits for them is
+measured.
 
     python benchmarks/data.py
 """
@@ -57,15 +57,15 @@ def write(path: Path, kind: str, rows: int, group: int) -> None:
 
 def arrays(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
     """Columns as NumPy arrays, without a copy."""
-    found = {}
+    columns = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        tensors = isinstance(column.type, pa.FixedShapeTensorType)
-        found[name] = column.to_numpy_ndarray() if tensors else column.to_numpy(zero_copy_only=False)
-    return found
+        has_shape = isinstance(column.type, pa.FixedShapeTensorType)
+        columns[name] = column.to_numpy_ndarray() if has_shape else column.to_numpy(zero_copy_only=False)
+    return columns
 
 
 class Rows(Dataset[dict[str, Any]]):
-    """Single rows of a file that its reader holds in memory, as most data sets of torch do it."""
+    """Single rows of a file that its reader holds in memory, as most torch data sets do."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -93,22 +93,22 @@ class RecordBatches(IterableDataset[dict[str, torch.Tensor]]):
 
 
 class Passes:
-    """A contender: goes through all batches of what `make` returns. Keeps what each pass took of the processors."""
+    """A contender: reads all batches of what `make` returns, and records the CPU seconds of each pass."""
 
     def __init__(self, make: Callable[[], Iterable[Any]], rows: int) -> None:
         self.make, self.rows = make, rows
-        self.processor: list[float] = []
+        self.cpu: list[float] = []
 
     def __call__(self) -> float:
-        start, before = time.perf_counter(), processor_seconds()
+        start, before = time.perf_counter(), cpu_seconds()
         seen = sum(len(batch["y"]) for batch in self.make())
         assert seen == self.rows
-        self.processor.append(processor_seconds() - before)
+        self.cpu.append(cpu_seconds() - before)
         return time.perf_counter() - start
 
 
-def processor_seconds() -> float:
-    """Of this process and of those that it started and that have ended."""
+def cpu_seconds() -> float:
+    """Of this process and its ended children."""
     return sum(os.times()[:4])
 
 
@@ -124,19 +124,19 @@ def compare_readers(args: argparse.Namespace, path: Path) -> None:
     }
     passes = [Passes(make, args.rows) for make in makers.values()]
     times = in_turns(passes, args.rounds)
-    print("                rows/s  processor   ratio  95 % interval   ratio of the processor's")
-    for name, each, seconds in zip(makers, passes, times, strict=True):
-        found = compare(times[0], seconds)
-        processor = statistics.median(each.processor)
+    print("                rows/s  CPU time    ratio  95 % interval   ratio of CPU times")
+    for name, contender, seconds in zip(makers, passes, times, strict=True):
+        comparison = compare(times[0], seconds)
+        cpu = statistics.median(contender.cpu)
         print(
-            f"{name:14} {args.rows / found.peer:9,.0f} {processor:7.2f} s {found.ratio:8.2f}  "
-            f"[{found.low:.2f}, {found.high:.2f}] {processor / statistics.median(passes[0].processor):14.2f}",
+            f"{name:14} {args.rows / comparison.peer:9,.0f} {cpu:7.2f} s {comparison.ratio:8.2f}  "
+            f"[{comparison.low:.2f}, {comparison.high:.2f}] {cpu / statistics.median(passes[0].cpu):14.2f}",
             flush=True,
         )
 
 
 def train(args: argparse.Namespace, shape: tuple[int, ...]) -> None:
-    """The share of a step that the loop waits for its batch."""
+    """Print the share of a step in which the loop waits for its batch."""
     features = int(np.prod(shape)) if shape else 8
     replica = raypar.parallelize(
         lambda: nn.Sequential(nn.Linear(features, 512), nn.ReLU(), nn.Linear(512, 10)),
@@ -144,30 +144,30 @@ def train(args: argparse.Namespace, shape: tuple[int, ...]) -> None:
         optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=1e-3),
     )
     waited, steps, begin = 0.0, 0, time.perf_counter()
-    found = iter(raypar.batches("train", batch_size=args.batch_size, window=args.window))
+    batches = iter(raypar.batches("train", batch_size=args.batch_size, window=args.window))
     while True:
         start = time.perf_counter()
-        batch = next(found, None)
+        batch = next(batches, None)
         waited += time.perf_counter() - start
         if batch is None:
             break
         x = batch["x"].flatten(1).float() if shape else torch.stack([batch[f"x{n}"] for n in range(8)], 1)
         replica.train_step(x, batch["y"])
         steps += 1
-        if steps == 1:  # the first window and the first step are the start, not a step
+        if steps == 1:  # the first window and the first step belong to the start
             replica.wait()
             waited, begin = 0.0, time.perf_counter()
     replica.wait()
     whole = time.perf_counter() - begin
     step = 1000 * whole / (steps - 1)
-    print(f"training: {step:.2f} ms a step, of which {100 * waited / whole:.1f} % waits for the batch")
+    print(f"training: {step:.2f} ms per step, of which {100 * waited / whole:.1f} % waits for the batch")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=list(SHAPES), default="features")
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--group", type=int, default=10_000, help="rows of a row group; --rows is a multiple")
+    parser.add_argument("--group", type=int, default=10_000, help="rows per row group; --rows is a multiple")
     parser.add_argument("--window", type=int, default=50_000, help="rows that are shuffled together")
     parser.add_argument("--batch-size", type=int, default=1000, help="--rows is a multiple")
     parser.add_argument("--rounds", type=int, default=8)

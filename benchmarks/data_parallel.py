@@ -1,7 +1,7 @@
-"""raypar's data parallel training against plain DDP under torchrun: the same model, batch and optimizer.
+"""raypar's data-parallel training against plain DDP under torchrun: the same model, batch and optimizer.
 
-Both accumulate gradients over the micro-batches and reduce them once a step, over Gloo, with one thread a process. They
-take turns in one run; who is not running waits without using a core.
+Both accumulate gradients over the micro-batches and reduce them once per step, over Gloo, with one thread per process.
+They alternate in one run; the one that is not measured waits without using a core.
 
     python benchmarks/data_parallel.py
 """
@@ -32,7 +32,7 @@ REPLICAS = 2
 
 
 def ddp_process(config: dict[str, Any]) -> None:
-    """What torchrun starts: a block of steps each time the store says so."""
+    """What torchrun starts: runs a block of steps each time the store says so."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -45,13 +45,13 @@ def ddp_process(config: dict[str, Any]) -> None:
     while store.get(f"go {number}") == b"yes":
         start = time.perf_counter()
         for _ in range(config["steps"]):
-            parts = list(zip(inputs.split(config["rows"]), targets.split(config["rows"]), strict=True))
-            for index, (x, y) in enumerate(parts):
-                last = index == len(parts) - 1
-                with contextlib.nullcontext() if last else ddp.no_sync():
-                    loss = F.mse_loss(ddp(x), y) / len(parts)
+            microbatches = list(zip(inputs.split(config["rows"]), targets.split(config["rows"]), strict=True))
+            for index, (x, y) in enumerate(microbatches):
+                is_last = index == len(microbatches) - 1
+                with contextlib.nullcontext() if is_last else ddp.no_sync():
+                    loss = F.mse_loss(ddp(x), y) / len(microbatches)
                     loss.backward()
-            dist.all_reduce(loss.detach())  # raypar's loss is that of all replicas, too
+            dist.all_reduce(loss.detach())  # raypar's loss is that of all replicas as well
             optimizer.step()
             optimizer.zero_grad()
         store.set(f"done {number} {rank}", str((time.perf_counter() - start) / config["steps"]))
@@ -98,8 +98,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=4, help="of a micro-batch")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a block")
+    parser.add_argument("--rows", type=int, default=4, help="per micro-batch")
+    parser.add_argument("--steps", type=int, default=4, help="steps per block")
     parser.add_argument("--rounds", type=int, default=12, help="blocks of each contender")
     parser.add_argument("--ddp-process", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -107,7 +107,9 @@ def main() -> None:
         ddp_process(json.loads(args.ddp_process))
         return
     ray.init(num_cpus=REPLICAS + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    print(f"{args.layers} layers, width {args.width}, {args.rows} rows a micro-batch, {REPLICAS} replicas; ms a step")
+    print(
+        f"{args.layers} layers, width {args.width}, {args.rows} rows per micro-batch, {REPLICAS} replicas; ms per step"
+    )
     print("micro-batches     raypar        ddp   ratio  95 % interval", flush=True)
     for microbatches in args.microbatches:
         config = {key: getattr(args, key) for key in ("layers", "width", "tokens", "rows", "steps")}
@@ -119,10 +121,10 @@ def main() -> None:
         finally:
             ours.stop()
             peer.stop()
-        found = compare(raypar_times, ddp_times)
+        comparison = compare(raypar_times, ddp_times)
         print(
-            f"{microbatches:>13} {found.raypar * 1e3:>10.1f} {found.peer * 1e3:>10.1f} {found.ratio:>7.3f} "
-            f"[{found.low:.3f}, {found.high:.3f}]",
+            f"{microbatches:>13} {comparison.raypar * 1e3:>10.1f} {comparison.peer * 1e3:>10.1f} "
+            f"{comparison.ratio:>7.3f} [{comparison.low:.3f}, {comparison.high:.3f}]",
             flush=True,
         )
     ray.shutdown()

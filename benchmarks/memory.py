@@ -1,9 +1,10 @@
-"""What a pipeline holds at most, counted: bytes in receive buffers, and bytes that autograd has saved.
+"""The peak memory of a pipeline, counted: bytes in receive buffers, and bytes that autograd has saved.
 
-All actors of a plan run in this process over memory, with the engine that runs everywhere, and each allocation is
-counted where it is made. Beside them torch.distributed.pipelining's, in two processes over Gloo: what its stages hold
-in their receive buffers after a step, also what came from a stage in the same process. Receive buffers must not grow
-with the number of micro-batches; 1F1B must keep S of M micro-batches' activations where GPipe keeps all M.
+All actors of a plan run in this process over links in memory, with the same engine as anywhere else, and each
+allocation is counted where it is made. For comparison torch.distributed.pipelining, in two processes over Gloo: what
+its stages hold in their receive buffers after a step, including what came from a stage in the same process. Receive
+buffers must not grow with the number of micro-batches; 1F1B must keep the activations of S of M micro-batches where
+GPipe keeps all M.
 
     python benchmarks/memory.py
 """
@@ -15,26 +16,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from engines import engines_of as engines_over_memory
+from engines import train_step
 from pipeline import ACTORS, PLACEMENTS, Processes, plan_of, port, torch_pipeline
 from torch.autograd.graph import saved_tensors_hooks
 from transformer import batch, transformer
 
-from raypar.engine.build import build_engine
 from raypar.engine.engine import Engine
-from raypar.engine.microbatch import ReplicaBatch
-from raypar.engine.step import StepRequest
 from raypar.planning.plan import Plan
-from raypar.splitting.model import ModelSpec, Split
-from raypar.transport.interface import take_turns
-from raypar.transport.memory_links import MemoryWorld
 
 CONFIG: dict[str, Any] = {"layers": 8, "width": 64, "tokens": 16, "rows": 2}
-CPU = torch.device("cpu")
 
 
 class Counter:
-    """Bytes that are held now, and the most that ever were."""
+    """Bytes held now, and the most ever held."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
@@ -45,7 +40,7 @@ class Counter:
 
 
 class Counted:
-    """A tensor that autograd has saved; its bytes count until the graph lets it go."""
+    """A tensor that autograd has saved; its bytes count until the graph releases it."""
 
     def __init__(self, tensor: torch.Tensor, counter: Counter) -> None:
         self.tensor, self.counter = tensor, counter
@@ -57,34 +52,24 @@ class Counted:
 
 def engines_of(plan: Plan) -> list[Engine]:
     stages = len(plan.actor_of_stage)
-    split = tuple(str(CONFIG["layers"] * index // stages) for index in range(1, stages))
-    spec = ModelSpec(
-        lambda: transformer(CONFIG["layers"], CONFIG["width"]),
-        F.mse_loss,
-        lambda module: torch.optim.SGD(module.parameters(), lr=1e-3),
-        split=Split(split),
-    )
-    world = MemoryWorld(plan)
-    return [
-        build_engine(spec, plan, 0, actor, [CPU], lambda _, actor=actor: world.transport(0, actor))  # type: ignore[misc]
-        for actor in range(plan.pipeline)
-    ]
+    split = [str(CONFIG["layers"] * index // stages) for index in range(1, stages)]
+    return engines_over_memory(plan, lambda: transformer(CONFIG["layers"], CONFIG["width"]), split)
 
 
 def train(plan: Plan, engines: list[Engine], saved: list[Counter] | None = None) -> None:
-    """Three steps; the first reads the headers."""
+    """Run three steps; the first reads the headers."""
     inputs, targets = batch(CONFIG | {"microbatches": plan.microbatch_count})
     if saved is not None:
         for engine, counter in zip(engines, saved, strict=True):
             for stage in engine.part.stages.values():
                 stage.forward = counted_forward(stage.forward, counter)  # type: ignore[method-assign]
     for step in range(1, 4):
-        take_turns([engine.train_step(StepRequest(step, ReplicaBatch.of(inputs, targets))) for engine in engines])
+        train_step(engines, step, (inputs, targets))
 
 
 def counted_forward(forward: Callable[..., Any], counter: Counter) -> Callable[..., Any]:
     def run(*arguments: Any, **options: Any) -> Any:
-        with saved_tensors_hooks(lambda tensor: Counted(tensor.detach(), counter), lambda held: held.tensor):  # type: ignore[no-untyped-call]
+        with saved_tensors_hooks(lambda tensor: Counted(tensor.detach(), counter), lambda counted: counted.tensor):  # type: ignore[no-untyped-call]
             return forward(*arguments, **options)
 
     return run
@@ -112,7 +97,7 @@ def receive_buffers(plan: Plan) -> list[int]:
 
 
 def of_torch(rank: int, port: int, config: dict[str, Any], commands: Any, answers: Any) -> None:
-    """Tells the bytes in the receive buffers of both processes once it is asked."""
+    """Report the bytes in the receive buffers of both processes when asked."""
     torch.set_num_threads(1)
     stages, step = torch_pipeline(rank, port, config)
     commands.get()
@@ -138,10 +123,10 @@ def receive_buffers_of_torch(schedule: str, microbatches: int) -> list[int]:
     meet = port(microbatches, list(PLACEMENTS).index(schedule))
     processes = Processes([(of_torch, (rank, meet, config)) for rank in range(ACTORS)])
     try:
-        found: Any = processes()
+        buffers: Any = processes()
     finally:
         processes.stop()
-    return list(found)
+    return list(buffers)
 
 
 def saved_activations(plan: Plan) -> int:
@@ -160,10 +145,9 @@ def main() -> None:
             ("raypar", lambda schedule, m: receive_buffers(plan_of(schedule, m))),
             ("torch", receive_buffers_of_torch),
         ):
-            found = [count(schedule, m) for m in (8, 16, 64)]
-            growth = sum(found[-1]) / sum(found[0])
-            verdict = "constant" if found[0] == found[1] == found[2] else f"64/8: {growth:.1f} times"
-            print(f"  {schedule:<12} {name:<7} M=8 {found[0]}  M=16 {found[1]}  M=64 {found[2]}  {verdict}", flush=True)
+            few, more, many = (count(schedule, m) for m in (8, 16, 64))
+            verdict = "constant" if few == more == many else f"64/8: {sum(many) / sum(few):.1f} times"
+            print(f"  {schedule:<12} {name:<7} M=8 {few}  M=16 {more}  M=64 {many}  {verdict}", flush=True)
     stages, m = 4, 16
     plans = [Plan(pipeline=stages, schedule=schedule, microbatches=m) for schedule in ("1f1b", "gpipe")]
     one, all_of_them = map(saved_activations, plans)
@@ -173,8 +157,8 @@ def main() -> None:
     )
     print(f"  goal: at most S/M + 10 % = {goal:.3f}: {'reached' if one / all_of_them <= goal else 'missed'}")
     for recompute in ("never", "except_last", "always"):
-        kept = saved_activations(Plan(pipeline=stages, schedule="gpipe", microbatches=m, recompute=recompute))
-        print(f"  gpipe, recompute={recompute!r}: {kept}")
+        most = saved_activations(Plan(pipeline=stages, schedule="gpipe", microbatches=m, recompute=recompute))
+        print(f"  gpipe, recompute={recompute!r}: {most}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A raypar run that executes a block of steps whenever it is told to, and waits in between."""
+"""A raypar run that executes a block of steps on request and waits in between."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Baton:
 
 
 def blocks(config: dict[str, Any], step: Callable[[], raypar.StepOutput]) -> None:
-    """For a train loop: run `config["steps"]` steps each time the baton says so."""
+    """Within a train loop: run `config["steps"]` steps each time the baton says so."""
     rank = ray.train.get_context().get_world_rank()
     baton = config["batons"][rank]
     while ray.get(baton.next.remote()):
@@ -47,7 +47,7 @@ def blocks(config: dict[str, Any], step: Callable[[], raypar.StepOutput]) -> Non
 
 
 class OnRay:
-    """Runs a block of steps at each call and returns the seconds of a step, the slowest replica's."""
+    """Runs a block of steps at each call and returns the slowest replica's seconds per step."""
 
     def __init__(
         self,

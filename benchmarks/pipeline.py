@@ -1,9 +1,9 @@
-"""raypar's pipeline against torch.distributed.pipelining: the same model, cut, schedule and optimizer.
+"""raypar's pipeline against torch.distributed.pipelining: the same model, stages, schedule and optimizer.
 
-raypar runs as people run it, through Trainer and stage actors on Ray; torch runs in two plain processes over Gloo;
-a third process runs the whole model alone, for the bubble bound. One thread a process; all take turns in one run,
-and everything that is not running waits without using a core. For each number of micro-batches all schedules are
-measured in the same rounds, so that the best of one can be compared with the best of the other.
+raypar runs as people run it, through Trainer and stage actors on Ray; torch runs in two plain processes over Gloo; a
+third process runs the whole model alone, for the bubble's bound. One thread per process; all alternate in one run, and
+what is not measured waits without using a core. For each number of micro-batches all schedules are measured in the same
+rounds, so that the best of one side can be compared with the best of the other.
 
     python benchmarks/pipeline.py                                 # the full table
     python benchmarks/pipeline.py --schedules 1f1b --microbatches 8 --rounds 6
@@ -54,21 +54,23 @@ RIVALS: dict[str, Any] = {
 
 
 def torch_pipeline(rank: int, port: int, config: dict[str, Any]) -> tuple[list[PipelineStage], Callable[[], None]]:
-    """The stages of one process, and a function that runs a step; the other process must be there."""
+    """The stages of one process, and a function that runs a step; the other process must be running."""
     store = dist.TCPStore("127.0.0.1", port, ACTORS, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ACTORS)
     torch.manual_seed(0)
     layers = transformer(config["layers"], config["width"])
     placement = PLACEMENTS[config["schedule"]]
-    parts = {
+    models = {
         index: layers[slice(*bounds)]
-        for index, bounds in enumerate(zip(cuts(config), [*cuts(config)[1:], config["layers"]], strict=True))
+        for index, bounds in enumerate(
+            zip(first_layers(config), [*first_layers(config)[1:], config["layers"]], strict=True)
+        )
         if placement[index] == rank
     }
-    stages = [PipelineStage(part, index, len(placement), torch.device("cpu")) for index, part in parts.items()]
-    given = stages if len(stages) > 1 else stages[0]
-    schedule = RIVALS[config["schedule"]](given, config["microbatches"], loss_fn=F.mse_loss)
-    optimizer = torch.optim.SGD([p for part in parts.values() for p in part.parameters()], lr=1e-3)
+    stages = [PipelineStage(model, index, len(placement), torch.device("cpu")) for index, model in models.items()]
+    stage_or_stages = stages if len(stages) > 1 else stages[0]
+    schedule = RIVALS[config["schedule"]](stage_or_stages, config["microbatches"], loss_fn=F.mse_loss)
+    optimizer = torch.optim.SGD([p for model in models.values() for p in model.parameters()], lr=1e-3)
     inputs, targets = batch(config)
 
     def step() -> None:
@@ -98,11 +100,11 @@ def torch_process(rank: int, port: int, config: dict[str, Any], commands: Any, a
 
 
 def port(microbatches: int, number: int) -> int:
-    """At which the processes of a contender meet; another one for each, and for each run of the benchmark."""
+    """The port at which the processes of a contender meet: one for each contender and each run of the benchmark."""
     return 20000 + (os.getpid() * 7 + microbatches * 11 + number) % 20000
 
 
-def cuts(config: dict[str, Any]) -> list[int]:
+def first_layers(config: dict[str, Any]) -> list[int]:
     """The layer at which each stage begins."""
     stages = len(PLACEMENTS[config["schedule"]])
     return [index * config["layers"] // stages for index in range(stages)]
@@ -161,21 +163,21 @@ def train_loop(config: dict[str, Any]) -> None:
         lambda: transformer(config["layers"], config["width"]),
         loss_fn=F.mse_loss,
         optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=1e-3),
-        split=[str(begin) for begin in cuts(config)[1:]],
+        split=[str(begin) for begin in first_layers(config)[1:]],
     )
     inputs, targets = batch(config)
     blocks(config, lambda: replica.train_step(inputs, targets))
 
 
 def measure(config: dict[str, Any], schedules: list[str], rounds: int) -> None:
-    """Print the rows of one number of micro-batches: all schedules of both sides, and one process, in turns."""
+    """Print the rows of one number of micro-batches: all schedules of both sides, and one process, alternating."""
     m = config["microbatches"]
     alone = Processes([(single_process, (config,))])
     contenders: list[Any] = [alone]
     for number, schedule in enumerate(schedules):
-        own = config | {"schedule": schedule}
-        contenders.append(Processes([(torch_process, (rank, port(m, number), own)) for rank in range(ACTORS)]))
-        contenders.append(OnRay(train_loop, plan_of(schedule, m), own))
+        scheduled = config | {"schedule": schedule}
+        contenders.append(Processes([(torch_process, (rank, port(m, number), scheduled)) for rank in range(ACTORS)]))
+        contenders.append(OnRay(train_loop, plan_of(schedule, m), scheduled))
     try:
         whole_times, *others = in_turns(contenders, rounds)
     finally:
@@ -185,15 +187,15 @@ def measure(config: dict[str, Any], schedules: list[str], rounds: int) -> None:
     bound = ACTORS * m / (m + ACTORS - 1)
     medians: dict[str, list[tuple[float, str, list[float]]]] = {"raypar": [], "torch": []}
     for schedule, peer, ours in zip(schedules, others[::2], others[1::2], strict=True):
-        found = compare(ours, peer)
-        medians["raypar"].append((found.raypar, schedule, ours))
-        medians["torch"].append((found.peer, schedule, peer))
+        comparison = compare(ours, peer)
+        medians["raypar"].append((comparison.raypar, schedule, ours))
+        medians["torch"].append((comparison.peer, schedule, peer))
         actions = sum(map(len, raypar.schedule_of(plan_of(schedule, m)).rows))
-        own_cost = (found.raypar - whole / ACTORS) * 1e6 / (actions / ACTORS)
-        shares = f"{whole / found.raypar / bound:>8.2f} {whole / found.peer / bound:>8.2f}"
-        times = f"{found.raypar * 1e3:>9.1f} {found.peer * 1e3:>9.1f}"
-        interval = f"{found.ratio:>7.3f} [{found.low:.3f}, {found.high:.3f}]"
-        print(f"{schedule:<12} {m:>3} {times} {interval} {shares} {own_cost:>9.0f}", flush=True)
+        idle = (comparison.raypar - whole / ACTORS) * 1e6 / (actions / ACTORS)
+        shares = f"{whole / comparison.raypar / bound:>8.2f} {whole / comparison.peer / bound:>8.2f}"
+        times = f"{comparison.raypar * 1e3:>9.1f} {comparison.peer * 1e3:>9.1f}"
+        interval = f"{comparison.ratio:>7.3f} [{comparison.low:.3f}, {comparison.high:.3f}]"
+        print(f"{schedule:<12} {m:>3} {times} {interval} {shares} {idle:>9.0f}", flush=True)
     (_, ours_name, ours), (_, peer_name, peer) = min(medians["raypar"]), min(medians["torch"])
     best = compare(ours, peer)
     print(f"best: {ours_name} against {peer_name}: {best.ratio:.3f} [{best.low:.3f}, {best.high:.3f}]", flush=True)
@@ -205,18 +207,18 @@ def plan_of(schedule: str, microbatches: int) -> raypar.Plan:
 
 
 def measure_trace(config: dict[str, Any], schedules: list[str], rounds: int) -> None:
-    """Print what tracing costs: a run that is traced against one that is not, in turns."""
+    """Print the cost of tracing: a traced run against one without, alternating."""
     for schedule in schedules:
-        own, plan = config | {"schedule": schedule}, plan_of(schedule, config["microbatches"])
-        runs = [OnRay(train_loop, plan, own, trace=trace) for trace in (False, True)]
+        scheduled, plan = config | {"schedule": schedule}, plan_of(schedule, config["microbatches"])
+        runs = [OnRay(train_loop, plan, scheduled, trace=trace) for trace in (False, True)]
         try:
             plain, traced = in_turns(runs, rounds)
         finally:
             for run in runs:
                 run.stop()
-        found = compare(plain, traced)
-        times = f"{found.raypar * 1e3:>9.1f} {found.peer * 1e3:>9.1f}"
-        interval = f"{found.ratio:>7.3f} [{found.low:.3f}, {found.high:.3f}]"
+        comparison = compare(plain, traced)
+        times = f"{comparison.raypar * 1e3:>9.1f} {comparison.peer * 1e3:>9.1f}"
+        interval = f"{comparison.ratio:>7.3f} [{comparison.low:.3f}, {comparison.high:.3f}]"
         print(f"{schedule:<12} {config['microbatches']:>3} {times} {interval}", flush=True)
 
 
@@ -227,19 +229,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=2, help="of a micro-batch")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a block")
+    parser.add_argument("--rows", type=int, default=2, help="per micro-batch")
+    parser.add_argument("--steps", type=int, default=3, help="steps per block")
     parser.add_argument("--rounds", type=int, default=12, help="blocks of each contender")
     parser.add_argument("--same-malloc", action="store_true", help="torch's processes keep freed memory too")
     parser.add_argument("--trace", action="store_true", help="raypar alone: the cost of Trainer(trace=True)")
     args = parser.parse_args()
     ray.init(num_cpus=4 * len(args.schedules) + 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    print(f"{args.layers} layers, width {args.width}, {args.tokens} tokens, {args.rows} rows a micro-batch; ms a step")
+    print(
+        f"{args.layers} layers, width {args.width}, {args.tokens} tokens, {args.rows} rows per micro-batch; ms per step"
+    )
     run = measure_trace if args.trace else measure
     if args.trace:
         print("schedule       M     plain    traced   ratio  95 % interval", flush=True)
     else:
-        print("bound: 2M/(M+1) times one process; idle: microseconds an action beyond half of one process's time")
+        print("bound: 2M/(M+1) times one process; idle: microseconds per action beyond half of one process's time")
         print(
             "schedule       M    raypar     torch   ratio  95 % interval   raypar/bound torch/bound    idle", flush=True
         )

@@ -1,7 +1,7 @@
-"""A U-Net whose long skips cross the stages, under 1F1B: its step against the bound from measured stage times.
+"""A U-Net whose long skip connections cross stages, under 1F1B: its step against the bound from measured stage times.
 
-torch.distributed.pipelining cannot run it: a stage there sends to the next one only. The bound is what the schedule
-takes when each pass takes the time that it took alone, in one process, and messages take none. The losses are compared
+torch.distributed.pipelining cannot run it: there a stage sends to the next one only. The bound is the length of the
+schedule if each pass takes as long as it does alone in one process, and messages take no time. The losses are compared
 with those of a plain loop in the same run.
 
     python benchmarks/unet.py
@@ -40,7 +40,7 @@ class Double(nn.Module):
 
 
 class UNet(nn.Module):
-    """Two levels down and up again; what each level makes on the way down skips to the way up."""
+    """Two levels down and up again; the output of each level on the way down skips to the way up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,11 +74,11 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def stage_times() -> tuple[list[float], list[float]]:
-    """Seconds of the forward and the backward pass of each stage, alone; measure_units tells their sum, of which a
-    backward pass takes two thirds."""
+    """Seconds of the forward and the backward pass of each stage, alone. measure_units returns their sum, of which the
+    backward pass is taken to be two thirds."""
     spec = ModelSpec(UNet, F.mse_loss, sgd)
     seconds = measure_units(spec, Split(tuple(SPLIT)), batch()[0][:ROWS], torch.device("cpu"))
-    return [each / 3 for each in seconds], [each * 2 / 3 for each in seconds]
+    return [both / 3 for both in seconds], [both * 2 / 3 for both in seconds]
 
 
 def plain_losses(steps: int) -> list[float]:
@@ -98,20 +98,20 @@ def plain_losses(steps: int) -> list[float]:
 
 def check_losses() -> float:
     """The largest difference to a plain loop over three steps."""
-    found: list[float] = []
+    losses: list[float] = []
 
     def loop() -> None:
         replica = raypar.parallelize(UNet, loss_fn=F.mse_loss, optimizer=sgd, split=SPLIT)
-        found.extend(replica.train_step(*batch()).loss for _ in range(3))
+        losses.extend(replica.train_step(*batch()).loss for _ in range(3))
 
     plan = raypar.Plan(pipeline=2, microbatches=MICROBATCHES)
     raypar.Trainer(loop, plan=plan, local=True).fit()
-    return max(abs(one - other) for one, other in zip(found, plain_losses(3), strict=True))
+    return max(abs(one - other) for one, other in zip(losses, plain_losses(3), strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3, help="steps of a block")
+    parser.add_argument("--steps", type=int, default=3, help="steps per block")
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -123,7 +123,7 @@ def main() -> None:
     steps, bounds = [], []
     try:
         ours()
-        for _ in range(args.rounds):  # in turns: the machine is as fast for one as for the other
+        for _ in range(args.rounds):  # alternating: the machine is equally fast for both
             forward, backward = stage_times()
             bounds.append(raypar.simulate(raypar.schedule_of(plan), forward, backward).length)
             steps.append(ours())

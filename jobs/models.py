@@ -1,4 +1,4 @@
-"""The two reference models. Plain PyTorch: whether and how they are cut into stages is the plan's affair."""
+"""The two reference models, in plain PyTorch: whether and how they are split into stages is up to the plan."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def mlp() -> nn.Sequential:
 class CNN(nn.Module):
     """Two convolutions and two linear layers for images of 1 × 28 × 28.
 
-    What has no weights (ReLU, pooling, flattening) stands in `forward` between the modules, as people write it: a cut
-    of this model must carry that code along with the stage it belongs to.
+    What has no weights (ReLU, pooling, flattening) is called in `forward` between the modules, as people write it;
+    splitting the model must keep that code with the stage it belongs to.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Writes the UCI handwritten digits as Parquet, once: `python jobs/prepare_digits.py --out data/digits`.
+"""Write the UCI handwritten digits as Parquet, once: `python jobs/prepare_digits.py --out data/digits`.
 
-The 1,797 images of 8 × 8 pixels ship inside scikit-learn, so nothing is downloaded. They are scaled to 28 × 28, the
-size that the reference models take, and split into train and test in the same way everywhere:
+The 1,797 images of 8 × 8 pixels come with scikit-learn, so nothing is downloaded. They are scaled to 28 × 28, the size
+that the reference models take, and split into train and test in the same way on every machine:
 
     <out>/train.parquet   1,437 rows      image   fixed_shape_tensor<float32, (1, 28, 28)>, values 0 to 1
     <out>/test.parquet      360 rows      label   int64, 0 to 9
@@ -25,11 +25,11 @@ from sklearn.model_selection import train_test_split
 SIDE = 28
 TEST_ROWS = 360
 SPLIT_SEED = 0
-ROWS_PER_GROUP = 128  # a reader that wants some of the rows need not read them all
+ROWS_PER_GROUP = 128  # so that a reader of some of the rows need not read all of them
 
 
 def prepare(out: str) -> dict[str, Path]:
-    """Writes what is missing of train.parquet and test.parquet under `out`; returns where they are."""
+    """Write train.parquet and test.parquet in the folder `out` unless both are there; returns their paths."""
     folder = Path(out)
     paths = {name: folder / f"{name}.parquet" for name in ("train", "test")}
     if all(path.exists() for path in paths.values()):
@@ -47,7 +47,7 @@ def prepare(out: str) -> dict[str, Path]:
 
 
 def _scaled(images: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """8 × 8 with values 0 to 16 becomes 1 × 28 × 28 with values 0 to 1."""
+    """Scale images of 8 × 8 with values 0 to 16 to 1 × 28 × 28 with values 0 to 1."""
     small = torch.from_numpy(images.astype(np.float32) / 16.0).unsqueeze(1)
     large = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
     scaled: npt.NDArray[np.float32] = large.numpy()
@@ -55,7 +55,7 @@ def _scaled(images: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
 
 
 def _write(path: Path, images: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
-    """Whole or not at all: the file gets its name after its last byte is on the disk."""
+    """Write a complete file or none: it gets its name once its last byte is on the disk."""
     table = pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(images), "label": pa.array(labels)})
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

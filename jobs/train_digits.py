@@ -3,8 +3,8 @@
     python jobs/train_digits.py --data 2 --pipeline 2
     ray job submit --working-dir . -- python jobs/train_digits.py --data 2 --pipeline 2
 
-The digits are prepared first where they are missing. Run it twice with the same --name and --storage, and the second
-run goes on where the first one stopped.
+If the digits are missing, they are prepared first. Run it twice with the same --name and --storage, and the second run
+resumes where the first one stopped.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def train_loop(config: dict[str, Any]) -> None:
             loss += output.loss * output.samples
         seconds = time.perf_counter() - start
 
-        right = rows = 0
+        correct = rows = 0
         for batch in raypar.batches("test", batch_size=256, shuffle=False):
-            right += int((replica.predict(batch["image"]).argmax(1) == batch["label"]).sum())
+            correct += int((replica.predict(batch["image"]).argmax(1) == batch["label"]).sum())
             rows += len(batch["label"])
         bubble = replica.bubble()
         metrics = {
             "loss": loss / samples,
-            "accuracy": replica.sum(right) / replica.sum(rows),
+            "accuracy": replica.sum(correct) / replica.sum(rows),
             "samples_per_s": samples / seconds,
             "actors": actors,
             "bubble": bubble.measured if bubble else None,
@@ -80,7 +80,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def show(plan: raypar.Plan, rows: list[dict[str, Any]], console: Console) -> None:
-    """The end of a run: where each stage was, and how each epoch went."""
+    """Print the summary of a run: where each stage was, and how each epoch went."""
     last = rows[-1]
     tree = Tree(f"[bold]plan[/bold]  data={plan.data}  pipeline={plan.pipeline}  microbatches={plan.microbatch_count}")
     if plan.pipeline > 1:
@@ -90,9 +90,9 @@ def show(plan: raypar.Plan, rows: list[dict[str, Any]], console: Console) -> Non
         tree.label = f"{tree.label}  data_strategy={plan.data_strategy}{every}"
     for replica in range(plan.data):
         branch = tree.add(f"replica {replica}")
-        for actor in [each for each in last["actors"] if each["replica"] == replica]:
-            where = f"{actor['device']}, pid {actor['pid']}" + (f" on {actor['node_ip']}" if actor["node_ip"] else "")
-            node = branch.add(f"actor {actor['actor']}  [dim]{where}[/dim]")
+        for actor in [info for info in last["actors"] if info["replica"] == replica]:
+            process = f"{actor['device']}, pid {actor['pid']}" + (f" on {actor['node_ip']}" if actor["node_ip"] else "")
+            node = branch.add(f"actor {actor['actor']}  [dim]{process}[/dim]")
             for stage, modules in actor["stages"].items():
                 node.add(f"stage {stage}: {', '.join(modules)}")
     console.print(tree)
@@ -112,7 +112,7 @@ def show(plan: raypar.Plan, rows: list[dict[str, Any]], console: Console) -> Non
 
 
 def bubble_line(row: dict[str, Any]) -> str:
-    """The share of the actors' time without work in the last epoch, beside what the schedule alone would leave."""
+    """The share of the actors' time without work in the last epoch, next to what the schedule alone would leave."""
     if row["bubble"] is None:
         return "bubble: not measured, since the actors took turns in one process"
     measured = f"bubble: {row['bubble']:.1%} of the actors' time measured"
@@ -126,27 +126,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=sorted(MODELS), default="cnn", help="default: cnn")
     add("--data", type=int, default=1, help="replicas of the model (default: 1)")
-    add("--pipeline", type=int, default=1, help="stage actors a replica (default: 1)")
-    add("--microbatches", type=int, help="parts of a replica's batch (default: 4 a stage actor; 1 without a pipeline)")
+    add("--pipeline", type=int, default=1, help="stage actors per replica (default: 1)")
+    add("--microbatches", type=int, help="per replica and batch (default: 4 per stage actor; 1 without a pipeline)")
     add("--schedule", default="1f1b", help="gpipe, 1f1b (default), interleaved, zb-h1, zbv, or a CSV file")
-    add("--data-strategy", default="ddp", help="how replicas stay one model: ddp (default), fsdp, local_sgd, scatter")
+    add("--data-strategy", default="ddp", help="how replicas stay equal: ddp (default), fsdp, local_sgd, scatter")
     add(
         "--sync-every",
         type=steps,
         metavar="STEPS",
         help="with local_sgd: steps between averages, or epoch (default: 20)",
     )
-    add("--placement", type=int, nargs="+", metavar="ACTOR", help="the actor of each stage, as in 0 1 0")
+    add("--placement", type=int, nargs="+", metavar="ACTOR", help="the actor of each stage, such as 0 1 0")
     add("--split", nargs="+", metavar="MODULE", help="modules at which a new stage begins (default: balanced)")
-    add("--epochs", type=positive, default=15, help="times through the digits (default: 15)")
+    add("--epochs", type=positive, default=15, help="passes over the digits (default: 15)")
     add("--batch-size", type=positive, default=64, help="rows of a global batch (default: 64)")
-    add("--lr", type=float, default=2e-3, help="the learning rate at the start, for AdamW (default: 2e-3)")
+    add("--lr", type=float, default=2e-3, help="initial learning rate, for AdamW (default: 2e-3)")
     add("--seed", type=int, default=0, help="of the weights and of the order of the digits (default: 0)")
     add("--digits", default=DIGITS, help=f"folder of train.parquet and test.parquet (default: {DIGITS})")
     add("--storage", default="runs", help="where checkpoints go: a folder or a URI (default: runs)")
-    add("--name", default=None, help="the run's name; the same name resumes it (default: from the time)")
+    add("--name", default=None, help="the run's name; the same name resumes it (default: made from the time)")
     add("--max-failures", type=int, default=0, help="restarts after failures (default: 0)")
-    add("--local", action="store_true", help="in this process, without Ray")
+    add("--local", action="store_true", help="run in this process, without Ray")
     return parser.parse_args(arguments)
 
 
@@ -162,7 +162,7 @@ def positive(text: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0, 1 after an error that raypar explains, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 1 after an error that raypar explains, 130 after Ctrl-C."""
     args = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 100)
     name = args.name or time.strftime("digits-%Y%m%d-%H%M%S")
@@ -173,11 +173,11 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"Stopped. The same command with --name {name} goes on from the last checkpoint.", file=sys.stderr)
+        print(f"Stopped. The same command with --name {name} resumes from the last checkpoint.", file=sys.stderr)
         return 130
-    assert result.metrics is not None  # there is an epoch
+    assert result.metrics is not None  # there is at least one epoch
     assert result.metrics_dataframe is not None
-    rows: list[Any] = result.metrics_dataframe.to_dict("records")  # where a None may have become NaN
+    rows: list[Any] = result.metrics_dataframe.to_dict("records")  # in which a None may have become NaN
     show(plan, [*rows[:-1], result.metrics], console)
     if result.checkpoint is not None:
         console.print(f"checkpoint {result.checkpoint.path}", soft_wrap=True)
@@ -207,7 +207,7 @@ def train(args: argparse.Namespace, name: str) -> tuple[raypar.Plan, ray.train.R
 
 
 def located(path: str) -> str:
-    """A URI as it is, a local path in full: the workers have other working directories."""
+    """A URI as it is, a local path made absolute: the workers have other working directories."""
     return path if "://" in path else str(Path(path).absolute())
 
 

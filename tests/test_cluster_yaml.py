@@ -81,7 +81,7 @@ def test_the_images_have_the_version_of_ray_that_is_pinned(config: dict[str, Any
     assert config["docker"]["worker_image"] == f"rayproject/ray:{pinned[1]}-py311-gpu"
 
 
-def test_every_node_gets_this_folder_and_installs_it_with_the_pinned_versions(config: dict[str, Any]):
+def test_every_node_installs_this_folder_with_pinned_versions(config: dict[str, Any]):
     (folder,) = (remote for remote, local in config["file_mounts"].items() if local == ".")
     install = f"cd {folder} && pip install --quiet --constraint constraints.txt '.[jobs]'"
     assert install in config["head_setup_commands"]

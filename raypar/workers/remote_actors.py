@@ -20,6 +20,7 @@ from raypar.loop.actors import check_something_is_stepped, merge_models, with_lr
 from raypar.observe.actor_info import ActorInfo
 from raypar.observe.bubble import Timing
 from raypar.observe.timeline import Event
+from raypar.planning.place import Place
 from raypar.planning.plan import Plan, Timeouts
 from raypar.splitting.model import ModelSpec
 from raypar.storage import Storage
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 class RemoteActors:
     """The stage actors of replica `replica`, built and ready for steps.
 
-    A step is one call to each of them. Arrays go to the actors that use them, as NumPy views, which Ray
+    A step is one call to each of them. Arrays are sent only to the actors that use them, as NumPy views, which Ray
     shares between the processes of a machine.
     """
 
@@ -76,7 +77,7 @@ class RemoteActors:
         self._call("load_state_dict", ray.put(microbatch.to_arrays(state)))
 
     def save(self, request: SaveRequest) -> None:
-        # Not waited for: an actor takes its copy after the steps it was given and before those that follow.
+        # Not waited for: an actor copies its state after the steps it has been given and before those that follow.
         requests = request.for_actors(len(self.handles))
         self._saves = [handle.save.remote(part) for handle, part in zip(self.handles, requests, strict=True)]
 
@@ -98,7 +99,7 @@ class RemoteActors:
         return self._infos
 
     def _start(self, method: str, request: StepRequest) -> list[Any]:
-        """Send a request to all actors, each with the arrays that it uses."""
+        """Send a request to all actors, to each with the arrays that it uses."""
         arrays = request.batch.to_arrays()
         calls = []
         for actor, handle in enumerate(self.handles):
@@ -107,30 +108,30 @@ class RemoteActors:
         return calls
 
     def _call(self, method: str, *arguments: Any, limit: str = "peer") -> list[Any]:
-        """Call a method in which actors do not wait for each other, and so have no limits of their own; `limit` is the
-        field of Timeouts that counts."""
+        """Call a method in which actors do not wait for each other and so have no limit of their own; `limit` is the
+        field of Timeouts that applies."""
         calls = [getattr(handle, method).remote(*arguments) for handle in self.handles]
         try:
             return self._get(calls, getattr(self.timeouts, limit))
         except GetTimeoutError:
             raise self._silence(calls, repr(method), limit) from None
 
-    def _silence(self, calls: list[Any], what: str, limit: str) -> TimeoutExceededError:
+    def _silence(self, calls: list[Any], request: str, limit: str) -> TimeoutExceededError:
         """The error that names the actors that have not answered."""
         _, silent = ray.wait(calls, num_returns=len(calls), timeout=0)
-        stages = [stage for call in silent for stage in self.plan.stages_of(calls.index(call))]
+        stages = tuple(stage for call in silent for stage in self.plan.stages_of(calls.index(call)))
         return TimeoutExceededError(
-            f"replica {self.replica}, stage {', '.join(map(str, stages))}: no answer to {what} within the "
+            f"{Place(self.replica, stages)}: no answer to {request} within the "
             f"{getattr(self.timeouts, limit):g} s of Timeouts({limit}=…); the process is stuck or slow",
             replica=self.replica,
             stage=stages[0] if stages else None,
         )
 
     def _get(self, calls: list[Any], timeout: float | None = None) -> list[Any]:
-        """The answers of all actors; or the error that the others' errors may have followed from.
+        """The answers of all actors, or the error that the others' errors may have followed from.
 
-        Without a `timeout` as `_answers_to_step` has it. Once one has failed, the others get `timeouts.stop` seconds to
-        say what happened to them.
+        Without a `timeout`, the limit is that of `_answers_to_step`. Once one actor has failed, the others get
+        `timeouts.stop` seconds to report their own errors.
         """
         try:
             answers = self._answers_to_step(calls) if timeout is None else ray.get(calls, timeout=timeout)
@@ -144,12 +145,12 @@ class RemoteActors:
                 error for error in (self._error_of(calls.index(call), call) for call in done) if error is not None
             ]
             raise first_cause(errors) from None
-        raise self._silence(calls, "a step that others have ended", "peer")
+        raise self._silence(calls, "a step that others have finished", "peer")
 
     def _answers_to_step(self, calls: list[Any]) -> list[Any] | None:
-        """Wait as long as the actors compute, for their own waits have limits. But nobody may wait for one that stands
-        still behind its last message, so once one actor has answered, the next one must within `timeouts.peer` seconds;
-        else None."""
+        """Wait as long as the actors compute, since their own waits have limits. But an actor may hang after its last
+        message, when no other actor waits for it: so once one actor has answered, the next one must answer within
+        `timeouts.peer` seconds; else the result is None."""
         answered, since = 0, time.monotonic()
         while True:
             try:

@@ -1,7 +1,7 @@
 """The process that holds one actor's stages: an engine behind Ray calls.
 
-Ray starts it in its bundle, pinned to its GPU where there is one, and carries one call a step to it. What
-the engine sends and receives goes through torch.distributed, past Ray.
+Ray starts it in its bundle, pinned to its GPU if it has one, and carries one call per step to it. What the engine sends
+and receives goes through torch.distributed, not through Ray.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from raypar.workers.malloc import keep_freed_memory
 
 @dataclass(frozen=True)
 class Built:
-    """What a train worker needs to know of an actor that is built.
+    """What a train worker needs to know about an actor that has been built.
 
     names:       of the whole model's state dict, with their shapes.
     uses_inputs: whether one of its stages reads the batch's inputs.
-    steps:       whether its optimizer steps anything; None where the actor has nothing to train.
+    steps:       whether its optimizer steps anything; None if the actor has nothing to train.
     """
 
     names: dict[str, torch.Size]
@@ -62,7 +62,7 @@ class StageActor:
         self.replica, self.actor, self.plan, self.timeouts = replica, actor, plan, timeouts
         self.place = Place(replica, tuple(plan.stages_of(actor)))
         gpus = ray.get_gpu_ids()
-        # Ray also hands out logical GPUs on machines without CUDA; an actor's own GPU is its cuda:0
+        # Ray also assigns logical GPUs on machines without CUDA. An actor sees its own GPU as cuda:0.
         self.device = torch.device("cuda:0" if gpus and torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -70,7 +70,7 @@ class StageActor:
             keep_freed_memory()
         self.store: dist.TCPStore | None = None
         self.engine: Engine | None = None
-        self.clock: Clock | None = None  # of the engine; after a failure it tells what was done until then
+        self.clock: Clock | None = None  # of the engine; it outlives a failed engine, for the timeline
         self.saver: SharedSaver | None = None
         self.failure: RayparError | None = None
 
@@ -86,7 +86,7 @@ class StageActor:
     # ------------------------------------------------------------ before the first step
 
     def open_store(self, world_size: int) -> tuple[str, int]:
-        """Serve the store at which all stage actors meet; returns its host and port."""
+        """Serve the store through which all stage actors find each other; returns its host and port."""
         host = _node_ip()
         self.store = open_store(host, world_size, self.timeouts)
         return host, self.store.port
@@ -102,7 +102,7 @@ class StageActor:
         return measure_units(spec, units, microbatch.to_tensors(example_inputs, self.device), self.device)
 
     def build(self, spec: ModelSpec, storage: Storage, restored: str | None) -> Built:
-        """Build this actor's part, fresh or from a checkpoint. Returns what the worker needs to know of it."""
+        """Build this actor's model part and engine, fresh or from the checkpoint `restored`."""
         with user_code(self.place, "building the model and its optimizer"):
             saved = SavedTensors(restored, storage.filesystem) if restored is not None else None
             self.engine = build_engine(spec, self.plan, self.replica, self.actor, [self.device], self._transport, saved)
@@ -134,15 +134,15 @@ class StageActor:
         return microbatch.to_arrays(self._run(lambda engine: engine.predict(request)))
 
     def _run(self, call: Callable[[Engine], Waiting]) -> Any:
-        """Run a call of the engine. After an error no further step is taken; unless all actors have given
-        the step up together, the connections are closed, so that neighbours that wait fail at once."""
+        """Run a call of the engine. After an error this actor takes no further step; it closes its connections, so that
+        neighbours that wait fail at once, unless all actors have dropped the step together (NonFiniteError)."""
         if self.failure is not None:
             raise self.failure
         assert self.engine is not None, "a step before build()"
         try:
             return drive(call(self.engine))
-        except Exception as found:
-            error = found if isinstance(found, RayparError) else failed_wait(self.place, "a step", found)
+        except Exception as failure:
+            error = failure if isinstance(failure, RayparError) else failed_wait(self.place, "a step", failure)
             self.failure = error
             if not isinstance(error, NonFiniteError):
                 self.engine = self.saver = None
@@ -152,13 +152,13 @@ class StageActor:
     # ------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """This actor's part of the model's state; as NumPy arrays, which Ray carries without copying them twice."""
+        """This actor's part of the model's state, as NumPy arrays, which Ray transfers with fewer copies."""
         assert self.engine is not None, "state_dict() before build()"
         arrays: dict[str, Any] = microbatch.to_arrays(model_of(self.engine))
         return arrays
 
     def save(self, request: SaveRequest) -> None:
-        """Begin to write this actor's share of a checkpoint."""
+        """Start writing this actor's share of a checkpoint."""
         if self.failure is not None:
             raise self.failure
         assert self.engine is not None, "save() before build()"

@@ -162,17 +162,17 @@ class WorkerSession(Session):
 
     def publish(self, metrics: dict[str, Any], path: str | None) -> None:
         if self.replica == 0:
-            with contextlib.suppress(Exception):  # it is in the checkpoint, too
+            with contextlib.suppress(Exception):  # the history is in the checkpoint as well
                 pushed: Any = self.job.board.push.remote({"kind": "history", "rows": self.history})
-                ray.get(pushed, timeout=self.timeouts.stop)  # a loop may end here, and its process with it
+                ray.get(pushed, timeout=self.timeouts.stop)  # the process may end after this
         checkpoint = None
         if path is not None and self.replica == 0:
             checkpoint = ray.train.Checkpoint(path, self.storage.filesystem)
-        mode = ray.train.CheckpointUploadMode.NO_UPLOAD  # raypar has written it already
+        mode = ray.train.CheckpointUploadMode.NO_UPLOAD  # raypar has already written it
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode)
 
     def show_progress(self, progress: dict[str, Any]) -> None:
-        with contextlib.suppress(Exception):  # a lost line of progress is no reason to stop
+        with contextlib.suppress(Exception):  # a lost progress report is no reason to stop
             self.job.board.push.remote({"kind": "progress", **progress})
 
 

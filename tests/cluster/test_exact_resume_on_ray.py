@@ -71,9 +71,7 @@ def whole(cluster: None, rows: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.usefixtures("nothing_left")
-def test_a_run_that_lost_a_process_ends_with_the_bits_of_one_that_lost_none(
-    tmp_path: Path, rows: Path, whole: Any, seed: int
-) -> None:
+def test_a_run_that_lost_a_process_ends_bitwise_identical(tmp_path: Path, rows: Path, whole: Any, seed: int) -> None:
     draw = random.Random(seed)
     victim = 0 if seed == 0 else draw.randint(1, PLAN.data * PLAN.pipeline)  # the first train worker; a stage actor
     found = fit(tmp_path, rows, dies_behind=draw.randint(3, STEPS - 1), victim=victim)

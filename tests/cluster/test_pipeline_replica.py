@@ -105,7 +105,7 @@ class Silent:
         return 0.0, 0.0
 
 
-def test_an_actor_that_stands_still_is_named_when_its_state_is_asked_for(tmp_path: Path, nothing_left: None) -> None:
+def test_an_actor_that_hangs_is_named_when_asked_for_state(tmp_path: Path, nothing_left: None) -> None:
     """A step's waits have limits of their own; a call in which actors do not wait for each other had none."""
     remote: Any = ray.remote(num_cpus=0)(Silent)
     handles = [remote.remote(), remote.remote()]
@@ -114,16 +114,14 @@ def test_an_actor_that_stands_still_is_named_when_its_state_is_asked_for(tmp_pat
     plan = Plan(pipeline=2, placement=[0, 1, 0])
     actors = RemoteActors(handles, plan, 3, Timeouts(peer=1, stop=1), spec, storage, None)
     with pytest.raises(
-        TimeoutExceededError, match=r"replica 3, stage 0, 2, 1: no answer to 'state_dict'.*Timeouts\(peer=…\)"
+        TimeoutExceededError, match=r"replica 3, stages 0, 2, 1: no answer to 'state_dict'.*Timeouts\(peer=…\)"
     ):
         actors.state_dict()
     for handle in handles:
         ray.kill(handle)
 
 
-def test_an_actor_that_stands_still_in_a_step_that_others_have_ended_is_named(
-    tmp_path: Path, nothing_left: None
-) -> None:
+def test_an_actor_that_hangs_at_the_end_of_a_step_is_named(tmp_path: Path, nothing_left: None) -> None:
     """In an evaluation nobody waits for the last stage: eval_step hung for ever when its actor was stopped."""
     remote: Any = ray.remote(num_cpus=0)(Silent)
     handles = [remote.remote(), remote.remote()]
@@ -131,7 +129,7 @@ def test_an_actor_that_stands_still_in_a_step_that_others_have_ended_is_named(
     limits = Timeouts(peer=2, stop=1)
     actors = RemoteActors(handles, Plan(pipeline=2), 1, limits, spec, Storage.open(tmp_path, "run"), None)
     with pytest.raises(
-        TimeoutExceededError, match=r"replica 1, stage 1: no answer to a step that others have ended within the 2 s"
+        TimeoutExceededError, match=r"replica 1, stage 1: no answer to a step that others have finished within the 2 s"
     ):
         actors.eval_step(request_of(1, (torch.zeros(1), torch.zeros(1))))
     for handle in handles:
@@ -148,7 +146,7 @@ def test_an_optimizer_without_a_parameter_on_any_actor_is_refused(tmp_path: Path
         ray.kill(handle)
 
 
-def test_an_exception_of_the_optimizer_function_names_replica_and_stage(tmp_path: Path, nothing_left: None) -> None:
+def test_an_optimizer_exception_names_replica_and_stage(tmp_path: Path, nothing_left: None) -> None:
     def loop() -> None:
         def optimizer(module: nn.Module) -> torch.optim.Optimizer:
             if any(name.startswith("fc") for name, _ in module.named_parameters()):

@@ -24,7 +24,7 @@ GPU_MACHINE = Machines({"CPU": 4, "GPU": 2})
 
 
 class TestNeeds:
-    def test_stages_ask_for_a_gpu_each_where_there_are_gpus_and_their_workers_never(self) -> None:
+    def test_stages_request_gpus_and_workers_do_not(self) -> None:
         needs = needs_of(Plan(data=2, pipeline=3), gpus=True)
         assert needs.stage == {"CPU": 1, "GPU": 1}
         assert needs.worker == {"CPU": 1}
@@ -50,7 +50,7 @@ class TestNeeds:
         scaling = ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 3})
         assert needs_of(Plan(data=2, pipeline=2), scaling, gpus=False).total() == {"CPU": 10}
 
-    def test_a_label_selector_of_a_worker_holds_for_the_stages_of_its_replica(self) -> None:
+    def test_a_worker_label_selector_applies_to_its_stages(self) -> None:
         scaling = ray.train.ScalingConfig(num_workers=2, label_selector=[{"zone": "a"}, {"zone": "b"}])
         needs = needs_of(Plan(data=2, pipeline=2), scaling, gpus=False)
         assert needs.selectors == [{"zone": "a"}, {"zone": "a"}, {"zone": "b"}, {"zone": "b"}]
@@ -63,9 +63,7 @@ class TestNeeds:
             ({"num_workers": 2, "use_gpu": True, "resources_per_worker": {"GPU": 1}}, "resources_per_stage"),
         ],
     )
-    def test_a_scaling_config_that_contradicts_the_plan_is_refused(
-        self, scaling: dict[str, object], words: str
-    ) -> None:
+    def test_a_scaling_config_against_the_plan_is_refused(self, scaling: dict[str, object], words: str) -> None:
         with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
             check_scaling(Plan(data=2, pipeline=2), ray.train.ScalingConfig(**scaling))  # type: ignore[arg-type]
 
@@ -76,7 +74,7 @@ class TestNeeds:
 
 
 class TestFeasible:
-    def test_the_error_names_what_is_needed_what_is_there_and_how_far_the_cluster_scales(self) -> None:
+    def test_the_error_names_needs_capacity_and_limit(self) -> None:
         cluster = Capacity(
             now=(Machines({"CPU": 2}), GPU_MACHINE),
             largest=(Machines({"CPU": 2}), Machines({"CPU": 4, "GPU": 2}, count=2)),
@@ -109,7 +107,7 @@ class TestFeasible:
         assert is_feasible_now(needs_of(Plan(pipeline=3), None, {"GPU": 0.1}, gpus=True), Capacity((GPU_MACHINE,)))
         assert Machines({"GPU": 0.3}).slots({"GPU": 0.1}) == 3
 
-    def test_where_the_limits_are_not_known_only_the_autoscaler_can_say_no(self) -> None:
+    def test_with_unknown_limits_only_the_autoscaler_refuses(self) -> None:
         check_feasible(needs_of(Plan(pipeline=8), gpus=True), Capacity(now=(GPU_MACHINE,), known=False))
 
 
@@ -149,7 +147,7 @@ class TestArrange:
         # Ray Train numbers workers by the order in which their nodes come up first
         assert first == sorted(first, key=first.index)
 
-    def test_neighbours_share_a_machine_as_far_as_machines_hold_whole_replicas(self) -> None:
+    def test_whole_replicas_share_a_machine(self) -> None:
         nodes = list("abcabcabc")
         crossings = sum(nodes[a] != nodes[b] for a, b in _neighbours(arrange(nodes, data=3, pipeline=3)))
         assert crossings == 0

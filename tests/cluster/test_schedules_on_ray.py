@@ -56,9 +56,8 @@ def loop() -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_zbv_with_tied_weights_and_recomputing_on_two_replicas_equals_the_plain_loop_and_draws_its_timeline(
-    tmp_path: Path,
-):
+def test_zbv_equals_the_plain_loop_and_draws_its_timeline(tmp_path: Path):
+    """Two replicas, tied weights, recomputing in all micro-batches but the last."""
     plan = Plan(data=2, pipeline=2, placement=[0, 1, 1, 0], schedule="zbv", microbatches=3, recompute="except_last")  # type: ignore[arg-type]
     config = ray.train.RunConfig(name="zbv", storage_path=str(tmp_path))
     result = Trainer(loop, plan=plan, run_config=config, timeouts=PATIENT, trace=True).fit()

@@ -53,9 +53,7 @@ def loop(config: dict[str, Any]) -> None:
     ],
     ids=["fsdp-2x1", "fsdp-2x2", "local_sgd-2x2"],
 )
-def test_a_strategy_saves_goes_on_and_ends_with_the_weights_of_the_plain_loop(
-    tmp_path: Path, strategy: dict[str, Any], pipeline: int
-):
+def test_a_resumed_strategy_equals_the_plain_loop(tmp_path: Path, strategy: dict[str, Any], pipeline: int):
     x, y = (pa.FixedSizeListArray.from_arrays(values.flatten().numpy(), WIDTH) for values in data())
     pq.write_table(pa.table({"x": x, "y": y}), tmp_path / "train.parquet")
     plan = Plan(data=2, pipeline=pipeline, microbatches=2, **strategy)

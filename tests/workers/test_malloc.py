@@ -29,7 +29,7 @@ def run(setting: str, **variables: str) -> list[str]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
-def test_what_a_step_has_freed_the_next_one_takes_up_without_a_page_fault():
+def test_memory_freed_by_a_step_is_reused_without_page_faults():
     _, faults = run("kept = None")
     kept, none = run("kept = keep_freed_memory()")
     assert kept == "True"
