@@ -28,7 +28,7 @@ def model() -> nn.Module:
 def copies(stage: Stage) -> list[torch.Tensor]:
     """The 16-bit tensors of a weight's shape that the graphs of a stage keep, each storage once."""
     gc.collect()
-    kept: dict[int, torch.Tensor] = {}
+    by_storage: dict[int, torch.Tensor] = {}
     seen: set[object] = set()
     nodes = [tensor.grad_fn for saved in stage.saved.values() for made in saved.made.values() for tensor in made]
     while nodes:
@@ -39,9 +39,9 @@ def copies(stage: Stage) -> list[torch.Tensor]:
         for name in dir(node):
             value = getattr(node, name) if name.startswith("_saved_") else None
             if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 and value.shape == (WIDTH, WIDTH):
-                kept[value.untyped_storage().data_ptr()] = value
+                by_storage[value.untyped_storage().data_ptr()] = value
         nodes += [following for following, _ in node.next_functions]
-    return list(kept.values())
+    return list(by_storage.values())
 
 
 def main() -> None:

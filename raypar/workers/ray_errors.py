@@ -141,23 +141,23 @@ def _of_controller(error: BaseException, start_limit_s: float) -> RayparError:
     return failure
 
 
-def _known(error: BaseException, who: str, replica: int | None) -> RayparError | None:
+def _known(error: BaseException, worker: str, replica: int | None) -> RayparError | None:
     """What an error means that is raypar's own, or that Ray raises for a worker that is dead or silent; else None."""
     if isinstance(error, RayparError):
         return error
     if isinstance(error, _DEATHS):
         preempted = bool(getattr(error, "preempted", False))
         reason = " because its machine was reclaimed" if preempted else ""
-        return WorkerDiedError(f"{who} died{reason}: {death(error)}", replica=replica, preempted=preempted)
+        return WorkerDiedError(f"{worker} died{reason}: {death(error)}", replica=replica, preempted=preempted)
     if isinstance(error, WorkerHealthCheckTimeoutError):
         return TimeoutExceededError(
-            f"{who} does not answer: its process is stopped, or holds Python's lock for longer than Timeouts(peer=…) "
+            f"{worker} does not answer: its process is stopped, or holds Python's lock for longer than Timeouts(peer=…) "
             "allows (15 s at least).",
             replica=replica,
         )
     if isinstance(error, CollectiveTimeoutError):
         return TimeoutExceededError(
-            f"{who} waited too long for the others: {error} Raise Timeouts(peer=…) if that can happen.", replica=replica
+            f"{worker} waited too long for the others: {error} Raise Timeouts(peer=…) if that can happen.", replica=replica
         )
     return None
 

@@ -147,8 +147,8 @@ class WorkerSession(Session):
 
     def start_actors(self, spec: ModelSpec) -> ReplicaActors:
         if self.job.actors:
-            own = self.job.actors[self.replica]
-            return RemoteActors(own, self.plan, self.replica, self.timeouts, spec, self.storage, self.restored)
+            handles = self.job.actors[self.replica]
+            return RemoteActors(handles, self.plan, self.replica, self.timeouts, spec, self.storage, self.restored)
         device = _device()
         if device.type == "cpu":
             keep_freed_memory()
