@@ -85,9 +85,8 @@ def receive_buffers(plan: Plan) -> list[int]:
 
             def counted(*arguments: Any, post: Any = post, engine: Engine = engine) -> None:
                 post(*arguments)
-                leaves = [
-                    leaf for each in engine.passes.inboxes.values() for p in each.posted.values() for leaf in p.leaves
-                ]
+                inboxes = engine.passes.inboxes.values()
+                leaves = [leaf for box in inboxes for message in box.posted.values() for leaf in message.leaves]
                 count = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
                 most[engine.actor] = max(most[engine.actor], count)
 

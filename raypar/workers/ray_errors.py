@@ -151,13 +151,14 @@ def _known(error: BaseException, worker: str, replica: int | None) -> RayparErro
         return WorkerDiedError(f"{worker} died{reason}: {death(error)}", replica=replica, preempted=preempted)
     if isinstance(error, WorkerHealthCheckTimeoutError):
         return TimeoutExceededError(
-            f"{worker} does not answer: its process is stopped, or holds Python's lock for longer than Timeouts(peer=…) "
-            "allows (15 s at least).",
+            f"{worker} does not answer: its process is stopped, or holds Python's lock for longer than "
+            "Timeouts(peer=…) allows (15 s at least).",
             replica=replica,
         )
     if isinstance(error, CollectiveTimeoutError):
         return TimeoutExceededError(
-            f"{worker} waited too long for the others: {error} Raise Timeouts(peer=…) if that can happen.", replica=replica
+            f"{worker} waited too long for the others: {error} Raise Timeouts(peer=…) if that can happen.",
+            replica=replica,
         )
     return None
 
