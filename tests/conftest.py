@@ -11,6 +11,7 @@ import torch
 
 from raypar.loop import local
 from raypar.stages.measure import measure_units
+from support.processes import Processes, processes
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -42,6 +43,13 @@ def is_of_cluster(nodeid: str) -> bool:
 def one_thread() -> None:
     """Additions in one order, and no fight for the cores with the processes that a test starts."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Processes]:
+    """Processes for tests of torch.distributed; one that dies is replaced before the next call."""
+    with processes() as running:
+        yield running
 
 
 @pytest.fixture

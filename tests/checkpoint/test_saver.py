@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from raypar.checkpoint.weights import read_state_dict
 from raypar.errors import CheckpointError, ConfigError, RayparError
 from raypar.planning.plan import Plan
 from raypar.storage import Storage
-from support.processes import DIED, Processes, processes
+from support.processes import DIED, Processes
 from support.saved import manifest_of, same_values, saved_values, write
 from support.saving import save_behind_each_step
 from support.work import Training
@@ -106,12 +105,6 @@ def test_a_store_that_refuses_to_write(storage: Storage, tmp_path: Path):
 
 
 # ---------------------------------------------------------------- written by several processes, beside their steps
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Processes]:
-    with processes() as running:
-        yield running
 
 
 PLANS = {

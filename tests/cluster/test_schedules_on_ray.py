@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import raypar
 from raypar import Plan, Trainer
+from support.cases import adam
 from support.waiting import PATIENT
 
 STEPS, ROWS, WORDS, WIDTH = 3, 10, 11, 8
@@ -40,10 +41,6 @@ def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
 def batches() -> list[Tensor]:
     numbers = torch.Generator().manual_seed(1)
     return [torch.randint(0, WORDS, (ROWS, 5), generator=numbers) for _ in range(STEPS)]
-
-
-def adam(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(module.parameters(), lr=1e-2, eps=1e-3)
 
 
 def loop() -> None:

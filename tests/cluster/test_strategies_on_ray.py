@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import raypar
 from raypar import Plan, Trainer
+from support.cases import plain_sgd
 from support.waiting import PATIENT
 
 ROWS, WIDTH, STEPS = 9, 5, 3
@@ -24,10 +25,6 @@ def build_model() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, WIDTH))
 
 
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1)
-
-
 def data() -> tuple[Tensor, Tensor]:
     numbers = torch.Generator().manual_seed(1)
     inputs, targets = torch.randn(2, STEPS * ROWS, WIDTH, generator=numbers)
@@ -35,7 +32,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def loop(config: dict[str, Any]) -> None:
-    replica = raypar.parallelize(build_model, loss_fn=F.mse_loss, optimizer=sgd, split=config["split"])
+    replica = raypar.parallelize(build_model, loss_fn=F.mse_loss, optimizer=plain_sgd, split=config["split"])
     for _ in raypar.epochs(config["epochs"]):
         for batch in raypar.batches("train", batch_size=ROWS, shuffle=False):
             step = replica.train_step(batch["x"], batch["y"])
@@ -72,7 +69,7 @@ def test_a_resumed_strategy_equals_the_plain_loop(tmp_path: Path, strategy: dict
 
     torch.manual_seed(0)
     model = build_model()
-    optimizer = sgd(model)
+    optimizer = plain_sgd(model)
     for inputs, targets in list(zip(*(values.split(ROWS) for values in data()), strict=True)) * 2:
         optimizer.zero_grad()
         F.mse_loss(model(inputs), targets).backward()

@@ -16,16 +16,14 @@ from raypar.planning.plan import Plan
 from raypar.splitting.model import ModelSpec, Split, build_whole
 from raypar.splitting.split import split_model
 from raypar.stages.model_part import ModelPart
+from support.cases import plain_sgd
 
 CPU = torch.device("cpu")
 
 
 def spec(build_model: Callable[[], nn.Module], split: tuple[str, ...] = (), weights: Path | None = None) -> ModelSpec:
-    def optimizer(module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(module.parameters(), lr=0.1)
-
     where = Split(split, opened=tuple({name.rpartition(".")[0] for name in split if "." in name}))
-    return ModelSpec(build_model, F.cross_entropy, optimizer, weights=str(weights) if weights else None, split=where)
+    return ModelSpec(build_model, F.cross_entropy, plain_sgd, weights=str(weights) if weights else None, split=where)
 
 
 def build_parts(made: ModelSpec, plan: Plan) -> list[ModelPart]:

@@ -16,6 +16,7 @@ from raypar.planning.plan import Plan, schedule_of
 from raypar.planning.program import check
 from raypar.transport.memory_links import MemoryLink, MemoryWorld
 from support import reference
+from support.cases import sgd
 from support.engines import Engines, spec_of
 from support.nccl_rules import NcclWorld
 
@@ -44,10 +45,6 @@ def three_stages(*extra: nn.Module) -> nn.Module:
 
 def split_of(plan: Plan) -> tuple[str, ...]:
     return ("2", "4")[: len(plan.actor_of_stage) - 1]
-
-
-def momentum(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
 
 
 def train_step(engines: Engines, step: int, batch: reference.Batch) -> float:
@@ -257,7 +254,7 @@ def test_a_nan_batch_leaves_no_trace(plan: Plan, rules: str) -> None:
     continues as one that never saw that batch. The error names step and stage."""
     batches = reference.images(4, 16)
     world = NcclWorld(plan, seed=1) if rules == "nccl" else MemoryWorld(plan)
-    spec = spec_of(three_stages, split_of(plan), optimizer=momentum)
+    spec = spec_of(three_stages, split_of(plan), optimizer=sgd)
     quiet = Engines(plan, spec)
     engines = Engines(plan, spec, world, world.drive) if isinstance(world, NcclWorld) else Engines(plan, spec)
     for step, batch in enumerate(batches[:3], start=1):
@@ -273,7 +270,7 @@ def test_a_nan_batch_leaves_no_trace(plan: Plan, rules: str) -> None:
 
 
 def test_a_replica_without_rows_drops_it_too() -> None:
-    engines = Engines(PLANS["2x3"], spec_of(three_stages, ("2", "4"), optimizer=momentum))
+    engines = Engines(PLANS["2x3"], spec_of(three_stages, ("2", "4"), optimizer=sgd))
     before = engines.weights(1)
     (batch,) = reference.images(1, 4)
     inputs, targets = with_nan_in(batch, row=0)

@@ -6,7 +6,6 @@ The reference is the same plan in one process, which other tests hold against pl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,20 +16,14 @@ from torch import Tensor, nn
 from raypar.errors import PeerLostError, TimeoutExceededError
 from raypar.planning.plan import Plan, Timeouts, schedule_of
 from support import reference
-from support.cases import name_of
+from support.cases import adam, name_of
 from support.engines import TOLERANCE, Engines, assert_equal, spec_of
 from support.nccl_rules import NcclWorld
-from support.processes import DIED, Processes, processes
+from support.processes import DIED, Processes
 from support.waiting import LIMIT
 from support.work import Failed, Fault, Trained, Training, train
 
 WIDTH = 6
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Processes]:
-    with processes() as running:
-        yield running
 
 
 # ---------------------------------------------------------------- equal
@@ -176,10 +169,6 @@ def over_valid_values(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_over_rows(output: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(output, targets)
-
-
-def adam(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(module.parameters(), lr=1e-2, eps=1e-3)  # eps: the last bit of a gradient is no step
 
 
 @pytest.mark.parametrize(("loss_fn", "limit"), [(mean_over_rows, 0.05), (over_valid_values, None)], ids=["mean", "sum"])

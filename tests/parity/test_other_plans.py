@@ -24,6 +24,7 @@ from raypar.loop.replica import report
 from raypar.loop.session import RunSpec, current, epochs
 from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
+from support.cases import diloco
 from support.saved import same_values, saved_values
 
 FEATURES, ROWS, BATCH = 4, 44, 12
@@ -99,10 +100,6 @@ def run(
 
 def newest(folder: Path) -> Any:
     return newest_checkpoint(Storage.open(folder, "run"))
-
-
-def diloco(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
 
 
 # ---------------------------------------------------------------- the same plan: to the bit

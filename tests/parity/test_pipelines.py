@@ -16,6 +16,7 @@ from raypar.engine.microbatch import Shared, cut, rows_of, shared, sizes
 from raypar.planning.plan import Plan
 from raypar.planning.schedules import zero_bubble_h1
 from raypar.tree import Tree
+from support.cases import adam
 from support.engines import TOLERANCE, Engines, request_of, spec_of
 from support.nccl_rules import NcclWorld
 
@@ -157,10 +158,6 @@ def batches_of(case: Case) -> list[Batch]:
         )
         for number, rows in enumerate(case.rows)
     ]
-
-
-def adam(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(module.parameters(), lr=1e-2, eps=1e-3)  # eps: the last bit of a gradient is no step
 
 
 def adam_in_groups(module: nn.Module) -> torch.optim.Optimizer:

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from models import CNN, mlp
 from raypar.planning.plan import Plan
 from support import reference
-from support.cases import OPTIMIZERS, REPLICAS, adamw, name_of, sgd, small, small_split, with_batch_norm
+from support.cases import (
+    OPTIMIZERS,
+    REPLICAS,
+    adamw,
+    halve_each_step,
+    name_of,
+    plain_sgd,
+    sgd,
+    small,
+    small_split,
+    with_batch_norm,
+)
 from support.engines import TOLERANCE, Engines, Share, assert_equal, spec_of
 from support.nccl_rules import NcclWorld
 from support.reference import Batch, Outcome
@@ -166,9 +177,6 @@ def test_a_loss_of_sum_and_weight_is_the_mean_over_valid_tokens(plan: Plan) -> N
     def plain_mean(output: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(output.flatten(0, 1), targets.flatten())
 
-    def plain_sgd(module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(module.parameters(), lr=0.1)
-
     assert_equal(
         engines, losses, reference.train_on_full_batches(Tagger, [(tokens, labels)] * 3, plain_sgd, plain_mean)
     )
@@ -191,10 +199,6 @@ def test_max_grad_norm_clips_by_the_norm_of_the_whole_model(plan: Plan, limit: f
         assert (float(norm) > limit) == (limit == 0.5)
     for replica in range(2):
         assert reference.worst_difference(engines.weights(replica), model.state_dict()) <= TOLERANCE
-
-
-def halve_each_step(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
 
 
 @pytest.mark.parametrize("plan", REPLICAS, ids=name_of)

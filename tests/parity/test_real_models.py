@@ -25,11 +25,6 @@ from support.models import WORDS, ResNet18, UNet, gpt2, llama, next_words
 Words = tuple[dict[str, Tensor], Tensor]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def unet() -> nn.Module:
     return UNet()
 

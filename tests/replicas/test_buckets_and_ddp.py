@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,7 @@ from raypar.transport.memory_links import MemorySum, MemoryWorld
 from support import reference
 from support.cases import OPTIMIZERS, small, small_split
 from support.engines import Engines, count_bytes, spec_of
-from support.processes import DIED, Processes, processes
+from support.processes import DIED, Processes
 from support.waiting import LIMIT
 from support.work import MODELS, Failed, Fault, Trained, Training, train
 
@@ -26,12 +24,6 @@ COMMIT_BYTES = 4 * 8
 """The commit adds up four doubles: loss, weight, squared norm, rows."""
 
 each_way = pytest.mark.parametrize("ddp", [True, False], ids=["ddp", "buckets"])
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Processes]:
-    with processes() as running:
-        yield running
 
 
 def train_everywhere(pool: Processes, training: Training) -> list[Trained]:

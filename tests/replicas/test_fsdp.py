@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,17 +31,11 @@ from raypar.transport.interface import drive
 from support import reference
 from support.cases import OPTIMIZERS, name_of
 from support.engines import Engines, request_of, spec_of
-from support.processes import DIED, Me, Processes, processes
+from support.processes import DIED, Me, Processes
 from support.reference import worst_difference
 from support.work import MODELS, Failed, Fault, Trained, Training, engine_of, train
 
 SPLIT = {1: (), 2: ("5",), 3: ("4", "6"), 4: ("3", "5", "6")}
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Processes]:
-    with processes() as running:
-        yield running
 
 
 def sharded(training: Training) -> Training:

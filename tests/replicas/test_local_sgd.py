@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from raypar.planning.plan import Plan, Timeouts
 from raypar.storage import Storage
 from raypar.transport.memory_links import MemoryWorld
 from support import reference
-from support.cases import OPTIMIZERS, name_of, small, small_split, with_batch_norm
+from support.cases import OPTIMIZERS, diloco, name_of, plain_sgd, small, small_split, with_batch_norm
 from support.engines import CPU, TOLERANCE, Engines, count_bytes, spec_of
-from support.processes import Processes, processes
+from support.processes import Processes
 from support.reference import MakeOptimizer, images, microbatches_of, seeded, worst_difference
 from support.work import MODELS, Trained, Training, train
 
@@ -37,14 +37,6 @@ Weights = dict[str, Tensor]
 
 def apart(data: int, every: int | str, **fields: Any) -> Plan:
     return Plan(data=data, data_strategy="local_sgd", sync_every=every, **{"microbatches": 2, **fields})
-
-
-def diloco(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
-
-
-def plain_sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1)
 
 
 PLANS = [
@@ -290,12 +282,6 @@ def test_it_sends_the_bytes_of_one_average(every: int, pipeline: int) -> None:
     local_sgd = sent(apart(2, every, pipeline=pipeline), 6)
     flags = 4 * len(list(small().parameters()))  # ddp says of each parameter whether there is a gradient
     assert local_sgd == (ddp - 6 * flags) / every
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Processes]:
-    with processes() as running:
-        yield running
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])

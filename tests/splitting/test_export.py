@@ -23,11 +23,6 @@ from raypar.splitting.trace import module_calls
 ROWS = torch.rand(4, 6)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def exported(model: nn.Module, inputs: Any = ROWS, opened: tuple[str, ...] = ()) -> fx.GraphModule:
     return fx.GraphModule(model, export_graph(model, described(inputs), opened))
 

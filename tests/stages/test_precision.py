@@ -20,7 +20,7 @@ from raypar.planning.plan import Plan, Timeouts
 from raypar.stages.precision import LossScale, autocast_of
 from raypar.storage import Storage
 from support import reference
-from support.cases import name_of
+from support.cases import halve_each_step, name_of, sgd
 from support.engines import CPU, Engines, spec_of
 from support.nccl_rules import NcclWorld
 from support.reference import Batch
@@ -121,17 +121,9 @@ def split_of(plan: Plan) -> tuple[str, ...]:
     return ("2", "3", "4")[: len(plan.actor_of_stage) - 1]
 
 
-def momentum(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-
-
-def halve_each_step(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-
-
 def engines_of(plan: Plan, build: Callable[[], nn.Module] = model) -> Engines:
     world = NcclWorld(plan, seed=2)
-    spec = spec_of(build, split_of(plan), optimizer=momentum, lr_scheduler=halve_each_step)
+    spec = spec_of(build, split_of(plan), optimizer=sgd, lr_scheduler=halve_each_step)
     return Engines(plan, spec, world, world.drive)
 
 
@@ -278,11 +270,11 @@ def test_three_steps_equal_a_plain_loop_under_autocast(plan: Plan, precision: st
     fields = {name: getattr(plan, name) for name in ("data", "pipeline", "placement", "microbatches", "schedule")}
     plan = Plan(**fields, recompute=plan.recompute, precision=precision)
     batches = reference.images(3, 16)
-    engines = Engines(plan, spec_of(build, ("3", "4", "5")[: len(plan.actor_of_stage) - 1], optimizer=momentum))
+    engines = Engines(plan, spec_of(build, ("3", "4", "5")[: len(plan.actor_of_stage) - 1], optimizer=sgd))
     losses = engines.train(batches)
 
     plain = reference.seeded(build)
-    optimizer = momentum(plain)
+    optimizer = sgd(plain)
     scale = 2.0**12 if precision == "fp16" else 1.0
     for found, (images, labels) in zip(losses, batches, strict=True):
         optimizer.zero_grad()
@@ -326,7 +318,7 @@ def test_the_scale_resumes_with_any_plan(tmp_path: Path) -> None:
     def train(plan: Plan, loop: Callable[[Replica], None]) -> None:
         def train_loop() -> None:
             split = list(split_of(plan)) or None
-            loop(parallelize(model, loss_fn=F.cross_entropy, optimizer=momentum, split=split))
+            loop(parallelize(model, loss_fn=F.cross_entropy, optimizer=sgd, split=split))
 
         run_local(RunSpec(train_loop, plan, {}, Timeouts(), Storage.open(tmp_path, "run")))
 

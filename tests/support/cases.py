@@ -28,12 +28,29 @@ PIPELINES = [
 ]
 
 
+def plain_sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
 
 
 def adamw(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(module.parameters(), lr=1e-3)
+
+
+def adam(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(module.parameters(), lr=1e-2, eps=1e-3)  # eps: the last bit of a gradient is no step
+
+
+def diloco(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of the averages in DiLoCo (Douillard et al. 2023, https://arxiv.org/abs/2311.08105)."""
+    return torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
+
+
+def halve_each_step(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
 
 
 OPTIMIZERS = {"sgd": sgd, "adamw": adamw}

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from raypar.planning.plan import Plan
 from support import reference
+from support.cases import small
 from support.engines import Engines, spec_of
 from support.nccl_rules import DeadlockError, InOrderGroup, NcclWorld
 
 SEEDS = range(8)
 
 
-def three_layers() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10))
-
-
 def there_and_back(world: NcclWorld, microbatches: int) -> tuple[Engines, list[float]]:
     """Stages 0 and 2 on actor 0, stage 1 on actor 1: activations and gradients go both ways between the two."""
-    engines = Engines(world.plan, spec_of(three_layers, ("3", "5")), world, world.drive)
+    engines = Engines(world.plan, spec_of(small, ("3", "5")), world, world.drive)
     return engines, engines.train(reference.images(steps=2, rows=2 * microbatches))
 
 
@@ -45,7 +41,7 @@ def test_results_are_the_same_in_every_order(schedule: str, seed: int, microbatc
     plan = plan_of(schedule, microbatches)
     world = NcclWorld(plan, seed)
     engines, losses = there_and_back(world, microbatches)
-    local = Engines(plan, spec_of(three_layers, ("3", "5")))
+    local = Engines(plan, spec_of(small, ("3", "5")))
     assert losses == local.train(reference.images(steps=2, rows=2 * microbatches))
     assert reference.worst_difference(engines.weights(), local.weights()) == 0
     assert world.is_empty()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from raypar.errors import PeerLostError, TimeoutExceededError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts
 from support import reference
 from support.cases import OPTIMIZERS
-from support.processes import DIED, Processes, processes
+from support.processes import DIED, Processes
 from support.waiting import LIMIT
 from support.work import (
     MODELS,
@@ -23,13 +22,6 @@ from support.work import (
     train,
     train_with_the_default_group_held,
 )
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Processes]:
-    with processes() as running:
-        yield running
-
 
 # ---------------------------------------------------------------- parity
 
