@@ -263,5 +263,5 @@ class Mine:
 
 
 def test_an_object_of_a_class_of_the_users_is_named():
-    with pytest.raises(CheckpointError, match=r"holds .*test_other_plans\.Mine; needed numbers"):
+    with pytest.raises(CheckpointError, match=r"holds .*test_resumed_runs\.Mine; needed numbers"):
         unpack(pack({"scheduler": Mine()}))
