@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +13,7 @@ from raypar.checkpoint.manifest import checkpoint_to_resume, newest_checkpoint
 from raypar.planning.plan import Plan
 from raypar.storage import Storage
 from support.killed import STEPS, Death, train, write_rows
+from support.processes import context
 from support.saved import manifest_of, same_values, saved_values
 from support.waiting import LIMIT
 
@@ -30,9 +30,7 @@ SEEDS = [*range(6), *(pytest.param(seed, marks=pytest.mark.campaign) for seed in
 
 def in_a_process(plan: Plan, folder: Path, death: Death | None) -> int:
     """Train in a process of its own; its exit code."""
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "raypar"])
-    process = context.Process(target=train, args=(plan, folder, death))
+    process = context().Process(target=train, args=(plan, folder, death))
     process.start()
     process.join(LIMIT)
     assert process.exitcode is not None, "the run does not end"

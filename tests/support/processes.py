@@ -45,13 +45,19 @@ DIED = object()
 """The answer of a process that is gone."""
 
 
+def context() -> Any:
+    """A fork server, which imports once what takes long (an optimizer imports torch._dynamo): its processes start in
+    no time."""
+    server: Any = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch._dynamo", "torch.nn.parallel", "raypar.loop.local", "raypar.replicas.fsdp"])
+    return server
+
+
 class Processes:
     """Processes that wait for work, each at the end of a pipe."""
 
     def __init__(self) -> None:
-        # A fork server imports once what takes long (an optimizer imports torch._dynamo); processes start in no time.
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch._dynamo", "torch.nn.parallel", "ray.train.torch"])
+        self.context = context()
         self.running: list[tuple[Any, Connection]] = []
 
     def _start(self) -> tuple[Any, Connection]:
