@@ -14,7 +14,7 @@ from raypar.replicas.buckets import add_up, buckets_of
 from raypar.transport.interface import take_turns
 from raypar.transport.memory_links import MemorySum, MemoryWorld
 from support import reference
-from support.cases import OPTIMIZERS, small, small_split
+from support.cases import OPTIMIZERS, slow, small, small_split
 from support.engines import Engines, count_bytes, spec_of
 from support.processes import DIED, Processes
 from support.waiting import LIMIT
@@ -43,16 +43,21 @@ def assert_plain(outcomes: list[Trained], needed: reference.Outcome, tolerance: 
 # ---------------------------------------------------------------- parity, in processes
 
 
-@each_way
-@pytest.mark.parametrize("rows", [(8, 8), (7, 2), (4, 0), (5, 3, 4), (0, 3, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "ddp"),
+    [
+        ((8, 8), False), ((7, 2), True), ((4, 0), True), ((4, 0), False), ((5, 3, 4), False), ((0, 3, 2), True),
+        slow((8, 8), True), slow((7, 2), False), slow((5, 3, 4), True), slow((0, 3, 2), False),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_replicas_equal_a_loop_over_full_batches(pool: Processes, rows: tuple[int, ...], ddp: bool) -> None:
     training = Training(Plan(data=len(rows), microbatches=4), model="small", rows=(rows,) * 5, ddp=ddp)
     needed = reference.train_on_full_batches(MODELS["small"], training.batches(), OPTIMIZERS["sgd"], F.cross_entropy)
     assert_plain(train_everywhere(pool, training), needed)
 
 
-@each_way
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize(("model", "ddp"), [("mlp", True), ("cnn", False), slow("mlp", False), slow("cnn", True)])
 def test_adamw_equals_a_loop_over_microbatches(pool: Processes, model: str, ddp: bool) -> None:
     training = Training(Plan(data=2, microbatches=2), model=model, optimizer="adamw", rows=((8, 8),) * 5, ddp=ddp)
     needed = reference.train_on_microbatches(
@@ -107,8 +112,9 @@ def test_batch_statistics_belong_to_the_replica(pool: Processes, ddp: bool) -> N
 # ---------------------------------------------------------------- what a step costs
 
 
-@each_way
-@pytest.mark.parametrize("rows", [(3, 16), (0, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "ddp"), [((3, 16), True), ((0, 16), False), slow((3, 16), False), slow((0, 16), True)], ids=str
+)
 def test_gradients_are_reduced_once_per_step(pool: Processes, rows: tuple[int, int], ddp: bool) -> None:
     """Whatever the number of micro-batches."""
     weights = 4 * sum(p.numel() for p in MODELS["mlp"]().parameters())

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
 from raypar.planning.plan import Plan
+
+
+def slow(*values: Any) -> Any:
+    """A case of a parametrized test that `make test` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def name_of(plan: Plan) -> str:
