@@ -119,7 +119,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """Where something goes wrong: before one pass ("forward", "backward") of one stage, or before the "commit".
+    """Where something goes wrong: before one pass ("forward", "backward" or a part of it, "backward_inputs",
+    "backward_weights") of one stage, or before the "commit".
 
     how: the process is killed ("kill"), does nothing any more until the test says so ("stick"), or "raise".
     """
@@ -243,10 +244,11 @@ def prepare(fault: Fault, engine: Engine, me: Me) -> None:
     """Let a fault strike in the step that comes now."""
     if engine.replica != fault.replica or fault.stage not in engine.part.stages:
         return
-    where = {"forward": ("F", fault.stage, fault.microbatch), "backward": ("B", fault.stage, fault.microbatch)}
+    kinds = {"forward": "F", "backward": "B", "backward_inputs": "I", "backward_weights": "W"}
+    address = (kinds.get(fault.what), fault.stage, fault.microbatch)
 
     def strike(kind: str, stage: int, microbatch: int) -> None:
-        if (kind, stage, microbatch) == where.get(fault.what) or kind == fault.what == "commit":
+        if (kind, stage, microbatch) == address or kind == fault.what == "commit":
             fault.strike(me)
 
     engine.clock.on_action = strike
