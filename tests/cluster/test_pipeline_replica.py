@@ -24,6 +24,7 @@ from raypar.storage import Storage
 from raypar.workers.remote_actors import RemoteActors
 from raypar.workers.stage_actor import Built
 from support import reference
+from support.cases import slow
 from support.engines import request_of
 
 STEPS, ROWS, LR = 5, 32, 0.1
@@ -61,7 +62,7 @@ def fit(loop: Callable[..., None], plan: Plan, storage: Path, config: dict[str, 
     [
         (Plan(data=2, microbatches=2), None),
         (Plan(data=2, pipeline=2, microbatches=4), ["conv2"]),
-        (Plan(pipeline=2, placement=[0, 1, 0], microbatches=4, schedule="gpipe"), ["conv2", "fc2"]),
+        slow(Plan(pipeline=2, placement=[0, 1, 0], microbatches=4, schedule="gpipe"), ["conv2", "fc2"]),
     ],
     ids=["data", "data and pipeline", "placement 0 1 0"],
 )

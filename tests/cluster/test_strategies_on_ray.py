@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import raypar
 from raypar import Plan, Trainer
-from support.cases import plain_sgd
+from support.cases import plain_sgd, slow
 from support.waiting import PATIENT
 
 ROWS, WIDTH, STEPS = 9, 5, 3
@@ -44,7 +44,7 @@ def loop(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("strategy", "pipeline"),
     [
-        ({"data_strategy": "fsdp"}, 1),
+        slow({"data_strategy": "fsdp"}, 1),
         ({"data_strategy": "fsdp"}, 2),
         ({"data_strategy": "local_sgd", "sync_every": 1}, 2),
     ],

@@ -16,7 +16,7 @@ from raypar.engine.microbatch import Shared, cut, rows_of, shared, sizes
 from raypar.planning.plan import Plan
 from raypar.planning.schedules import zero_bubble_h1
 from raypar.tree import Tree
-from support.cases import adam
+from support.cases import adam, slow
 from support.engines import TOLERANCE, Engines, request_of, spec_of
 from support.nccl_rules import NcclWorld
 
@@ -243,9 +243,18 @@ def test_three_steps_equal_the_plain_loop(schedule: str, name: str, nccl: bool):
     assert_same(train(case, plan_of(schedule), nccl=nccl), plain_loop(case, batches_of(case)))
 
 
-@pytest.mark.parametrize("recompute", ["always", "except_last"])
+@pytest.mark.parametrize(
+    ("schedule", "recompute"),
+    [
+        ("gpipe", "always"),
+        ("interleaved", "except_last"),
+        ("zbv", "always"),
+        slow("gpipe", "except_last"),
+        slow("interleaved", "always"),
+        slow("zbv", "except_last"),
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zbv"])
 def test_with_passes_that_are_run_again_they_do_too(schedule: str, name: str, recompute: str):
     case = CASES[name]
     assert_same(train(case, plan_of(schedule, recompute=recompute)), plain_loop(case, batches_of(case)))
@@ -368,7 +377,7 @@ def test_an_input_that_is_shared_is_no_row():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own modules, as inductor starts
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo asks
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("schedule", [slow("1f1b"), "zb-h1"])
 def test_compiled_stages_equal_the_plain_loop(schedule: str):
     case = Case(Sequential, F.mse_loss, features, features)
     assert_same(train(case, plan_of(schedule, compile=True)), plain_loop(case, batches_of(case)))

@@ -18,7 +18,7 @@ from raypar.splitting.export import described
 from raypar.splitting.model import ModelSpec, Split
 from raypar.splitting.split import holders, split_model
 from support import reference
-from support.cases import name_of, sgd
+from support.cases import name_of, sgd, slow
 from support.engines import TOLERANCE, Engines, assert_equal
 from support.models import WORDS, ResNet18, UNet, gpt2, llama, next_words
 
@@ -33,7 +33,7 @@ def resnet() -> nn.Module:
     return ResNet18(width=4, classes=10)
 
 
-def slow(module: nn.Module) -> torch.optim.Optimizer:
+def sgd_in_small_steps(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.01)
 
 
@@ -94,9 +94,11 @@ def test_a_unet_whose_skips_pass_over_stages_trains_as_a_plain_loop_does(plan: P
 def test_a_resnet_trains_as_a_plain_loop_does_statistics_included(plan: Plan) -> None:
     batches = images(4, 8, 3, 64)  # batch statistics of four numbers would make much of the last bit
     split = split_by_count(resnet, plan.pipeline, batches[0][0])
-    engines = Engines(plan, ModelSpec(resnet, F.cross_entropy, slow, split=split))
+    engines = Engines(plan, ModelSpec(resnet, F.cross_entropy, sgd_in_small_steps, split=split))
     losses = engines.train(batches)
-    assert_equal(engines, losses, reference.train_on_microbatches(resnet, batches, slow, F.cross_entropy, 1, 2))
+    assert_equal(
+        engines, losses, reference.train_on_microbatches(resnet, batches, sgd_in_small_steps, F.cross_entropy, 1, 2)
+    )
 
 
 def test_skips_go_straight_to_the_stage_that_uses_them() -> None:
@@ -144,7 +146,12 @@ def tied_gpt2() -> nn.Module:
     return gpt2(tied=True)
 
 
-CASES = [(tied_gpt2, PLANS[0]), (gpt2, PLANS[3]), (llama, PLANS[1]), (llama, PLANS[2])]
+CASES = [
+    (tied_gpt2, PLANS[0]),
+    slow(gpt2, PLANS[3]),
+    (llama, PLANS[1]),
+    slow(llama, PLANS[2]),
+]
 
 
 def case_name(case: Any) -> str:
@@ -173,6 +180,7 @@ def test_a_language_model_trains_as_a_plain_loop_does(build: Callable[[], nn.Mod
     assert loss / weight == pytest.approx(next_words(output, targets).item(), abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_without_a_mask_a_last_short_batch_may_come_down_to_single_rows() -> None:
     """What makes transformers' masks asks whether there is a single row, where no mask is given."""
     plan = Plan(pipeline=2, microbatches=4)
@@ -182,6 +190,7 @@ def test_without_a_mask_a_last_short_batch_may_come_down_to_single_rows() -> Non
     assert_equal(engines, losses, plain_training(llama, batches, 4))
 
 
+@pytest.mark.slow
 def test_a_stage_of_a_language_model_may_have_no_parameters() -> None:
     plan = Plan(pipeline=3, microbatches=2)
     batches = [sentences(4, 6, seed=n) for n in range(3)]

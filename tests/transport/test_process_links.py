@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from raypar.errors import PeerLostError, TimeoutExceededError, UserCodeError
 from raypar.planning.plan import Plan, Timeouts
 from support import reference
-from support.cases import OPTIMIZERS
+from support.cases import OPTIMIZERS, slow
 from support.processes import DIED, Processes
 from support.waiting import LIMIT
 from support.work import (
@@ -26,14 +26,17 @@ from support.work import (
 # ---------------------------------------------------------------- parity
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize(
-    ("data", "pipeline", "placement", "split"),
+    ("data", "pipeline", "placement", "split", "schedule"),
     [
-        pytest.param(1, 2, None, ("conv2",), id="1x2"),
-        pytest.param(1, 3, None, ("conv2", "fc2"), id="1x3"),
-        pytest.param(2, 2, None, ("conv2",), id="2x2"),
-        pytest.param(1, 2, (0, 1, 0), ("conv2", "fc2"), id="1x2-on-010"),
+        (1, 3, None, ("conv2", "fc2"), "gpipe"),
+        (2, 2, None, ("conv2",), "1f1b"),
+        (1, 2, (0, 1, 0), ("conv2", "fc2"), "1f1b"),
+        slow(1, 2, None, ("conv2",), "gpipe"),
+        slow(1, 2, None, ("conv2",), "1f1b"),
+        slow(1, 3, None, ("conv2", "fc2"), "1f1b"),
+        slow(2, 2, None, ("conv2",), "gpipe"),
+        slow(1, 2, (0, 1, 0), ("conv2", "fc2"), "gpipe"),
     ],
 )
 def test_stages_in_processes_equal_a_plain_loop(
