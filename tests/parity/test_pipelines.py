@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypar.engine.microbatch import Shared, cut, rows_of, shared, sizes
+from raypar.engine.microbatch import ReplicaBatch, Shared, shared, sizes
 from raypar.planning.plan import Plan
 from raypar.planning.schedules import zero_bubble_h1
 from raypar.tree import Tree
 from support.cases import adam, slow
-from support.engines import TOLERANCE, Engines, request_of, spec_of
+from support.engines import CPU, TOLERANCE, Engines, request_of, spec_of
 from support.nccl_rules import NcclWorld
 
 MICROBATCHES, WIDTH = 4, 8
@@ -177,9 +177,9 @@ def plain_loop(
     stepper = optimizer(model)
     losses = []
     for inputs, targets in batches:
-        parts = sizes(rows_of(targets), MICROBATCHES)
+        batch = ReplicaBatch.of(inputs, targets)
         total, weights = 0.0, 0.0
-        for part, labels in zip(cut(inputs, parts), cut(targets, parts), strict=True):
+        for part, labels in zip(*batch.cut(sizes(batch.rows, MICROBATCHES), CPU), strict=True):
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
                 output = model(**part) if isinstance(part, dict) else model(part)
                 found = case.loss_fn(output, labels)
