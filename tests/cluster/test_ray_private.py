@@ -10,6 +10,7 @@ from ray._private.state import state
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
 
 from raypar.workers import ray_private
+from support.waiting import LIMIT
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -22,7 +23,7 @@ class Reserves:
         self.group = ray.util.placement_group([{"CPU": 1}])
 
     def wait(self) -> bool:
-        return bool(self.group.wait(60))
+        return bool(self.group.wait(LIMIT))
 
 
 def test_free_resources_are_told_per_node() -> None:

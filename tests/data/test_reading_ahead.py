@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from raypar.data.windows import ahead
+from support.waiting import LIMIT
 
 
 def readers() -> list[threading.Thread]:
@@ -28,10 +29,10 @@ def test_only_one_item_is_made_ahead():
 
     found = ahead(items(), lambda: None)
     assert next(found) == 0
-    assert made[1].wait(10)
+    assert made[1].wait(LIMIT)
     assert not made[2].is_set()
     assert next(found) == 1
-    assert made[2].wait(10)
+    assert made[2].wait(LIMIT)
     assert not made[3].is_set()
     found.close()
 
@@ -58,12 +59,12 @@ def test_closing_stops_the_thread():
     def items() -> Iterator[int]:
         yield 0
         begun.set()
-        assert stopped.wait(10)
+        assert stopped.wait(LIMIT)
         yield 1
 
     found = ahead(items(), stopped.set)
     next(found)
-    assert begun.wait(10)
+    assert begun.wait(LIMIT)
     found.close()
     assert stopped.is_set()
     assert not readers()

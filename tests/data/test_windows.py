@@ -17,6 +17,7 @@ from raypar.data import windows
 from raypar.data.parquet import Arrays, RowGroups
 from raypar.data.row_order import RowOrder
 from raypar.errors import DataError, RunError
+from support.waiting import LIMIT
 
 
 def write(folder: Path, sizes: list[int], files: int = 1) -> RowGroups:
@@ -217,7 +218,7 @@ def test_leaving_a_loop_does_not_wait(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(RowGroups, "read", endless)
     found = windows.batches(groups, order, 0, 0, 1)
     next(found)
-    assert in_second.wait(10)
+    assert in_second.wait(LIMIT)
     found.close()
     assert not readers()
 
