@@ -11,7 +11,7 @@ from raypar.checkpoint.shards import SavedTensors
 from raypar.checkpoint.weights import read_tensors
 from raypar.engine.actor_state import restore
 from raypar.engine.engine import Engine
-from raypar.engine.passes import pairs
+from raypar.engine.passes import Setup, pairs
 from raypar.errors import ModelError
 from raypar.planning.plan import Plan
 from raypar.replicas.strategies import sync_of
@@ -53,7 +53,9 @@ def build_engine(
     transport = connect(pairs(plan, part))
     sync = strategy(plan, replica, part, spec, transport, devices)  # before the optimizer: fsdp replaces parameters
     learner = Learner(part, spec, LossScale() if plan.precision == "fp16" else None)
-    engine = Engine(plan, replica, actor, part, learner, sync, transport, devices[0], spec.seed, trace=spec.trace)
+    engine = Engine(
+        Setup(plan, replica, actor, devices[0], part, learner, sync, transport, seed=spec.seed, trace=spec.trace)
+    )
     if saved is not None:
         restore(engine, saved)
     return engine

@@ -21,41 +21,24 @@ import torch
 from raypar.engine import microbatch
 from raypar.engine.clock import Clock
 from raypar.engine.faults import failed_wait, user_code
-from raypar.engine.passes import Mode, Passes, Run
+from raypar.engine.passes import Mode, Passes, Run, Setup
 from raypar.engine.step import StepRequest, StepResult, StepTotals, non_finite, sum_scalars
 from raypar.planning.place import Place
-from raypar.planning.plan import Plan
-from raypar.replicas.sync import ReplicaSync
 from raypar.replicas.ties import Ties
-from raypar.stages.learner import Learner
-from raypar.stages.model_part import ModelPart
-from raypar.transport.interface import Transport, Waiting
+from raypar.transport.interface import Waiting
 
 
 class Engine:
     """One actor of one replica: its stages, its connections, its optimizer."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        replica: int,
-        actor: int,
-        part: ModelPart,
-        learner: Learner,
-        sync: ReplicaSync,
-        transport: Transport,
-        device: torch.device,
-        seed: int,
-        *,
-        trace: bool = False,
-    ) -> None:
-        self.plan, self.replica, self.actor, self.device = plan, replica, actor, device
-        self.part, self.learner, self.sync, self.transport = part, learner, sync, transport
-        self.clock = Clock(device, trace=trace)
-        self.passes = Passes(plan, replica, actor, part, learner, sync, transport, self.clock, device, seed)
-        self.ties = Ties(part, transport)
-        self.everyone = transport.everyone()
-        self._place = Place(replica, tuple(part.stages))
+    def __init__(self, setup: Setup) -> None:
+        self.plan, self.replica, self.actor, self.device = setup.plan, setup.replica, setup.actor, setup.device
+        self.part, self.learner, self.sync, self.transport = setup.part, setup.learner, setup.sync, setup.transport
+        self.clock = Clock(setup.device, trace=setup.trace)
+        self.passes = Passes(setup, self.clock)
+        self.ties = Ties(setup.part, setup.transport)
+        self.everyone = setup.transport.everyone()
+        self._place = Place(self.replica, tuple(self.part.stages))
         self._forms: dict[Hashable, int] = {}
 
     # ------------------------------------------------------------ the calls of a replica

@@ -83,34 +83,41 @@ class Run:
         return len(self.sizes)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What one actor of one replica is put together from.
+
+    device: holds the part. seed: of the random numbers of all passes. trace: the clock keeps when each action was.
+    """
+
+    plan: Plan
+    replica: int
+    actor: int
+    device: torch.device
+    part: ModelPart
+    learner: Learner
+    sync: ReplicaSync
+    transport: Transport
+    seed: int
+    trace: bool = False
+
+
 class Passes:
     """Plays programs for one actor: its stages, its channels to other actors, and the clock that times both."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        replica: int,
-        actor: int,
-        part: ModelPart,
-        learner: Learner,
-        sync: ReplicaSync,
-        transport: Transport,
-        clock: Clock,
-        device: torch.device,
-        seed: int,
-    ) -> None:
-        self.plan, self.replica, self.actor = plan, replica, actor
-        self.part, self.learner, self.sync, self.clock = part, learner, sync, clock
-        self.device, self.seed = device, seed
-        self.placement = plan.actor_of_stage
+    def __init__(self, setup: Setup, clock: Clock) -> None:
+        self.plan, self.replica, self.actor = setup.plan, setup.replica, setup.actor
+        self.part, self.learner, self.sync, self.clock = setup.part, setup.learner, setup.sync, clock
+        self.device, self.seed = setup.device, setup.seed
+        self.placement = setup.plan.actor_of_stage
         self._programs: dict[tuple[Mode, int], Program] = {}
         self.outboxes: dict[int, Outbox] = {}
         self.inboxes: dict[int, Inbox] = {}
-        for source, target in pairs(plan, part):
-            if source == actor:
-                self.outboxes[target] = Outbox(transport.link_to(target))
-            if target == actor:
-                self.inboxes[source] = Inbox(transport.link_from(source), device)
+        for source, target in pairs(setup.plan, setup.part):
+            if source == self.actor:
+                self.outboxes[target] = Outbox(setup.transport.link_to(target))
+            if target == self.actor:
+                self.inboxes[source] = Inbox(setup.transport.link_from(source), setup.device)
 
     def play(self, run: Run) -> Waiting:
         """Run the actor's program to its end."""
