@@ -49,7 +49,7 @@ KINDS = {
 
 def model_shapes(saved: SavedTensors) -> dict[str, torch.Size]:
     """The names and shapes of the saved model."""
-    return {where[1]: saved.shapes[where] for where in saved.below(MODEL)}
+    return {path[1]: saved.shapes[path] for path in saved.below(MODEL)}
 
 
 def without_empty(state: State) -> State:
@@ -98,8 +98,8 @@ def unpack(packed: torch.Tensor) -> Any:
 
 def saved_random(saved: SavedTensors, replica: int) -> dict[str, Any] | None:
     """The random generators of the train loop of a replica; None if the run had fewer replicas."""
-    where = (RANDOM, str(replica))
-    if where not in saved.shapes:
+    path = (RANDOM, str(replica))
+    if path not in saved.shapes:
         return None
-    state: dict[str, Any] = unpack(saved.load([where])[where])
+    state: dict[str, Any] = unpack(saved.load([path])[path])
     return state

@@ -114,10 +114,10 @@ def keep_newest(storage: Storage, count: int | None, written: str | None = None)
     """
     if count is None:
         return
-    kept = 0  # whole checkpoints
+    whole = 0
     for path in reversed(list_checkpoints(storage)):
-        if kept < max(count, 1) and _is_whole(path, storage.filesystem):
-            kept += 1
+        if whole < max(count, 1) and _is_whole(path, storage.filesystem):
+            whole += 1
         elif path != written:
             try:
                 storage.filesystem.delete_dir(path)

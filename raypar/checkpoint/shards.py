@@ -168,33 +168,33 @@ class SavedTensors:
             metadata = self._reader.read_metadata()
         except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
             raise CheckpointError(f"{path}/.metadata cannot be read: {error}") from error
-        self._names: dict[Path, str] = {tuple(where): name for name, where in metadata.planner_data.items()}
+        self._names: dict[Path, str] = {tuple(path): name for name, path in metadata.planner_data.items()}
         self._metadata: dict[str, Any] = metadata.state_dict_metadata
-        self.shapes: dict[Path, torch.Size] = {where: self._entry(where).size for where in self._names}
+        self.shapes: dict[Path, torch.Size] = {path: self._entry(path).size for path in self._names}
 
-    def _entry(self, where: Path) -> TensorStorageMetadata:
-        entry = self._metadata[self._names[where]]
-        assert isinstance(entry, TensorStorageMetadata), f"{where} is not a tensor"
+    def _entry(self, path: Path) -> TensorStorageMetadata:
+        entry = self._metadata[self._names[path]]
+        assert isinstance(entry, TensorStorageMetadata), f"{path} is not a tensor"
         return entry
 
-    def dtype(self, where: Path) -> torch.dtype:
-        return self._entry(where).properties.dtype
+    def dtype(self, path: Path) -> torch.dtype:
+        return self._entry(path).properties.dtype
 
-    def nbytes(self, where: Path) -> int:
-        return math.prod(self.shapes[where]) * self.dtype(where).itemsize
+    def nbytes(self, path: Path) -> int:
+        return math.prod(self.shapes[path]) * self.dtype(path).itemsize
 
     def below(self, *prefix: str) -> list[Path]:
         """The paths that start with `prefix`."""
-        return [where for where in self._names if where[: len(prefix)] == prefix]
+        return [path for path in self._names if path[: len(prefix)] == prefix]
 
-    def empty(self, where: Path) -> torch.Tensor:
+    def empty(self, path: Path) -> torch.Tensor:
         """A tensor on the CPU with room for the saved one."""
-        entry = self._entry(where)
+        entry = self._entry(path)
         return torch.empty(entry.size, dtype=entry.properties.dtype)
 
     def load_into(self, targets: Mapping[Path, torch.Tensor]) -> None:
         """Read tensors into `targets`, on any device; of a DTensor only this process's shard."""
-        flat: dict[str, Any] = {self._names[where]: tensor for where, tensor in targets.items()}
+        flat: dict[str, Any] = {self._names[path]: tensor for path, tensor in targets.items()}
         if not flat:
             return
         with in_one_process():
@@ -206,6 +206,6 @@ class SavedTensors:
 
     def load(self, wanted: list[Path]) -> dict[Path, torch.Tensor]:
         """The tensors at these paths, on the CPU."""
-        tensors = {where: self.empty(where) for where in wanted}
+        tensors = {path: self.empty(path) for path in wanted}
         self.load_into(tensors)
         return tensors

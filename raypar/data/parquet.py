@@ -142,15 +142,15 @@ class RowGroups:
             for number in range(file.footer.num_row_groups):
                 group = file.footer.row_group(number)
                 chunk = group.column(leaf)
-                where = f"{file.path}, row group {number}, column {column!r}"
+                location = f"{file.path}, row group {number}, column {column!r}"
                 if any_length and group.num_rows:
                     length = chunk.num_values / group.num_rows
                     if length % 1 or length != (lengths or length):
-                        return f"{where} contains lists of different lengths; needed lists of one length: pad them"
+                        return f"{location} contains lists of different lengths; needed lists of one length: pad them"
                     lengths = length
                 statistics = chunk.statistics
                 if statistics is not None and statistics.has_null_count and statistics.null_count:
-                    return f"{where} has {statistics.null_count} nulls; fill them or drop these rows"
+                    return f"{location} has {statistics.null_count} nulls; fill them or drop these rows"
         return None
 
     def _bytes(self, column: str) -> float:
@@ -169,7 +169,7 @@ class RowGroups:
         is damaged (always noticed only in files with checksums: write_page_checksum=True of pyarrow).
         """
         file, number = self.groups[group]
-        where = f"{file.path}, row group {number}"
+        location = f"{file.path}, row group {number}"
         step = int(max(1, min(65536, _STEP_BYTES // self.row_bytes)))
         try:
             with pq.ParquetFile(
@@ -177,14 +177,14 @@ class RowGroups:
             ) as opened:
                 chosen: dict[str, Any] = {"row_groups": [number], "columns": self.columns}
                 # One thread per group: several groups are read at once, which keeps the cores busy already.
-                for some in opened.iter_batches(step, use_threads=False, **chosen):
-                    yield {column: self._array(where, column, some.column(column)) for column in self.columns}
+                for rows in opened.iter_batches(step, use_threads=False, **chosen):
+                    yield {column: self._array(location, column, rows.column(column)) for column in self.columns}
         except OSError as error:
-            raise RunError(f"{self.caller}: {where} could not be read: {error}") from error
+            raise RunError(f"{self.caller}: {location} could not be read: {error}") from error
         except pa.ArrowException as error:
-            raise DataError(f"{self.caller}: {where} cannot be read: {error}") from error
+            raise DataError(f"{self.caller}: {location} cannot be read: {error}") from error
 
-    def _array(self, where: str, column: str, values: pa.Array) -> np.ndarray:
+    def _array(self, location: str, column: str, values: pa.Array) -> np.ndarray:
         try:
             array = to_array(values)
             if array.shape[1:] != self._shapes.setdefault(column, array.shape[1:]):
@@ -193,7 +193,7 @@ class RowGroups:
                     "lists of one length: pad them"
                 )
         except ValueError as error:
-            raise DataError(f"{self.caller}: {where}, column {column!r} {error}") from None
+            raise DataError(f"{self.caller}: {location}, column {column!r} {error}") from None
         return array
 
 

@@ -87,8 +87,8 @@ class ProgressDisplay:
 
 def schedule_text(plan: Plan) -> str:
     """ "1f1b, 8 micro-batches: the actors keep at most 2, 1 activations", of one stage and micro-batch each."""
-    kept = ", ".join(map(str, plan.bounds.activations))
-    return f"{plan.schedule_name}, {plan.microbatch_count} micro-batches: the actors keep at most {kept} activations"
+    most = ", ".join(map(str, plan.bounds.activations))
+    return f"{plan.schedule_name}, {plan.microbatch_count} micro-batches: the actors keep at most {most} activations"
 
 
 def epoch_text(report: Mapping[str, Any]) -> str:

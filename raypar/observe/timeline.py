@@ -61,8 +61,8 @@ def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
     origin = min((event.start for event in events), default=0.0)
     trace: list[dict[str, Any]] = []
     for replica, actor in sorted({(event.replica, event.actor) for event in events}):
-        for what, name in (("process_name", f"replica {replica}"), ("thread_name", f"actor {actor}")):
-            trace.append({"ph": "M", "name": what, "pid": replica, "tid": actor, "args": {"name": name}})
+        for kind, name in (("process_name", f"replica {replica}"), ("thread_name", f"actor {actor}")):
+            trace.append({"ph": "M", "name": kind, "pid": replica, "tid": actor, "args": {"name": name}})
     for event in events:
         arguments = {"step": event.step, "stage": event.stage}
         if event.microbatch >= 0:
@@ -132,16 +132,16 @@ def _ideal(shown: Sequence[Event], schedule: Schedule) -> list[Row]:
         (
             f"ideal, actor {actor}",
             [
-                (Event(0, actor, 0, *_of(action), 0.0, 0.0), starts[action], starts[action] + duration(action))
+                (
+                    Event(0, actor, 0, action.kind, action.stage, action.microbatch, 0.0, 0.0),
+                    starts[action],
+                    starts[action] + duration(action),
+                )
                 for action in row
             ],
         )
         for actor, row in enumerate(schedule.rows)
     ]
-
-
-def _of(action: Action) -> tuple[str, int, int]:
-    return action.kind, action.stage, action.microbatch
 
 
 def _bubbles(rows: Sequence[Row], ideal: Sequence[Row]) -> str:

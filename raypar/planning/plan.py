@@ -215,7 +215,7 @@ class Plan:
         """The number of an actor among those of all replicas, which are counted replica by replica."""
         return replica * self.pipeline + actor
 
-    def place_of(self, rank: int) -> tuple[int, int]:
+    def replica_and_actor_of(self, rank: int) -> tuple[int, int]:
         """(replica, actor) of a rank."""
         return divmod(rank, self.pipeline)
 

@@ -221,7 +221,7 @@ def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
     position = [0] * len(all_programs)
     live, most_live = [0] * len(all_programs), [0] * len(all_programs)
     buffers, most_buffers = [0] * len(all_programs), [0] * len(all_programs)
-    kept, most_kept = [0] * len(all_programs), [0] * len(all_programs)
+    unreleased, most_unreleased = [0] * len(all_programs), [0] * len(all_programs)
 
     def channel(message: Message) -> tuple[int, int]:
         return schedule.placement[message.sender], schedule.placement[message.receiver]
@@ -241,12 +241,12 @@ def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
             most_buffers[actor] = max(most_buffers[actor], buffers[actor])
         elif isinstance(instruction, Send):
             sent[channel(instruction.message)].append(instruction.message)
-            kept[actor] += 1
-            most_kept[actor] = max(most_kept[actor], kept[actor])
+            unreleased[actor] += 1
+            most_unreleased[actor] = max(most_unreleased[actor], unreleased[actor])
         elif instruction.message not in delivered:
             return False
         else:
-            kept[actor] -= 1
+            unreleased[actor] -= 1
         if isinstance(instruction, Post | Send):
             there, here = sent[channel(instruction.message)], posted[channel(instruction.message)]
             while there and here:
@@ -267,4 +267,4 @@ def _play(schedule: Schedule, all_programs: tuple[Program, ...]) -> Bounds:
     if stuck:
         waits = ", ".join(f"actor {actor} at {all_programs[actor][position[actor]]}" for actor in stuck)
         raise ScheduleError(f"the schedule {schedule.name!r} deadlocks: {waits}")
-    return Bounds(tuple(most_live), tuple(most_buffers), tuple(most_kept))
+    return Bounds(tuple(most_live), tuple(most_buffers), tuple(most_unreleased))

@@ -127,7 +127,7 @@ def start_times(schedule: Schedule, duration: Callable[[Action], float], message
     return starts
 
 
-def most_kept(schedule: Schedule) -> list[int]:
+def most_activations(schedule: Schedule) -> list[int]:
     """The most activations that each actor keeps at any time, each of one stage and micro-batch, from its forward pass
     to the end of its backward pass (of its W, if split). 0 in a forward-only schedule."""
     trains = any(action.kind != "F" for row in schedule.rows for action in row)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from raypar.errors import PlanError
-from raypar.planning.schedule import Action, Schedule, dependencies, most_kept, start_times
+from raypar.planning.schedule import Action, Schedule, dependencies, most_activations, start_times
 
 Maker = Callable[[Sequence[int], int], Schedule]
 Choice = Callable[[list[Action], "Filling"], Action | None]
@@ -28,20 +28,21 @@ Choice = Callable[[list[Action], "Filling"], Action | None]
 class Filling:
     """How far a table is filled.
 
-    kept:    per stage, the number of micro-batches after its forward pass and before the end of its backward pass.
-    ahead:   per stage, the same, but before the end of its B or I, for which the previous stage waits.
-    just:    the actions of the previous tick.
-    relaxed: by how much the limits are raised in this tick, because no actor could take an action otherwise; usually 0.
+    activations: per stage, the number of micro-batches after its forward pass and before the end of its backward pass.
+    ahead:       per stage, the same, but before the end of its B or I, for which the previous stage waits.
+    just:        the actions of the previous tick.
+    relaxed:     by how much the limits are raised in this tick, because no actor could take an action otherwise;
+                 usually 0.
     """
 
     placement: tuple[int, ...]
-    kept: list[int]
+    activations: list[int]
     ahead: list[int]
     just: set[Action] = field(default_factory=set)
     relaxed: int = 0
 
-    def kept_by(self, actor: int) -> int:
-        return sum(kept for stage, kept in enumerate(self.kept) if self.placement[stage] == actor)
+    def activations_on(self, actor: int) -> int:
+        return sum(count for stage, count in enumerate(self.activations) if self.placement[stage] == actor)
 
     def just_sent(self, action: Action) -> bool:
         """Whether another actor made the input of `action` in the previous tick, so that its message may not have
@@ -105,7 +106,7 @@ def fill(
             later = following.pop(action)
             if later:
                 following[later.pop()] = later
-            now.kept[stage] += {"F": 1, "I": 0}.get(kind, -1)
+            now.activations[stage] += {"F": 1, "I": 0}.get(kind, -1)
             now.ahead[stage] += {"F": 1, "W": 0}.get(kind, -1)
         now.just, now.relaxed = set(tick.values()), 0
     return Schedule(name, placement, microbatches, tuple(map(tuple, rows)))
@@ -151,7 +152,7 @@ def one_forward_one_backward(placement: Sequence[int], microbatches: int) -> Sch
     stages = len(placement)
 
     def choose(ready: list[Action], now: Filling) -> Action | None:
-        allowed = [a for a in ready if a.kind == "B" or now.kept[a.stage] < stages - a.stage]
+        allowed = [a for a in ready if a.kind == "B" or now.activations[a.stage] < stages - a.stage]
         return min(allowed, key=lambda a: (a.kind == "F", a.microbatch, -a.stage), default=None)
 
     return fill("1f1b", placement, microbatches, "FB", choose)
@@ -168,7 +169,7 @@ def zero_bubble_h1(placement: Sequence[int], microbatches: int) -> Schedule:
     first one does in 1F1B. If F, I and W take the same time, a third of 1F1B's idle time remains.
     """
     stages, plain = len(placement), one_forward_one_backward(placement, microbatches)
-    limit = max(most_kept(plain))
+    limit = max(most_activations(plain))
     filled = fill(
         "zb-h1", placement, microbatches, "FIW", _forward_input_weight(limit, lambda s: stages - s, eager=True)
     )
@@ -216,15 +217,15 @@ def _in_groups(
 
     def choose(ready: list[Action], now: Filling) -> Action | None:
         actor = placement[ready[0].stage]
-        kept, following = now.kept_by(actor), forwards[actor]
+        activations, following = now.activations_on(actor), forwards[actor]
         backward = min((action for action in ready if action.kind == "B"), key=turn, default=None)
         forward = min((action for action in ready if action.kind == "F"), key=turn, default=None)
         if backward is not None and not started[actor]:
-            started[actor], limits[actor] = True, min(limits[actor], kept)
+            started[actor], limits[actor] = True, min(limits[actor], activations)
         if forward is not None and not now.relaxed:  # rather wait than take one out of turn
             left = [Action(stage, "F", number) for stage, number in following.items() if number < microbatches]
             forward = forward if forward == min(left, key=turn) else None
-        if forward is not None and kept < limits[actor] + now.relaxed:
+        if forward is not None and activations < limits[actor] + now.relaxed:
             following[forward.stage] += 1
             return forward
         return backward
@@ -291,16 +292,16 @@ def _forward_input_weight(limit: int, most_ahead: Callable[[int], int], *, eager
 
     def choose(ready: list[Action], now: Filling) -> Action | None:
         actor = now.placement[ready[0].stage]
-        kept = now.kept_by(actor)
+        activations = now.activations_on(actor)
 
         def allowed(action: Action) -> bool:
             if action.kind != "F":
                 return True
             ahead = now.ahead[action.stage] - now.relaxed
-            return kept < limit + now.relaxed and ahead < most_ahead(action.stage)
+            return activations < limit + now.relaxed and ahead < most_ahead(action.stage)
 
         def rank(action: Action) -> tuple[bool, int, int, int]:
-            waits = not eager and action.kind == "I" and kept >= limit - 1 and now.just_sent(action)
+            waits = not eager and action.kind == "I" and activations >= limit - 1 and now.just_sent(action)
             return waits, "FBIW".index(action.kind), -action.stage, action.microbatch
 
         return min(filter(allowed, ready), key=rank, default=None)
@@ -338,8 +339,12 @@ def _best(candidates: Sequence[Schedule], limits: Sequence[int]) -> Schedule:
         starts = start_times(schedule, duration)
         return max((start + duration(action) for action, start in starts.items()), default=0.0)
 
-    allowed = [s for s in candidates if all(kept <= most for kept, most in zip(most_kept(s), limits, strict=True))]
-    return min(allowed, key=lambda schedule: (ticks(schedule, 1.0), ticks(schedule, 1.1), max(most_kept(schedule))))
+    allowed = [
+        s for s in candidates if all(count <= most for count, most in zip(most_activations(s), limits, strict=True))
+    ]
+    return min(
+        allowed, key=lambda schedule: (ticks(schedule, 1.0), ticks(schedule, 1.1), max(most_activations(schedule)))
+    )
 
 
 # ---------------------------------------------------------------- which placements a schedule needs

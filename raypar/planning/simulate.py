@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raypar.planning.schedule import Action, Schedule, most_kept, start_times
+from raypar.planning.schedule import Action, Schedule, most_activations, start_times
 
 
 @dataclass(frozen=True)
@@ -48,4 +48,6 @@ def simulate(
 
     starts = start_times(schedule, duration, message)
     length = max((start + duration(action) for action, start in starts.items()), default=0.0)
-    return Simulation(length, tuple(sum(map(duration, row)) for row in schedule.rows), tuple(most_kept(schedule)))
+    return Simulation(
+        length, tuple(sum(map(duration, row)) for row in schedule.rows), tuple(most_activations(schedule))
+    )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from raypar.errors import PlanError, ScheduleError
 from raypar.planning.own_schedule import Table, own_schedule, read_csv
 from raypar.planning.plan import Plan, schedule_of
-from raypar.planning.schedule import Action, Schedule, most_kept
+from raypar.planning.schedule import Action, Schedule, most_activations
 from raypar.planning.schedules import SCHEDULES, gpipe, one_forward_one_backward, zero_bubble_v
 
 PLAIN = """\
@@ -220,4 +220,4 @@ def test_a_functions_own_error_is_kept():
 
 
 def test_activations_of_a_table_are_counted():
-    assert most_kept(own_schedule(Table("mine", gpipe((0, 1), 4).rows), (0, 1), 4)) == [4, 4]
+    assert most_activations(own_schedule(Table("mine", gpipe((0, 1), 4).rows), (0, 1), 4)) == [4, 4]

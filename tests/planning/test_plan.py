@@ -44,7 +44,7 @@ def test_ranks_count_replica_by_replica():
     plan = Plan(data=2, pipeline=3)
     ranks = [plan.rank_of(replica, actor) for replica in range(2) for actor in range(3)]
     assert ranks == list(range(plan.world_size))
-    assert [plan.place_of(rank) for rank in ranks] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert [plan.replica_and_actor_of(rank) for rank in ranks] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
 def test_bounds_say_what_actors_keep():

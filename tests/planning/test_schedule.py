@@ -7,7 +7,7 @@ import pytest
 
 from raypar.errors import ScheduleError
 from raypar.planning import schedule as module
-from raypar.planning.schedule import Action, Schedule, dependencies, draw, most_kept, start_times
+from raypar.planning.schedule import Action, Schedule, dependencies, draw, most_activations, start_times
 from raypar.planning.schedules import forward_only, gpipe, one_forward_one_backward
 
 
@@ -112,10 +112,10 @@ def test_actions_start_as_early_as_possible():
 
 def test_how_long_activations_are_kept():
     """From the forward pass to the end of the backward pass."""
-    assert most_kept(gpipe((0, 1), 4)) == [4, 4]
+    assert most_activations(gpipe((0, 1), 4)) == [4, 4]
     split = Schedule("mine", (0, 1), 3, parsed("0F0 0F1 0B0 0F2 0B1 0B2", "1F0 1I0 1F1 1I1 1F2 1W0 1I2 1W1 1W2"))
-    assert most_kept(split) == [2, 3]
+    assert most_activations(split) == [2, 3]
 
 
 def test_forward_passes_alone_keep_nothing():
-    assert most_kept(forward_only((0, 1), 4)) == [0, 0]
+    assert most_activations(forward_only((0, 1), 4)) == [0, 0]

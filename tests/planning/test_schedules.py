@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from raypar.errors import PlanError
 from raypar.planning import schedules as module
 from raypar.planning.program import check
-from raypar.planning.schedule import Action, Schedule, dependencies, draw, most_kept, start_times
+from raypar.planning.schedule import Action, Schedule, dependencies, draw, most_activations, start_times
 from raypar.planning.schedules import (
     SCHEDULES,
     Maker,
@@ -226,7 +226,7 @@ def test_every_schedule_passes_the_check(case: tuple[str, tuple[int, ...]], micr
     found = SCHEDULES[name](placement, microbatches)
     assert (found.name, found.placement, found.microbatches) == (name, placement, microbatches)
     bounds = check(found, chain(len(placement)))
-    assert list(bounds.activations) == most_kept(found)
+    assert list(bounds.activations) == most_activations(found)
     counted = Counter(action for row in found.rows for action in row)
     for stage, number in product(range(len(placement)), range(microbatches)):
         kinds = {kind: counted[Action(stage, kind, number)] for kind in "FBIW"}
@@ -252,7 +252,7 @@ def test_activations_are_bounded_as_documented(case: tuple[str, tuple[int, ...]]
     name, placement = case
     actors = range(max(placement) + 1)
     stages = [[stage for stage, holder in enumerate(placement) if holder == actor] for actor in actors]
-    plain = max(most_kept(one_forward_one_backward(placement, microbatches)))
+    plain = max(most_activations(one_forward_one_backward(placement, microbatches)))
     limits = {
         "gpipe": [len(mine) * microbatches for mine in stages],
         "1f1b": [sum(len(placement) - stage for stage in mine) for mine in stages],
@@ -260,7 +260,7 @@ def test_activations_are_bounded_as_documented(case: tuple[str, tuple[int, ...]]
         "zb-h1": [plain for _ in stages],
         "zbv": [2 * len(stages) for _ in stages],
     }
-    kept = most_kept(SCHEDULES[name](placement, microbatches))
+    kept = most_activations(SCHEDULES[name](placement, microbatches))
     assert all(most <= limit for most, limit in zip(kept, limits[name], strict=True)), (kept, limits[name])
 
 
@@ -406,7 +406,7 @@ def test_interleaved_is_as_good_as_megatrons(actors: int, times: int, rounds: in
     check(theirs, chain(actors * times))
     ours = interleaved(round_robin(actors, times), actors * rounds)
     assert length(ours) <= length(theirs)
-    assert max(most_kept(ours)) <= max(most_kept(theirs))
+    assert max(most_activations(ours)) <= max(most_activations(theirs))
     if actors == 2 and rounds > 1:
         assert ours.rows == theirs.rows
 
