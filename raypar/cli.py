@@ -172,24 +172,28 @@ def _by_kind(saved: SavedTensors) -> list[list[str]]:
 
 
 def _by_module(saved: SavedTensors, names: Sequence[str]) -> Table:
+    from raypar.checkpoint.contents import MODEL, OPTIMIZER
+
     modules: dict[str, list[str]] = {}
     for name in names:
         modules.setdefault(name.rpartition(".")[0], []).append(name)
     rows = []
-    for module, own_names in modules.items():
-        paths: list[Path] = [("model", name) for name in own_names]
+    for module, names_inside in modules.items():
+        paths: list[Path] = [(MODEL, name) for name in names_inside]
         types = dict.fromkeys(_type(saved, path) for path in paths)
         values = sum(math.prod(saved.shapes[path]) for path in paths)
-        state = sum(saved.nbytes(path) for name in own_names for path in saved.below("optimizer", name))
+        state = sum(saved.nbytes(path) for name in names_inside for path in saved.below(OPTIMIZER, name))
         size = sum(map(saved.nbytes, paths))
         rows.append([module or "(the model itself)", f"{values:,}", ", ".join(types), _bytes(size), _bytes(state)])
     return _table("module", ["values", "type", "size", "optimizer"], rows)
 
 
 def _by_tensor(saved: SavedTensors, names: Sequence[str]) -> Table:
+    from raypar.checkpoint.contents import MODEL
+
     rows = []
     for name in names:
-        path: Path = ("model", name)
+        path: Path = (MODEL, name)
         shape = " × ".join(map(str, saved.shapes[path])) or "1 number"
         rows.append([name, shape, _type(saved, path), _bytes(saved.nbytes(path))])
     return _table("tensor", ["shape", "type", "size"], rows)

@@ -36,7 +36,7 @@ class Tally:
     preemptions: int = 0
 
     def after(self, error: RayparError) -> Tally:
-        if getattr(error, "preempted", False):
+        if cause_of(error) is Cause.RECLAIMED_MACHINE:
             return replace(self, preemptions=self.preemptions + 1)
         return replace(self, failures=self.failures + 1)
 
@@ -49,7 +49,7 @@ def retries_left(error: RayparError, tally: Tally, config: FailureConfig) -> str
     """
     if not error.retryable:
         return None
-    if getattr(error, "preempted", False):
+    if cause_of(error) is Cause.RECLAIMED_MACHINE:
         name, limit, count = "max_preemption_failures", config.max_preemption_failures, tally.preemptions
     else:
         name, limit, count = "max_failures", config.max_failures, tally.failures

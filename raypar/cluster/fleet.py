@@ -163,19 +163,18 @@ class Fleet:
             # Several may have died with their machine: look at all that are known by now.
             more, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.2) if waiting else ([], [])
             for call in [*done, *more]:
-                with contextlib.suppress(
-                    RayTaskError
-                ):  # it is alive but cannot describe itself, which does not matter here
-                    try:
-                        ray.get(call)
-                    except RayActorError as error:
-                        dead[calls.index(call)] = error
+                try:
+                    ray.get(call)
+                except RayActorError as error:
+                    dead[calls.index(call)] = error
+                except RayTaskError:
+                    pass  # it is alive; why it cannot describe itself does not matter here
         return stage_died(self._plan, dead, self._infos_by_rank()) if dead else None
 
     def _infos_by_rank(self) -> dict[int, ActorInfo]:
         return dict(enumerate(info for of_replica in self.infos for info in of_replica))
 
-    def recorded(self) -> list[Event]:
+    def events(self) -> list[Event]:
         """What the actors did in the last steps of a traced run: those that answer within Timeouts(stop=…)."""
         calls: list[Any] = [handle.events.remote() for replica in self.handles for handle in replica]
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=self._timeouts.stop)

@@ -204,7 +204,7 @@ def _attempt(run: RayRun, needs: Needs, watch: Watch) -> Result:
             cause = cause if dead is None else first_cause([cause, dead])
             if run.spec.trace:
                 with contextlib.suppress(CheckpointError):  # the other error matters
-                    write_timeline(run.storage, run.plan, fleet.recorded(), in_turns=False)
+                    write_timeline(run.storage, run.plan, fleet.events(), in_turns=False)
         raise cause from cause.__cause__
     finally:
         with uninterrupted():

@@ -40,11 +40,11 @@ def state_to_save(engine: Engine, request: SaveRequest) -> State:
         OPTIMIZER: tensors,
         TRAINING: {actor: pack(learned | {"optimizer": rest})},
     }
-    if engine.replica and engine.sync.trains_apart:
+    if engine.replica and engine.sync.trains_separately:
         state = {REPLICAS: {replica: state}}
     elif engine.replica:
         state[BUFFERS] = {replica: {name: state[MODEL].pop(name) for name in _persistent_buffers(engine)}}
-    if engine.sync.trains_apart:
+    if engine.sync.trains_separately:
         average = engine.sync.state()
         state[OUTER], outer = _split_entries(average["outer"])
         state[ANCHOR] = average["anchor"]
@@ -92,8 +92,8 @@ def restore(engine: Engine, saved: SavedTensors) -> None:
         advice=". Needed: build_model() as it was, or a run of another name, which starts anew",
     )
     replica = str(engine.replica)
-    # of the replica alone if replicas train apart, else what all replicas have in common
-    prefix: Path = (REPLICAS, replica) if engine.sync.trains_apart and saved.below(REPLICAS, replica) else ()
+    # of the replica alone if replicas train separately, else what all replicas have in common
+    prefix: Path = (REPLICAS, replica) if engine.sync.trains_separately and saved.below(REPLICAS, replica) else ()
     targets: dict[Path, torch.Tensor] = {}
     buffers = _persistent_buffers(engine)
     for name, tensor in engine.part.module.state_dict().items():
@@ -108,7 +108,7 @@ def restore(engine: Engine, saved: SavedTensors) -> None:
             learned[key] = learned[key] if learned[key] is not None else of_actor[key]
     _insert_tensors(learned["optimizer"], saved, (*prefix, OPTIMIZER), parameters)
     engine.learner.load_state(learned)
-    if engine.sync.trains_apart:
+    if engine.sync.trains_separately:
         averages = _packed(saved, (AVERAGE,))
         outer = {name: entry for of_actor in averages for name, entry in of_actor["outer"].items()}
         _insert_tensors(outer, saved, (OUTER,), parameters)

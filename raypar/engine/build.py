@@ -16,7 +16,7 @@ from raypar.errors import ModelError
 from raypar.planning.plan import Plan
 from raypar.replicas.strategies import sync_of
 from raypar.replicas.sync import ReplicaSync
-from raypar.splitting.model import ModelSpec, build_whole, one_process_a_node
+from raypar.splitting.model import ModelSpec, build_whole, named_tensors, one_process_per_node
 from raypar.splitting.split import edges_of, holders, split_model
 from raypar.splitting.stage_code import StageCode
 from raypar.splitting.trace import module_calls
@@ -61,7 +61,7 @@ def build_engine(
     return engine
 
 
-@one_process_a_node()  # a whole model is in memory while it is built: of one process at a time
+@one_process_per_node()  # a whole model is in memory while it is built: of one process at a time
 def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) -> ModelPart:
     """Build the model, drop what other actors hold, and move the rest to `device`."""
     model = build_whole(spec)
@@ -69,8 +69,7 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     names = _shapes(model, len(placement))
     same = _same_tensors(model)
     graphs = {} if len(placement) == 1 else split_model(model, spec.split, len(placement))  # by mode, of all stages
-    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    stages_of = holders(model, list(graphs.values())) if graphs else {name: [0] for name, _ in everything}
+    stages_of = holders(model, list(graphs.values())) if graphs else {name: [0] for name, _ in named_tensors(model)}
     ties = _ties(model, stages_of, placement)
     graphs_here = [by_stage[stage] for by_stage in graphs.values() for stage in plan.stages_of(actor)]
     called = {name for graph in graphs_here for name in module_calls(graph.graph)}
@@ -95,13 +94,13 @@ def build_part(spec: ModelSpec, plan: Plan, actor: int, device: torch.device) ->
     return ModelPart(
         model,
         stages,
-        {name: holding[0] for name, holding in stages_of.items()},
-        edges,
-        names,
-        set(ties),
-        {owner: shared for (owner, holder), shared in ties.items() if holder == actor},
-        {holder: shared for (owner, holder), shared in ties.items() if owner == actor},
-        same,
+        owner={name: holding[0] for name, holding in stages_of.items()},
+        edges=edges,
+        names=names,
+        ties=set(ties),
+        copies={owner: shared for (owner, holder), shared in ties.items() if holder == actor},
+        lent={holder: shared for (owner, holder), shared in ties.items() if owner == actor},
+        same=same,
     )
 
 
@@ -121,8 +120,7 @@ def _ties(
 def _shapes(model: nn.Module, stages: int) -> dict[str, torch.Size]:
     """The names of the model's state dict, with their shapes. Raises ModelError for values that are not tensors, and
     with several stages for tensors that are neither parameters nor buffers, since no stage owns them."""
-    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    known = {name for name, _ in everything}
+    known = {name for name, _ in named_tensors(model)}
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or (stages > 1 and name not in known):
@@ -151,16 +149,9 @@ def _drop_others(model: nn.Module, others: set[str], called: set[str]) -> None:
     """
     for prefix, module in list(model.named_modules()):
         dot = f"{prefix}." if prefix else ""
-        tensors = [
-            *module.named_parameters(recurse=False, remove_duplicate=False),
-            *module.named_buffers(recurse=False, remove_duplicate=False),
-        ]
-        for name in [name for name, _ in tensors if dot + name in others]:
+        for name in [name for name, _ in named_tensors(module, recurse=False) if dot + name in others]:
             setattr(module, name, None)  # as in a module built without it: the module may stay, for a tied weight
-    remaining = {
-        name
-        for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    }
+    remaining = {name for name, _ in named_tensors(model)}
     for prefix, module in list(model.named_modules()):
         for name in [name for name, _ in module.named_children()]:
             full = f"{prefix}.{name}" if prefix else name

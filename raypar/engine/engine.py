@@ -114,9 +114,9 @@ class Engine:
         """The commit: returns the StepTotals, the same on all actors."""
         loss, weight = (sum_scalars([pair[index] for pair in run.losses]) for index in (0, 1))
         samples = request.batch.rows if self.plan.actor_of_stage[-1] == self.actor else 0
-        apart = self.plan.data if self.sync.trains_apart else 0
-        squared = self.learner.squared_norm(shards_only=self.replica > 0 and not apart)
-        share = StepTotals.share(loss, weight, squared, samples, self.replica, apart)
+        separate = self.plan.data if self.sync.trains_separately else 0
+        squared = self.learner.squared_norm(shards_only=self.replica > 0 and not separate)
+        share = StepTotals.share(loss, weight, squared, samples, self.replica, separate)
         with self.clock.traced("commit", self.part.first_stage):
             return StepTotals.from_sum((yield from self._sum_over_all(share)))
 
@@ -139,7 +139,7 @@ class Engine:
         return lr, norm, not totals.weight
 
     def _average(self, request: StepRequest, totals: StepTotals) -> Waiting:
-        """Average the weights of replicas that train apart, if an average is due; returns whether it was."""
+        """Average the weights of replicas that train separately, if an average is due; returns whether it was."""
         if totals.are_finite:
             self.sync.count([weight for weight, _ in totals.of_replica])
         if not self.sync.is_due(request.step, is_last=request.is_last):

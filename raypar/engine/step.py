@@ -29,7 +29,7 @@ class StepResult:
     """The outcome of one optimizer step, the same on every actor, with two exceptions.
 
     loss:      the mean over the global batch.
-    grad_norm: of the whole model's gradient, before clipping; if replicas train apart, of this replica's gradient.
+    grad_norm: of the whole model's gradient, before clipping; if replicas train separately, of this replica's gradient.
     samples:   rows of the global batch.
     lr:        None on an actor without an optimizer.
     skipped:   whether nothing was trained: no row had a weight, or the gradients overflowed under the loss scale.
@@ -48,9 +48,9 @@ class StepTotals:
     """What every actor knows of a step when it commits.
 
     loss, weight: the sums over the global batch, not divided.
-    squared:      the squared norm of the gradient sums; if replicas train apart, added up over their gradients.
+    squared:      the squared norm of the gradient sums; if replicas train separately, added up over their gradients.
     samples:      rows of the global batch.
-    of_replica:   (weight, squared norm) of each replica if they train apart, else empty.
+    of_replica:   (weight, squared norm) of each replica if they train separately, else empty.
     """
 
     loss: float
@@ -60,10 +60,10 @@ class StepTotals:
     of_replica: tuple[tuple[float, float], ...] = ()
 
     @staticmethod
-    def share(loss: float, weight: float, squared: float, samples: int, replica: int, apart: int) -> list[float]:
-        """The numbers that one actor contributes to the sum. `apart`: the number of replicas if they train apart, else
-        0."""
-        of_replica = [(weight, squared) if other == replica else (0.0, 0.0) for other in range(apart)]
+    def share(loss: float, weight: float, squared: float, samples: int, replica: int, separate: int) -> list[float]:
+        """The numbers that one actor contributes to the sum. `separate`: the number of replicas if they train
+        separately, else 0."""
+        of_replica = [(weight, squared) if other == replica else (0.0, 0.0) for other in range(separate)]
         return [loss, weight, squared, float(samples), *(number for pair in of_replica for number in pair)]
 
     @staticmethod

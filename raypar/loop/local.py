@@ -45,12 +45,12 @@ class LocalSession(Session):
 
     writes_at_once = True
 
-    def __init__(self, shared: _Shared, replica: int) -> None:
-        super().__init__(shared.run, replica)
-        self.shared = shared
+    def __init__(self, local_run: _LocalRun, replica: int) -> None:
+        super().__init__(local_run.spec, replica)
+        self.local_run = local_run
 
     def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = self.shared.turns.meet(
+        values: list[Any] = self.local_run.turns.meet(
             self.replica, "report, describe or bubble", value, lambda values: [list(values)] * len(values)
         )
         return values
@@ -62,7 +62,7 @@ class LocalSession(Session):
                 total += other
             return [total.clone() for _ in tensors]
 
-        total: torch.Tensor = self.shared.turns.meet(self.replica, "eval_step or sum", tensor, add)
+        total: torch.Tensor = self.local_run.turns.meet(self.replica, "eval_step or sum", tensor, add)
         return total
 
     def measure(self, spec: ModelSpec, units: Split, example_inputs: Any) -> list[float]:
@@ -78,7 +78,7 @@ class LocalSession(Session):
         return InProcessActors(engines, _LocalSaver(self), self._step_of_all)
 
     def _connect(self, actor: int) -> Connect:
-        return lambda _: self.shared.world.transport(self.replica, actor)
+        return lambda _: self.local_run.world.transport(self.replica, actor)
 
     def _step_of_all(self, calls: Sequence[Waiting]) -> list[Any]:
         def run_all(of_replicas: list[Sequence[Waiting]]) -> list[list[Any]]:
@@ -86,18 +86,18 @@ class LocalSession(Session):
             actors = self.plan.pipeline
             return [results[replica * actors : (replica + 1) * actors] for replica in range(len(of_replicas))]
 
-        results: list[Any] = self.shared.turns.meet(self.replica, "train_step", calls, run_all)
+        results: list[Any] = self.local_run.turns.meet(self.replica, "train_step", calls, run_all)
         return results
 
     def publish(self, metrics: dict[str, Any], path: str | None) -> None:
         if self.replica == 0:
-            self.shared.history = list(self.history)
+            self.local_run.history = list(self.history)
             if path is not None:
-                keep_newest(self.storage, self.shared.keep, path)
+                keep_newest(self.storage, self.local_run.keep, path)
 
     def show_progress(self, progress: dict[str, Any]) -> None:
-        if self.shared.on_progress is not None:
-            self.shared.on_progress(progress)
+        if self.local_run.on_progress is not None:
+            self.local_run.on_progress(progress)
 
 
 class _LocalSaver:
@@ -122,13 +122,13 @@ class _LocalSaver:
             raise failure
 
 
-class _Shared:
-    """What all replicas of a local run share."""
+class _LocalRun:
+    """A run in local mode: what all its replicas share."""
 
-    def __init__(self, run: RunSpec, keep: int | None, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
-        self.run, self.keep, self.on_progress = run, keep, on_progress
-        self.turns = Turns(run.plan.data)
-        self.world = MemoryWorld(run.plan)
+    def __init__(self, spec: RunSpec, keep: int | None, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
+        self.spec, self.keep, self.on_progress = spec, keep, on_progress
+        self.turns = Turns(spec.plan.data)
+        self.world = MemoryWorld(spec.plan)
         self.history: list[dict[str, Any]] = []
 
 
@@ -149,7 +149,7 @@ def run_local(
     Returns the first replica's history of metrics. Raises the error of the first replica that failed.
     """
     plan = run.plan
-    shared = _Shared(run, keep, on_progress)
+    local_run = _LocalRun(run, keep, on_progress)
     if plan.data_strategy == "fsdp" and plan.data > 1:
         logger.warning("Plan(data_strategy='fsdp') runs as 'ddp' in local mode, where all replicas share one process")
     newest = checkpoint_to_resume(run.storage)
@@ -163,12 +163,12 @@ def run_local(
     def replica(number: int) -> None:
         try:
             if plan.data > 1:
-                shared.turns.wait_for_turn(number)
+                local_run.turns.wait_for_turn(number)
             randomness.seed_loop(number)
-            session = LocalSession(shared, number)
+            session = LocalSession(local_run, number)
             sessions.append(session)
             session.restore(newest)
-            shared.history = session.history if number == 0 else shared.history
+            local_run.history = session.history if number == 0 else local_run.history
             enter(session)
             run.train_loop()
             session.close()
@@ -176,22 +176,22 @@ def run_local(
             return
         except BaseException as error:
             errors[number] = error
-            shared.turns.stop()
+            local_run.turns.stop()
         finally:
-            shared.turns.end(number)
+            local_run.turns.end(number)
 
     with randomness.kept():
         if plan.data == 1:
             contextvars.copy_context().run(replica, 0)
         else:
-            _run_threads(replica, plan.data, shared.turns, run.timeouts.stop)
+            _run_threads(replica, plan.data, local_run.turns, run.timeouts.stop)
     if run.trace:
         with contextlib.suppress(CheckpointError) if errors else contextlib.nullcontext():  # the loop's error counts
-            events = [event for session in sessions for event in session.recorded()]
+            events = [event for session in sessions for event in session.events()]
             write_timeline(run.storage, plan, events, in_turns=plan.world_size > 1)
     if errors:
         raise errors[min(errors)]
-    return shared.history
+    return local_run.history
 
 
 def _run_threads(target: Callable[[int], None], count: int, turns: Turns, patience: float) -> None:

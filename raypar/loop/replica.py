@@ -224,7 +224,7 @@ class Replica:
             raise self._saved(error, oldest.position) from None
         self._in_flight.popleft()
         self._position = oldest.position
-        self._session.committed(result, self._position)
+        self._session.record_step(result, self._position)
         return result
 
     def _saved(self, error: NonFiniteError, failed: Position) -> NonFiniteError:

@@ -106,7 +106,7 @@ class Session(ABC):
         if failure is not None:
             raise failure
 
-    def recorded(self) -> list[Event]:
+    def events(self) -> list[Event]:
         """What this replica's actors did when, in the newest steps; empty unless the run is traced."""
         return self._actors.events() if self.run.trace and self._actors is not None else []
 
@@ -156,7 +156,7 @@ class Session(ABC):
         chosen: T = outcome
         return chosen
 
-    def committed(self, result: StepResult, position: Position) -> None:
+    def record_step(self, result: StepResult, position: Position) -> None:
         """Note a committed step, after which the run is at `position`; shows progress a few times per second."""
         self.step = result.step
         if self._rate.count(result.samples) and self.replica == 0:

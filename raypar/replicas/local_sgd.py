@@ -35,7 +35,7 @@ class LocalSgdSync(ReplicaSync):
     anchor:     the weights at the last average, by name; empty without an outer optimizer.
     """
 
-    trains_apart = True
+    trains_separately = True
 
     def __init__(
         self, plan: Plan, replica: int, part: ModelPart, spec: ModelSpec, collectives: Mapping[int, Collective | None]

@@ -21,11 +21,11 @@ class ReplicaSync:
     """The strategy of a single replica, which has no other to equal: every call does nothing.
 
     gathers:      whether `begin` gathers weights from other replicas.
-    trains_apart: whether each replica steps with its own gradient, so that weights differ between two averages.
+    trains_separately: whether each replica steps with its own gradient, so that weights differ between two averages.
     """
 
     gathers = False
-    trains_apart = False
+    trains_separately = False
 
     def begin(self, *, trains: bool) -> None:
         """Before the first pass of a training step, or of an evaluation."""
@@ -42,7 +42,7 @@ class ReplicaSync:
         at the commit. Called for each stage of the actor in order; `microbatches` is 0 if there were no passes."""
         yield from ()
 
-    # ------------------------------------------------------------ only for replicas that train apart
+    # ------------------------------------------------------------ only for replicas that train separately
 
     def count(self, weights: Sequence[float]) -> None:
         """A step was committed; `weights` holds the weight of the rows that each replica trained on."""

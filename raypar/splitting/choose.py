@@ -35,7 +35,7 @@ from raypar.splitting.model import (
     check_model,
     in_mode,
     on_meta,
-    one_process_a_node,
+    one_process_per_node,
 )
 from raypar.splitting.split import (
     StageGraph,
@@ -110,7 +110,7 @@ def _structure_of(spec: ModelSpec) -> nn.Module:
     """The model on the meta device; built for real where it cannot be built there."""
     model = on_meta(spec.build_model)
     if model is None:
-        with one_process_a_node():
+        with one_process_per_node():
             model = build_whole(spec)
     check_model(model)
     return model

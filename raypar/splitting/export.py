@@ -45,8 +45,7 @@ class Like:
 
 def described(inputs: Tree) -> Tree:
     """Inputs of a model with their tensors' shapes and types instead of their values, for `export_graph`. A batch of
-    one
-    row becomes one of two, since torch.export takes a size of 1 to be fixed."""
+    one row becomes one of two, since torch.export takes a size of 1 to be fixed."""
     rows = {leaf.shape[0] for leaf in tree.leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()}
 
     def like(tensor: torch.Tensor) -> Like:
@@ -255,8 +254,7 @@ class _Writer:
 
     def tree_of(self, value: Any) -> Any:
         """A tree that holds nodes, as an argument of a node; if it is of a class that a graph cannot hold, a node
-        builds
-        it."""
+        builds it."""
         if _is_plain(value):
             return value
         leaves, structure = tree.flatten(value)

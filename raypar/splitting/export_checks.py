@@ -63,12 +63,12 @@ class InputGuards:
 
     def check(self, *values: Any) -> None:
         """Raise ModelError for values that the graph was not made for."""
-        why = self._difference(values)
-        if why is not None:
+        reason = self._difference(values)
+        if reason is not None:
             raise ModelError(
                 "this batch does not fit the graph by which the model is split, which torch.export has made from "
-                f"example_inputs: {why}. Needed: example_inputs like the batches that you train on (a size of 1 there "
-                "stays 1), or such code in a module of its own (modules are not looked into)"
+                f"example_inputs: {reason}. Needed: example_inputs like the batches that you train on (a size of 1 "
+                "there stays 1), or such code in a module of its own (modules are not looked into)"
             )
 
     def refuse_one_row(self) -> bool:
@@ -87,10 +87,10 @@ class InputGuards:
                 return f"it holds {leaf!r}, in example_inputs that was {example!r}"
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        why = None if key in self.checked else self._wrong_shape(tensors)
-        if why is None:
+        reason = None if key in self.checked else self._wrong_shape(tensors)
+        if reason is None:
             self.checked.add(key)
-        return why
+        return reason
 
     def _wrong_shape(self, tensors: list[torch.Tensor]) -> str | None:
         """Why the graph is not for tensors of these shapes and types, or None."""

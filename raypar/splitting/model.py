@@ -8,7 +8,7 @@
 processes build the same weights. That makes two mistakes possible that a plain loop does not know, and `build_whole`
 refuses them: a function that returns the same module twice (two stages or replicas in one process would then share
 weights), and modules whose shapes are not known yet. Whole models take memory, so only one process per machine holds
-one at a time (`one_process_a_node`).
+one at a time (`one_process_per_node`).
 """
 
 from __future__ import annotations
@@ -133,8 +133,16 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def named_tensors(module: nn.Module, *, recurse: bool = True) -> list[tuple[str, torch.Tensor]]:
+    """The parameters and buffers of a module, a shared one under each of its names; `recurse`: of those inside too."""
+    return [
+        *module.named_parameters(recurse=recurse, remove_duplicate=False),
+        *module.named_buffers(recurse=recurse, remove_duplicate=False),
+    ]
+
+
 @contextlib.contextmanager
-def one_process_a_node() -> Iterator[None]:
+def one_process_per_node() -> Iterator[None]:
     """Hold a lock of this machine, so that its memory holds at most one whole model at a time. Not reentrant."""
     path = os.path.join(tempfile.gettempdir(), f"raypar-build-{os.getuid()}.lock")
     with open(path, "w") as file:

@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from raypar.errors import SplitError, near_names
 from raypar.splitting.graph import graph_of
-from raypar.splitting.model import Split, in_mode
+from raypar.splitting.model import Split, in_mode, named_tensors
 from raypar.splitting.trace import has_hooks, module_calls
 
 Edge = tuple[int, int]
@@ -111,10 +111,10 @@ def check_split(graph: fx.Graph, names: Sequence[str], stages: int) -> list[str]
     for name, index in begins.items():
         same = [other for other in names if begins[other] == index]
         if index == 0 or len(same) > 1:
-            why = "is the first module, so that nothing is left for the stage before it"
+            reason = "is the first module, so that nothing is left for the stage before it"
             if index:
-                why = f"begins at the same module as another name ({', '.join(same)})"
-            raise SplitError(f"split={list(names)}: {name!r} {why}; name modules that come later")
+                reason = f"begins at the same module as another name ({', '.join(same)})"
+            raise SplitError(f"split={list(names)}: {name!r} {reason}; name modules that come later")
     return sorted(names, key=begins.__getitem__)
 
 
@@ -216,7 +216,7 @@ def holders(model: nn.Module, graphs: Sequence[Sequence[StageGraph]]) -> dict[st
 
     Raises SplitError if two stages use the same buffer: one would not see what the other changes.
     """
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = named_tensors(model)
     users = _users(model, graphs)
     users_of_tensor: dict[int, set[int]] = {}
     for name, tensor in tensors:
@@ -243,11 +243,7 @@ def _users(model: nn.Module, graphs: Sequence[Sequence[StageGraph]]) -> dict[str
                 names = [str(node.target)] if node.op == "get_attr" else []
                 if node.op == "call_module":
                     module = attrgetter(str(node.target))(model)
-                    tensors = [
-                        *module.named_parameters(remove_duplicate=False),
-                        *module.named_buffers(remove_duplicate=False),
-                    ]
-                    names = [f"{node.target}.{name}" for name, _ in tensors]
+                    names = [f"{node.target}.{name}" for name, _ in named_tensors(module)]
                 for name in names:
                     users.setdefault(name, set()).add(stage)
     return users

@@ -32,8 +32,8 @@ from raypar.errors import SplitError
 class Lost(Exception):
     """Something in a forward that a graph would not hold. `may_export`: a graph made by torch.export might."""
 
-    def __init__(self, why: str, *, may_export: bool = False) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, *, may_export: bool = False) -> None:
+        super().__init__(reason)
         self.may_export = may_export
 
 

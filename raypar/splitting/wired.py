@@ -85,8 +85,10 @@ def _checked(entry: Any, earlier: dict[str, nn.Module]) -> tuple[str, nn.Module,
     if not isinstance(module, nn.Module):
         raise ModelError(f"Wired: found a {type(module).__name__} as {name!r}, {needed}")
     if name in earlier or not _is_name(name) or hasattr(fx.GraphModule, name) or name == "training":
-        why = "stands there twice" if name in earlier else "cannot be the name of a module"
-        raise ModelError(f"Wired: the name {name!r} {why}, needed another one for each module, as Python names things")
+        reason = "stands there twice" if name in earlier else "cannot be the name of a module"
+        raise ModelError(
+            f"Wired: the name {name!r} {reason}, needed another one for each module, as Python names things"
+        )
     if wire.count("->") != 1:
         raise ModelError(f"Wired: found {wire!r} for {name!r}, {needed}")
     takes, returns = wire.split("->")

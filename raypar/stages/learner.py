@@ -138,8 +138,7 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """{"optimizer": {name: entry}, "scheduler": …, "loss_scale": …}, not copied. Each entry is of one parameter
-        (see
-        raypar.stages.optimizer_state). Under fsdp all replicas must make this call alike."""
+        (see raypar.stages.optimizer_state). Under fsdp all replicas must make this call alike."""
         scale = self.loss_scale.state() if self.loss_scale is not None else None
         if self.optimizer is None:
             return {"optimizer": {}, "scheduler": None, "loss_scale": scale}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from raypar import tree
-from raypar.splitting.model import ModelSpec, Split, build_whole, one_process_a_node
+from raypar.splitting.model import ModelSpec, Split, build_whole, one_process_per_node
 from raypar.splitting.split import split_model
 from raypar.splitting.stage_code import StageCode, Values
 from raypar.stages.stage import Stage
@@ -28,7 +28,7 @@ ROUNDS = 3
 """How often each unit is measured after a round to warm up; the fastest counts, since noise only ever adds."""
 
 
-@one_process_a_node()
+@one_process_per_node()
 def measure_units(spec: ModelSpec, split: Split, example_inputs: Tree, device: torch.device) -> list[float]:
     """Seconds of one forward and backward pass of each stage of `split`, on a model of its own on `device`."""
     model = build_whole(spec).to(device)

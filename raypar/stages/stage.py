@@ -159,8 +159,7 @@ class Stage:
         self, mode: str, inputs: Tree, received: dict[int, Values], targets: Tree, rows: int, *, with_loss: bool
     ) -> tuple[dict[int, Values], Any]:
         """One micro-batch forward without gradients, by the code of `mode`. Returns the values for each later stage,
-        and
-        in the last stage the loss's (sum over rows, weight), or the output if `with_loss` is False."""
+        and in the last stage the loss's (sum over rows, weight), or the output if `with_loss` is False."""
         with torch.no_grad(), self.autocast():
             outputs = self.codes[mode].run(inputs, received)
             sends, _ = self._outgoing(mode, outputs)

@@ -90,8 +90,8 @@ def take_turns(engines: Sequence[Waiting]) -> list[Any]:
 
 
 class Link(Protocol):
-    """One direction from one actor to another. Each send is matched with a receive by their order alone, headers apart
-    from tensors; a receive fills the tensor that it is given, which has the shape and dtype of the one sent."""
+    """One direction from one actor to another. Each send is matched with a receive by their order alone, headers and
+    tensors separately; a receive fills the tensor that it is given, which has the shape and dtype of the one sent."""
 
     def send(self, tensor: torch.Tensor) -> Work: ...
 

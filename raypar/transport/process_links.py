@@ -152,9 +152,8 @@ def leave_world(error: BaseException | None = None) -> None:
         error = error.__cause__ or error.__context__
     if dist.is_initialized():
         dist.destroy_process_group()
-    while (
-        gc.collect()
-    ):  # again: what C++ held (autograd's graph holds fsdp's hooks) can only be found once that is gone
+    # Until nothing is left: what C++ held (autograd's graph holds fsdp's hooks) is only found once its holder is gone.
+    while gc.collect():
         pass
 
 

@@ -169,7 +169,7 @@ def stage_died(
     """The error for stage actors that are dead, by rank; `infos` are those that have described themselves."""
     infos = infos or {}
     first = min(dead, key=lambda rank: (not dead[rank].preempted, rank))  # a reclaimed machine explains the others
-    replica, actor = plan.place_of(first)
+    replica, actor = plan.replica_and_actor_of(first)
     preempted = bool(dead[first].preempted)
     verb = "was lost with its machine, which was reclaimed" if preempted else "died"
     others = "; ".join(actor_name(plan, rank, infos) for rank in sorted(dead) if rank != first)
@@ -185,7 +185,7 @@ def stage_died(
 
 def actor_name(plan: Plan, rank: int, infos: Mapping[int, ActorInfo]) -> str:
     """A stage actor in a message: its replica and stages and, if it has described itself, its process."""
-    replica, actor = plan.place_of(rank)
+    replica, actor = plan.replica_and_actor_of(rank)
     process = f", pid {infos[rank].pid} on {infos[rank].node_ip}" if rank in infos else ""
     return f"{Place(replica, tuple(plan.stages_of(actor)))} (actor {actor}{process})"
 

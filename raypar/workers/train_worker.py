@@ -88,13 +88,13 @@ def _train(job: WorkerJob, replica: int) -> None:
         run.train_loop()
         session.close()
         if run.trace:
-            _write_timeline(run, [event for events in session.gather(session.recorded()) for event in events], replica)
+            _write_timeline(run, [event for events in session.gather(session.events()) for event in events], replica)
     except Exception as error:
         if session is not None:
             session.saving.abandon()
             if run.trace and not job.actors:  # stage actors are asked by the driver
                 with contextlib.suppress(Exception):
-                    _write_timeline(run, session.recorded(), replica)
+                    _write_timeline(run, session.events(), replica)
         raise as_raypar_error(error, replica) from None
 
 
