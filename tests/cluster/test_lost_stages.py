@@ -94,6 +94,7 @@ def test_a_stage_that_stops_in_the_midst_of_a_step_is_named_and_ended(tmp_path: 
     assert_none_is_left(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
 def test_a_stage_that_dies_in_the_midst_of_a_step_is_named(tmp_path: Path) -> None:
     found = fails(tmp_path, signal.SIGKILL)

@@ -61,7 +61,7 @@ def fit(loop: Callable[..., None], plan: Plan, storage: Path, config: dict[str, 
     ("plan", "split"),
     [
         (Plan(data=2, microbatches=2), None),
-        (Plan(data=2, pipeline=2, microbatches=4), ["conv2"]),
+        slow(Plan(data=2, pipeline=2, microbatches=4), ["conv2"]),
         slow(Plan(pipeline=2, placement=[0, 1, 0], microbatches=4, schedule="gpipe"), ["conv2", "fc2"]),
     ],
     ids=["data", "data and pipeline", "placement 0 1 0"],

@@ -46,7 +46,7 @@ def loop(config: dict[str, Any]) -> None:
     [
         slow({"data_strategy": "fsdp"}, 1),
         ({"data_strategy": "fsdp"}, 2),
-        ({"data_strategy": "local_sgd", "sync_every": 1}, 2),
+        slow({"data_strategy": "local_sgd", "sync_every": 1}, 2),
     ],
     ids=["fsdp-2x1", "fsdp-2x2", "local_sgd-2x2"],
 )

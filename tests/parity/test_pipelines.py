@@ -235,7 +235,7 @@ def assert_same(found: tuple[Engines, list[float]], needed: tuple[list[float], d
 # ---------------------------------------------------------------- equal to the plain loop
 
 
-@pytest.mark.parametrize("nccl", [False, True], ids=["memory", "nccl rules"])
+@pytest.mark.parametrize("nccl", [slow(False), True], ids=["memory", "nccl rules"])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_three_steps_equal_the_plain_loop(schedule: str, name: str, nccl: bool):

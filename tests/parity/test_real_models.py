@@ -200,6 +200,7 @@ def test_a_stage_of_a_language_model_may_have_no_parameters() -> None:
     assert_equal(engines, losses, plain_training(gpt2, batches, 2))
 
 
+@pytest.mark.slow
 def test_dropout_of_a_language_model_draws_by_step_and_microbatch() -> None:
     """In training; it stops in evaluation."""
 
@@ -231,7 +232,7 @@ def test_dropout_of_a_language_model_draws_by_step_and_microbatch() -> None:
     assert plain_training(lambda: gpt2(), batches, 2).losses != pytest.approx(losses, abs=1e-3)
 
 
-@pytest.mark.parametrize("build", [unet, resnet, gpt2, llama])
+@pytest.mark.parametrize("build", [unet, resnet, slow(gpt2), llama])
 def test_every_layer_is_owned_by_exactly_one_stage(build: Callable[[], nn.Module]) -> None:
     model = build()
     is_language = build in (gpt2, llama)
@@ -249,6 +250,7 @@ def test_every_layer_is_owned_by_exactly_one_stage(build: Callable[[], nn.Module
             assert len({held[f"{name}.{own}"][0] for own, _ in module.named_parameters()}) <= 1
 
 
+@pytest.mark.slow
 def test_a_part_of_a_language_model_has_the_types_names_and_hooks_of_the_whole_one() -> None:
     calls: list[tuple[str, bool]] = []
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raypar.planning.plan import Plan
 from support import reference
-from support.cases import adam, name_of
+from support.cases import adam, name_of, slow
 from support.engines import Engines, assert_equal, spec_of
 from support.nccl_rules import NcclWorld
 
@@ -61,8 +61,18 @@ def mean_over_rows(output: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(output, targets)
 
 
-@pytest.mark.parametrize(("loss_fn", "limit"), [(mean_over_rows, 0.05), (over_valid_values, None)], ids=["mean", "sum"])
-@pytest.mark.parametrize("rows", [(12, 12, 12), (10, 3, 7), (5, 1, 2)], ids=["even", "uneven", "few"])
+@pytest.mark.parametrize(
+    ("rows", "loss_fn", "limit"),
+    [
+        ((12, 12, 12), mean_over_rows, 0.05),
+        ((10, 3, 7), over_valid_values, None),
+        ((5, 1, 2), mean_over_rows, 0.05),
+        slow((12, 12, 12), over_valid_values, None),
+        slow((10, 3, 7), mean_over_rows, 0.05),
+        slow((5, 1, 2), over_valid_values, None),
+    ],
+    ids=["even-mean", "uneven-sum", "few-mean", "even-sum", "uneven-mean", "few-sum"],
+)
 @pytest.mark.parametrize("plan", OF_TWO, ids=lambda plan: f"{name_of(plan)}-{plan.recompute}")
 def test_two_replicas_of_a_network_of_every_form_equal_the_plain_loop(
     plan: Plan, rows: tuple[int, ...], loss_fn: Any, limit: float | None

@@ -81,8 +81,20 @@ def assert_lost(outcome: object, stage: int, replica: int = 0) -> None:
     assert outcome.step == 2
 
 
-@pytest.mark.parametrize("what", ["forward", "backward", "commit"])
-@pytest.mark.parametrize(("dead", "schedule"), [(0, "1f1b"), (1, "gpipe"), (2, "1f1b")])
+@pytest.mark.parametrize(
+    ("dead", "schedule", "what"),
+    [
+        (0, "1f1b", "forward"),
+        (1, "gpipe", "backward"),
+        (2, "1f1b", "commit"),
+        (0, "1f1b", "commit"),
+        (2, "1f1b", "backward"),
+        slow(0, "1f1b", "backward"),
+        slow(1, "gpipe", "forward"),
+        slow(1, "gpipe", "commit"),
+        slow(2, "1f1b", "forward"),
+    ],
+)
 def test_all_actors_notice_a_dead_stage(pool: Processes, dead: int, schedule: str, what: str) -> None:
     """Also those that are no neighbours of it, and those that wait for the commit."""
     plan = Plan(pipeline=3, microbatches=4, schedule=schedule)
