@@ -77,7 +77,7 @@ _NUMPY: list[Any] = [
 
 
 def pack(value: Any) -> torch.Tensor:
-    """Numbers, texts, tensors and NumPy's arrays in lists and dicts as one tensor of bytes."""
+    """Numbers, strings, tensors and NumPy's arrays in lists and dicts as one tensor of bytes."""
     stream = io.BytesIO()
     torch.save(value, stream)
     return torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
@@ -91,7 +91,7 @@ def unpack(packed: torch.Tensor) -> Any:
         except pickle.UnpicklingError as error:
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(packed.numpy().tobytes()))
             raise CheckpointError(
-                f"the state of the optimizer or the scheduler holds {', '.join(unsafe)}; needed numbers, texts, "
+                f"the state of the optimizer or the scheduler holds {', '.join(unsafe)}; needed numbers, strings, "
                 "tensors and lists and dicts of them. Its weights can still be used: parallelize(…, weights='…')"
             ) from error
 

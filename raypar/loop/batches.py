@@ -59,11 +59,11 @@ def batches(
 
     **How Parquet is shuffled.** A data set of at most `window` rows is permuted as a whole and stays in memory. A
     larger one is read in windows: its row groups are permuted, then as many of them as fit into `window` (at least one)
-    are read and their rows permuted. So each row comes exactly once per epoch and may come anywhere, but rows of one
-    row group come near each other, within one window. If neighbouring rows are alike (sorted by class or time), shuffle
-    them once before you write them, or make `window` larger and the row groups smaller. Whatever the size of the data
-    set, a replica holds its rows of two windows (the next one is read while the batches of the current one are trained
-    on) and two row groups as they are stored.
+    are read and their rows permuted. So each row appears exactly once per epoch and may appear anywhere, but rows of
+    one row group appear near each other, within one window. If neighbouring rows are alike (sorted by class or time),
+    shuffle them once before you write them, or make `window` larger and the row groups smaller. Whatever the size of
+    the data set, a replica holds its rows of two windows (the next one is read while the batches of the current one are
+    trained on) and two row groups as they are stored.
 
     **After a resume within an epoch**, loops over a data set skip the batches that steps have trained on, until a step
     trains on that data set again; skipped rows are not read. So within an epoch, evaluate on a data set after training
@@ -79,7 +79,7 @@ def batches(
     session = current("batches")
     if name not in session.run.datasets:
         raise DataError(
-            f"batches({name!r}): no such data set; {near_names(name, session.run.datasets)}; see Trainer(datasets=…)"
+            f"batches({name!r}): Trainer(datasets=…) has no such data set; {near_names(name, session.run.datasets)}"
         )
     reading = Reading(
         name=name,

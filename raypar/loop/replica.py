@@ -261,7 +261,7 @@ class Replica:
 def report(metrics: dict[str, Any], replica: Replica | None = None) -> None:
     """Report metrics, as ray.train.report does; with a replica, also save a checkpoint of the whole run.
 
-    metrics: numbers, texts, or lists and dicts of them, by name; a tensor or array of one element counts as a number.
+    metrics: numbers, strings, or lists and dicts of them, by name; a tensor or array of one element counts as a number.
              The metrics of the first replica are reported, together with the current `step` and `epoch`.
     replica: what `parallelize` returned, to save a checkpoint. Default None: metrics only.
 
@@ -308,7 +308,7 @@ def _plain(name: str, value: Any) -> Any:
         json.dumps({name: value})
     except (TypeError, ValueError):
         raise UsageError(
-            f"raypar.report: the metric {name!r} is a {type(value).__name__}, needed a number, a text, or lists and "
+            f"raypar.report: the metric {name!r} is a {type(value).__name__}, needed a number, a string, or lists and "
             "dicts of them"
         ) from None
     return value

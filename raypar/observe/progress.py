@@ -86,9 +86,9 @@ class ProgressDisplay:
 
 
 def schedule_text(plan: Plan) -> str:
-    """ "1f1b, 8 micro-batches: the actors keep at most 2, 1 activations", of one stage and micro-batch each."""
+    """ "1f1b, 8 micro-batches; activations kept at most, per actor: 2, 1": each of one stage and micro-batch."""
     most = ", ".join(map(str, plan.bounds.activations))
-    return f"{plan.schedule_name}, {plan.microbatch_count} micro-batches: the actors keep at most {most} activations"
+    return f"{plan.schedule_name}, {plan.microbatch_count} micro-batches; activations kept at most, per actor: {most}"
 
 
 def epoch_text(report: Mapping[str, Any]) -> str:

@@ -99,8 +99,9 @@ def check_split(graph: fx.Graph, names: Sequence[str], stages: int) -> list[str]
     calls = module_calls(graph)
     if len(names) + 1 != stages:
         raise SplitError(
-            f"split={list(names)} makes {len(names) + 1} stages, but the plan has {stages}: name {stages - 1} modules "
-            "at which a new stage begins, or change Plan(pipeline=…) or placement"
+            f"split={list(names)} makes {len(names) + 1} stage{'s' if names else ''}, but the plan has {stages}: name "
+            f"{stages - 1} module{'s' if stages != 2 else ''} at which a new stage begins, or change "
+            "Plan(pipeline=…) or placement"
         )
     begins: dict[str, int] = {}
     for name in names:

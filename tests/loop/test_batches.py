@@ -299,7 +299,9 @@ def test_unusable_columns_are_refused(tmp_path: Path, options: dict[str, Any], m
 
 
 def test_an_unknown_data_set_names_near_ones(tmp_path: Path):
-    with pytest.raises(DataError, match=r"batches\('trian'\): no such data set; did you mean 'train'\?; see Trainer"):
+    with pytest.raises(
+        DataError, match=r"batches\('trian'\): Trainer\(datasets=…\) has no such data set; did you mean 'train'\?"
+    ):
         shares(numbered(tmp_path / "t.parquet", 1), read=lambda name, **_: batches("trian", batch_size=1))
 
 

@@ -247,7 +247,7 @@ def test_modules_are_opened_until_enough():
         (["zzz"], 2, "the model has no module 'zzz'; known: 'conv1', 'conv2', 'fc1', 'fc2'"),
         ("conv2", 2, "split='conv2': needed a list of module names, as in split=['conv2']"),
         (["conv2"], 3, "split=['conv2'] makes 2 stages, but the plan has 3: name 2 modules"),
-        ([], 2, "split=[] makes 1 stages, but the plan has 2: name 1 modules"),
+        ([], 2, "split=[] makes 1 stage, but the plan has 2: name 1 module at which"),
         (["conv1"], 2, "'conv1' is the first module, so that nothing is left for the stage before it"),
         (["fc1", "fc1"], 3, "'fc1' begins at the same module as another name (fc1, fc1)"),
         (["conv2", "fc1", "fc1"], 4, "'fc1' begins at the same module as another name (fc1, fc1)"),
