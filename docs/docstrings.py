@@ -3,7 +3,8 @@
     data:      replicas of the model; each trains on its share         - **`data`**: replicas of the model; each
                of every global batch.                           ─▶        trains on its share of every global batch.
 
-Everything else is Markdown already: an indented drawing is a block of code.
+Lines below a name that begin with a dash become a list in its item. Everything else is Markdown already: an indented
+drawing is a block of code.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def _as_list(paragraph: str) -> str:
             names = ", ".join(f"`{name}`" for name in match["names"].split(", "))
             items.append(f"- **{names}**: {match['text']}")
         elif line.startswith(" "):
-            items[-1] += " " + line.strip()
+            text = line.strip()
+            items[-1] += f"\n    {text}" if text.startswith("- ") else f" {text}"
         else:
             return paragraph  # a sentence that begins with a word and a colon
     return textwrap.dedent("\n".join(items))

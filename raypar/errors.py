@@ -17,7 +17,7 @@
         ├── StageDiedError       a stage actor's process or machine is gone
         ├── WorkerDiedError      a train worker's process or machine is gone
         ├── PeerLostError        a stage actor lost the connection to another one
-        └── TimeoutExceededError a wait ran into the limit that `timeouts` sets for it
+        └── TimeoutExceededError a wait reached the limit that Timeouts sets for it
 
 Each message says what was found, what was needed and which setting to change. Each error survives
 pickling with its attributes, since most of them cross a process border before a person reads them.
@@ -103,9 +103,9 @@ class OtherFormatError(CheckpointError):
 class NonFiniteError(RayparError):
     """The loss became NaN or infinite; the step was not committed.
 
-    Attributes: `step`, the step that failed (the first step is 1); `stage`, the first stage whose
-    output is not finite, None if it is the loss itself; `checkpoint`, the path of a checkpoint of the
-    last committed step, None if none could be written.
+    step:       the step that failed; the first one is 1.
+    stage:      the first stage whose output is not finite; None if it is the loss itself.
+    checkpoint: the path of a checkpoint of the last committed step; None if none could be written.
     """
 
     step: int
@@ -123,10 +123,7 @@ class NonFiniteError(RayparError):
 
 
 class RunError(RayparError):
-    """Something failed during the run.
-
-    Attributes: `replica` and `stage` say where (None: unknown, or not on a stage).
-    """
+    """Something failed during the run; `replica` and `stage` say where (None: unknown, or not on a stage)."""
 
     retryable = True
     replica: int | None = None
@@ -138,16 +135,14 @@ class UserCodeError(RunError):
 
 
 class StageDiedError(RunError):
-    """The process or machine of a stage actor is gone.
-
-    Attribute: `preempted`, True if the machine was reclaimed (a spot instance, say).
-    """
+    """The process or machine of a stage actor is gone; `preempted` is True if the machine was reclaimed (such as
+    a spot instance)."""
 
     preempted: bool = False
 
 
 class WorkerDiedError(RunError):
-    """The process or machine of a train worker is gone. Attribute: `preempted`, as for a stage."""
+    """The process or machine of a train worker is gone; `preempted` is as in StageDiedError."""
 
     preempted: bool = False
 
@@ -157,7 +152,7 @@ class PeerLostError(RunError):
 
 
 class TimeoutExceededError(RunError):
-    """A wait ran into the limit that `timeouts` sets for it."""
+    """A wait reached the limit that Timeouts sets for it."""
 
 
 C = TypeVar("C", bound=type[Any])
@@ -200,4 +195,4 @@ def near_names(wanted: str, known: Iterable[str]) -> str:
     if near:
         return "did you mean " + " or ".join(repr(name) for name in near) + "?"
     more = f", … ({len(names)} in all)" if len(names) > 10 else ""
-    return "known: " + ", ".join(repr(name) for name in names[:10]) + more
+    return "known: " + (", ".join(repr(name) for name in names[:10]) or "none") + more

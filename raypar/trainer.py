@@ -47,7 +47,7 @@ class Trainer:
     torch_config:        ray.train.torch.TorchConfig. Default: NCCL for workers on GPUs, else Gloo.
     resources_per_stage: what each stage actor requests. Default: {"CPU": 1, "GPU": 1} if the cluster has GPUs or can
                          scale to some, else {"CPU": 1}.
-    timeouts:            raypar.Timeouts; its defaults are minutes.
+    timeouts:            raypar.Timeouts, the limits of waits. Default: Timeouts(), whose limits are minutes.
     trace:               True records what each actor does when, and writes the last steps to the run's folder once all
                          loops have returned or the run has failed: timeline.json, for ui.perfetto.dev and
                          chrome://tracing, and timeline.svg, a chart of one step above the schedule's ideal.

@@ -43,8 +43,8 @@ def read_tensors(
     same:  of each name, all names of the same tensor (of a tied weight), of which a file need hold one. Where it holds
            several, the last one counts, as it does in plain PyTorch.
 
-    Raises CheckpointError where nothing is there or can be read, where names or shapes are not those of the model, and
-    where a checkpoint is damaged.
+    Raises CheckpointError if nothing is there or can be read, if names or shapes are not those of the model, or
+    if a checkpoint is damaged.
     """
     label = f"weights={place!r}"
     storage = Storage.open(place, label=label, error=CheckpointError)
@@ -173,7 +173,7 @@ def read_state_dict(path: Any) -> Tensors:
 
     If replicas train separately (local SGD) and the checkpoint was made between two averages: the first replica's.
 
-    Raises CheckpointError where it is missing or damaged.
+    Raises CheckpointError if it is missing or damaged.
     """
     storage = Storage.open(path, label=str(path), error=CheckpointError)
     manifest = verify(storage.path, storage.filesystem)

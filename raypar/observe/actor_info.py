@@ -12,7 +12,7 @@ class ActorInfo:
 
     stages:     of each stage of the actor, the names of its modules, in the model's order; empty until it is built.
     device:     "cpu", or "cuda:0" as the actor sees it; `gpu_ids` are Ray's numbers of its GPUs on the machine.
-    node_id:    Ray's id of the machine, and `node_ip` its address; None where Ray is not asked, as in local mode.
+    node_id:    Ray's id of the machine, and `node_ip` its address; None if Ray is not asked, as in local mode.
     cores:      CPU cores of the machine.
     parameters: elements of all parameters that the actor holds.
     """

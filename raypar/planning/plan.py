@@ -49,9 +49,9 @@ class Plan:
                   "zb-h1" (as 1f1b, with backward passes split in two: a third of the bubble). With several stages per
                   actor: "interleaved" (placement [0, 1, 0, 1], say) and "zbv" (a V, [0, 1, 1, 0]: the smallest bubble).
                   raypar.planning.schedules draws them and names their papers. Or your own, checked when the plan is
-                  made: a CSV file ("my.csv" or a path), one row per actor, cells such as 2F0 (see Action; empty ones
-                  are ignored), which fixes the number of micro-batches; or a function of the actor of each stage and
-                  the number of micro-batches that returns a Schedule, or such rows.
+                  made: a CSV file ("my.csv" or a path), one row per actor, cells such as 2F0 (stage 2, forward,
+                  micro-batch 0; empty ones are ignored), which fixes the number of micro-batches; or a function of the
+                  actor of each stage and the number of micro-batches that returns a Schedule, or such rows.
     placement:    placement[i] is the actor that holds stage i, so there are len(placement) stages. (0, 1, 0) puts
                   stages 0 and 2 on one GPU. Default None: stage i on actor i.
     recompute:    activation checkpointing: which micro-batches keep no activations between their forward and backward
@@ -69,17 +69,17 @@ class Plan:
                     gradients and optimizer state; they are gathered once per step (fully_shard of torch). All replicas
                     must then call eval_step, predict and state_dict alike. In local mode replicas share a process, so
                     there it is "ddp".
-                  - "local_sgd": each replica takes steps of its own, by its own gradient and the norm of that, and the
-                    parameters are averaged every `sync_every` steps (Stich 2019, https://arxiv.org/abs/1805.09767);
+                  - "local_sgd": each replica takes its own steps, with its own gradient, clipped by its own norm, and
+                    the parameters are averaged every `sync_every` steps (Stich 2019, https://arxiv.org/abs/1805.09767);
                     with parallelize(outer_optimizer=…) as in DiLoCo. In between, eval_step, predict and state_dict use
                     the weights of their own replica. Buffers and optimizer state are never averaged.
                   - "scatter": one process that owns several GPUs splits each micro-batch over them
                     (torch.nn.DataParallel): data=1, pipeline=1, and as many GPUs as
                     ScalingConfig(resources_per_worker=…) gives a worker. With one GPU, or on a CPU, it is the plain
                     module.
-    sync_every:   with "local_sgd" only: the number of steps of the run from one average to the next (after the steps
-                  whose number it divides), default 20; or "epoch": after the step on the last batch of a loop over
-                  raypar.batches. A loop that ends before its last batch brings no average.
+    sync_every:   with "local_sgd" only: the number of steps from one average to the next (20: after steps 20, 40, …),
+                  default 20; or "epoch": after the step on the last batch of a loop over
+                  raypar.batches. No average follows a loop that ends before its last batch.
 
     Raises PlanError for an argument that is unknown, out of range, or contradicts another one.
     """
@@ -190,7 +190,7 @@ class Plan:
 
     @cached_property
     def microbatch_count(self) -> int:
-        """The number of micro-batches of a replica's share of a batch, also where `microbatches` is None."""
+        """The number of micro-batches of a replica's share of a batch, also if `microbatches` is None."""
         if self.microbatches is not None:
             return self.microbatches
         if isinstance(self.schedule, Table):
@@ -199,8 +199,8 @@ class Plan:
 
     @cached_property
     def bounds(self) -> Bounds:
-        """The most that each actor holds at any time. Raises ScheduleError where the schedule cannot be run, which
-        the schedules of raypar never do: this is the proof.
+        """The most that each actor holds at any time. Raises ScheduleError if the schedule cannot be run;
+        raypar's own always can, and this is the proof.
 
         As if every stage used the one before it, which is at least as strict as the real model's graph.
         """

@@ -27,6 +27,8 @@ Entry = tuple[str, nn.Module, str]
 class Wired(fx.GraphModule):
     """Modules that pass named values on. A stage may begin at each of them; the state dict is theirs, by their names.
 
+        Wired("x", [("embed", Embed(), "x -> h"), ("block", Block(), "h -> h"), ("head", Head(), "h -> y")])
+
     inputs:  the names of forward's arguments, "x, mask".
     entries: (name, module, "the values it takes -> the values it returns"), in the order of the calls. A module that
              returns several values returns a tuple or list of as many. A later entry may reuse a name, as h above.
