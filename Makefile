@@ -25,7 +25,7 @@ DIGITS := data/digits
 
 help:
 	@echo "make demo    train a CNN on handwritten digits, data- and pipeline-parallel, on a local Ray cluster"
-	@echo "make test    run the tests (test-all: the slow ones too, as CI does; campaign: many drawn cases; test-gpu: on GPUs)"
+	@echo "make test    run the tests (test-all: the slow ones too, as CI does; campaign: many random cases; test-gpu: on GPUs)"
 	@echo "make check   ruff, strict mypy, the floors of the imports"
 	@echo "make docs    build the site of docs/ into build/site"
 	@echo "make clean   remove .venv, data/ and every cache"
