@@ -16,9 +16,10 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config  # Ray has no public validator
 from ray.scripts.scripts import drain_node
 
-from support.waiting import LIMIT
+from support.waiting import LIMIT, wait_until
 
 ROOT = Path(__file__).parent.parent
+WATCH = ROOT / "deploy" / "watch_spot.sh"
 TEXT = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
 
 
@@ -108,23 +109,29 @@ def test_the_commands_are_what_a_shell_can_read(config: dict[str, Any]):
             subprocess.run(["bash", "-n", "-c", wrapped], check=True)
 
 
-def test_a_spot_machine_that_aws_takes_back_is_drained_as_preempted(config: dict[str, Any], tmp_path: Path):
+def test_gpu_nodes_watch_for_the_spot_notice(config: dict[str, Any]):
+    (folder,) = (remote for remote, local in config["file_mounts"].items() if local == ".")
+    (script, address) = re.findall(r"bash (\S+) (\S+)", config["worker_start_ray_commands"][-1])[0]
+    assert (ROOT / script.removeprefix(f"{folder}/")) == WATCH
+    assert address == "$RAY_HEAD_IP:6379"
+
+
+def test_a_reclaimed_spot_machine_is_drained(tmp_path: Path):
     """The watch on a GPU node, with a `curl` that plays AWS's metadata service and a `ray` that notes its call."""
-    notice, calls = tmp_path / "notice", tmp_path / "calls"
-    metadata = f"case $* in *api/token) echo abc;; *token:\\ abc*instance-action) test -e {notice};; *) exit 1;; esac"
+    looks, notice, calls = tmp_path / "looks", tmp_path / "notice", tmp_path / "calls"
+    looked = f"echo x >> {looks}; test -e {notice}"
+    metadata = f"case $* in *api/token) echo abc;; *token:\\ abc*instance-action) {looked};; *) exit 1;; esac"
     for name, script in {"curl": metadata, "ray": f'echo "$RAY_ADDRESS" "$@" >> {calls}'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
-    watch = config["worker_start_ray_commands"][-1].replace("sleep 5", "sleep 0.1").replace("/tmp/", f"{tmp_path}/")
     shell = subprocess.Popen(
-        ["bash", "-c", f"{watch} wait"],
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "RAY_HEAD_IP": "10.0.0.1"},
+        ["bash", WATCH, "10.0.0.1:6379", "0.05"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
         start_new_session=True,
     )
     try:
-        with pytest.raises(subprocess.TimeoutExpired):
-            shell.wait(0.5)  # no notice: it goes on watching
-        assert not calls.exists()
+        wait_until(lambda: looks.exists() and len(looks.read_text(encoding="utf-8").split()) >= 2, "a second look")
+        assert not calls.exists()  # no notice yet: it looks again
         notice.touch()
         assert shell.wait(LIMIT) == 0  # told once, then it ends
     finally:
