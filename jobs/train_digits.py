@@ -15,7 +15,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -188,27 +187,21 @@ def train(args: argparse.Namespace, name: str) -> tuple[raypar.Plan, ray.train.R
     fields = {"data": args.data, "pipeline": args.pipeline, "schedule": args.schedule, "placement": args.placement}
     fields |= {"data_strategy": args.data_strategy, "sync_every": args.sync_every}
     plan = raypar.Plan(**fields, **({} if args.microbatches is None else {"microbatches": args.microbatches}))
-    digits = located(args.digits)
     if args.digits == DIGITS:
-        prepare(digits)
+        prepare(DIGITS)
     result = raypar.Trainer(
         train_loop,
         plan=plan,
         train_loop_config={key: getattr(args, key) for key in ("model", "epochs", "batch_size", "lr", "split", "seed")},
-        datasets={name: f"{digits}/{name}.parquet" for name in ("train", "test")},
+        datasets={name: f"{args.digits}/{name}.parquet" for name in ("train", "test")},
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=located(args.storage),
+            storage_path=args.storage,
             failure_config=ray.train.FailureConfig(max_failures=args.max_failures),
         ),
         local=args.local,
     ).fit()
     return plan, result
-
-
-def located(path: str) -> str:
-    """A URI as it is, a local path made absolute: the workers have other working directories."""
-    return path if "://" in path else str(Path(path).absolute())
 
 
 if __name__ == "__main__":

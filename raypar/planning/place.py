@@ -18,7 +18,7 @@ class Place:
 
     @property
     def stage(self) -> int | None:
-        """The first stage, for errors, which name one; None where no stage is known."""
+        """The first stage, for errors, which name one; None if no stage is known."""
         return self.stages[0] if self.stages else None
 
     def __str__(self) -> str:

@@ -82,7 +82,7 @@ def _layout(leaves: list[Any], structure: Structure) -> Layout:
 class Outbox:
     """The sending end of a link.
 
-    layouts:   of each key, the layout that its header told.
+    layouts:   of each key, the layout in its header.
     under_way: of each message sent and not yet released, its sends with the tensors that they read.
     """
 

@@ -200,6 +200,6 @@ def unwrapped(error: BaseException) -> BaseException:
 def death(error: BaseException) -> str:
     """What Ray knows about a death, without the lines that name Ray's own ids."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
-    told = [line for line in lines if not line.startswith("The actor died unexpectedly before finishing this task")]
-    text = " ".join(told) or str(error)
+    details = [line for line in lines if not line.startswith("The actor died unexpectedly before finishing this task")]
+    text = " ".join(details) or str(error)
     return text.split(" Some common causes include")[0]
