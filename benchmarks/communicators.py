@@ -50,7 +50,7 @@ def groups_of(plan: Plan, rank: int) -> tuple[Counter[str], int]:
         mock.patch.object(dist, "is_nccl_available", return_value=True),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
     ):
-        ProcessTransport(plan, *plan.place_of(rank), pairs_of(plan), Timeouts())
+        ProcessTransport(plan, *plan.replica_and_actor_of(rank), pairs_of(plan), Timeouts())
     return member, calls
 
 

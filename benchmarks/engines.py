@@ -43,7 +43,7 @@ def engines_of(
     def engine(replica: int, actor: int) -> Engine:
         return build_engine(spec, plan, replica, actor, [device], lambda _: world.transport(replica, actor))
 
-    return [engine(*plan.place_of(rank)) for rank in range(plan.world_size)]
+    return [engine(*plan.replica_and_actor_of(rank)) for rank in range(plan.world_size)]
 
 
 def request_of(step: int, batch: Batch) -> StepRequest:
