@@ -30,7 +30,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
 
@@ -131,14 +131,19 @@ class RunError(RayparError):
 
 
 class UserCodeError(RunError):
-    """An exception in the user's train loop, model, loss or optimizer; the cause is `__cause__`."""
+    """An exception in the user's train loop, model, loss or optimizer; the cause is `__cause__`. `original` is that
+    exception if it can be pickled, so that it comes along from another process."""
+
+    original: BaseException | None = None
 
 
 class StageDiedError(RunError):
     """The process or machine of a stage actor is gone; `preempted` is True if the machine was reclaimed (such as
-    a spot instance)."""
+    a spot instance). `actor` is its number in the replica, `stages` are all of its stages."""
 
     preempted: bool = False
+    actor: int | None = None
+    stages: Sequence[int] = ()
 
 
 class WorkerDiedError(RunError):

@@ -17,9 +17,8 @@ def root_cause(error: BaseException, start_limit_s: float) -> RayparError:
     `start_limit_s` is how long the workers had to start.
     """
     cause = first_cause(errors_of_attempt(error, start_limit_s))
-    original = getattr(cause, "original", None)
-    if isinstance(original, BaseException):
-        cause.__cause__ = original
+    if isinstance(cause, UserCodeError) and cause.original is not None:
+        cause.__cause__ = cause.original
     return cause
 
 
