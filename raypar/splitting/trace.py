@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import traceback
 from collections.abc import Collection
 from operator import attrgetter
@@ -231,12 +232,12 @@ def _drop_checks_of_fixed_arguments(graph: fx.Graph, fixed: dict[str, Any]) -> N
 def user_line(error: BaseException, model: nn.Module) -> str:
     """Where in the user's code an error came from: the innermost frame outside torch and raypar; else the forward."""
     python = os.path.dirname(os.__file__)
-    ours = os.path.dirname(os.path.dirname(__file__)) + os.sep
+    packages = [sys.modules[name] for name in ("torch", "sympy", "raypar") if name in sys.modules]
+    folders = tuple(os.path.dirname(inspect.getfile(package)) + os.sep for package in packages)
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not any(folder in frame.filename for folder in ("/torch/", "/sympy/"))
-        if not frame.filename.startswith(ours)
+        if not frame.filename.startswith(folders)  # not by name: a user's folder may be called torch, too
         if not frame.filename.startswith("<") and os.path.dirname(frame.filename) != python
     ]
     if frames:

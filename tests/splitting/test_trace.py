@@ -5,6 +5,7 @@ import inspect
 import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,20 @@ def test_without_a_line_the_forward_is_named():
     line = inspect.unwrap(Decorated.forward).__code__.co_firstlineno
     with pytest.raises(SplitError, match=rf"at {re.escape(__file__)}:{line}: ValueError: code: co_varnames"):
         trace(Decorated())
+
+
+@pytest.mark.parametrize("folder", ["raypar", "torch"])
+def test_a_folder_named_like_a_library_is_the_user_s(folder: str, tmp_path: Path):
+    """Frames are told apart by the libraries' own folders. Those in any folder named torch were passed over, so that
+    only the first line of the forward was named."""
+    code = "def forward(self, x):\n    y = x + 1\n    return y if y.sum() > 0 else x\n"
+    file = tmp_path / folder / "model.py"
+    file.parent.mkdir()
+    file.write_text(code)
+    names: dict[str, Any] = {}
+    exec(compile(code, str(file), "exec"), names)
+    with pytest.raises(SplitError, match=rf'at {re.escape(str(file))}:3 "return y if y\.sum\(\) > 0 else x"'):
+        trace(type("Looks", (nn.Module,), {"forward": names["forward"]})())
 
 
 def test_such_code_is_no_hindrance_inside_a_module():
