@@ -5,7 +5,7 @@
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from raypar import errors
 from raypar.errors import (
@@ -109,6 +109,9 @@ __all__ = [
 
 def _as_own(name: str, value: Any) -> Any:
     """Let tracebacks, help() and pickles say raypar.PlanError, whatever module it stands in."""
+    if isinstance(value, type):  # typing.get_type_hints would look their names up in this module
+        hints = get_type_hints(value, include_extras=True)
+        value.__annotations__ = {hint: hints[hint] for hint in value.__annotations__}
     value.__module__ = __name__
     globals()[name] = value
     return value

@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -46,6 +47,13 @@ def test_a_trainer_is_made_before_what_trains_is_imported() -> None:
 def test_each_public_name_resolves(name: str) -> None:
     assert getattr(raypar, name) is not None
     assert name in dir(raypar)
+
+
+@pytest.mark.parametrize("name", sorted({*raypar.__all__} - {"errors"}))
+def test_type_hints_of_public_names_resolve(name: str) -> None:
+    """As libraries do that make a command line of a dataclass. `typing` looks names up in the module that `__module__`
+    says: for Plan that was `raypar`, where there is no `os`, and it raised NameError."""
+    assert isinstance(get_type_hints(getattr(raypar, name)), dict)
 
 
 def test_mypy_sees_the_same_table() -> None:
