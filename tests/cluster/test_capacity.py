@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support.waiting import LIMIT
 from tests.cluster.autoscaling import autoscaling_cluster
 
 # Connected to a cluster of its own, which the process of the tests cannot be, since it has one already.
 SCRIPT = """
 import sys
+import pytest
 import ray
 from raypar.cluster import capacity
 from raypar.cluster.fleet import Fleet
@@ -48,6 +51,7 @@ fleet.stop()
 """
 
 
+@pytest.mark.slow
 def test_a_cluster_that_grows_from_no_gpu_to_four(tmp_path: Path) -> None:
     types = {"gpu": {"resources": {"CPU": 4, "GPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2}}
     (tmp_path / "driver.py").write_text(SCRIPT)

@@ -82,6 +82,7 @@ def test_a_ray_data_set_is_sharded_and_resumed_by_epoch(tmp_path: Path, capfd: p
         assert len(seen[f"0-{epoch}"]) == ROWS // 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
 def test_a_torch_data_set_and_a_function_travel_to_the_train_workers(tmp_path: Path):
     seen = fit(tmp_path / "a", TensorDataset(torch.arange(ROWS)))

@@ -161,6 +161,7 @@ def jobs(client: JobSubmissionClient, folder: Path) -> dict[str, Outcome]:
     return dict(zip(ids, asyncio.run(follow()), strict=True))
 
 
+@pytest.mark.slow
 def test_the_main_job_succeeds_and_its_log_ends_with_the_table(jobs: dict[str, Outcome], folder: Path):
     outcome = jobs["digits"]
     assert outcome.status == JobStatus.SUCCEEDED, outcome.log
@@ -173,6 +174,7 @@ def test_the_main_job_succeeds_and_its_log_ends_with_the_table(jobs: dict[str, O
     assert (folder / "digits" / "checkpoint_00000023" / "checkpoint.json").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_work_fails_with_the_reason_in_its_log(jobs: dict[str, Outcome]):
     outcome = jobs["too big"]
     assert outcome.status == JobStatus.FAILED, outcome.log
@@ -184,6 +186,7 @@ def test_a_job_that_cannot_work_fails_with_the_reason_in_its_log(jobs: dict[str,
     assert "exit code 1" in outcome.message
 
 
+@pytest.mark.slow
 def test_the_example_of_readme_runs_as_it_stands(jobs: dict[str, Outcome], folder: Path):
     outcome = jobs["example"]
     assert outcome.status == JobStatus.SUCCEEDED, outcome.log

@@ -84,6 +84,7 @@ def assert_timeline_of_the_living_one(folder: Path) -> None:
     assert trace[-1]["cat"] == "wait"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
 def test_a_stage_that_stops_in_the_midst_of_a_step_is_named_and_ended(tmp_path: Path) -> None:
     found = fails(tmp_path, signal.SIGSTOP)
@@ -94,7 +95,6 @@ def test_a_stage_that_stops_in_the_midst_of_a_step_is_named_and_ended(tmp_path: 
     assert_none_is_left(tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
 def test_a_stage_that_dies_in_the_midst_of_a_step_is_named(tmp_path: Path) -> None:
     found = fails(tmp_path, signal.SIGKILL)
