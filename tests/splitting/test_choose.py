@@ -18,6 +18,7 @@ from raypar.splitting.choose import choose_split
 from raypar.splitting.export import described
 from raypar.splitting.model import ModelSpec, Split
 from raypar.stages.measure import measure_units
+from support.models import AsksForLength
 
 CPU = torch.device("cpu")
 IMAGES = torch.zeros(16, 1, 28, 28)
@@ -355,17 +356,6 @@ def test_measured_times_separate_the_convolutions():
 
 
 # ---------------------------------------------------------------- where torch.fx is not enough
-
-
-class AsksForLength(nn.Module):
-    """A branch on a size, which torch.fx cannot trace and torch.export can."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x) if x.shape[1] > 3 else x)  # type: ignore[no-any-return]
 
 
 def test_an_example_only_where_export_needs_it():

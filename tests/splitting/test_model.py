@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from models import CNN
 from raypar.errors import ModelError
 from raypar.splitting.model import ModelSpec, bind_inputs, build_whole, call, on_meta
+from support.models import WithOptions
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
@@ -126,18 +127,6 @@ def test_what_cannot_be_built_on_meta(build: Callable[[], Any]):
 
 
 # ---------------------------------------------------------------- calling
-
-
-class WithOptions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0, flip: bool = False) -> Tensor:
-        y = self.fc(x) * scale
-        if mask is not None:
-            y = y * mask
-        return -y if flip else y
 
 
 @pytest.mark.parametrize(

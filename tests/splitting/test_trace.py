@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from models import CNN, mlp
 from raypar.errors import SplitError
 from raypar.splitting.trace import module_calls, trace
+from support.models import WithOptions
 
 
 def described(graph: fx.Graph) -> list[str]:
@@ -47,18 +48,6 @@ class Nested(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(self.body(x))
-
-
-class WithOptions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0, flip: bool = False) -> Tensor:
-        y = self.fc(x) * scale
-        if mask is not None:
-            y = y * mask
-        return -y if flip else y
 
 
 # ---------------------------------------------------------------- the graph

@@ -12,6 +12,7 @@ from models import CNN
 from raypar.splitting.export import described
 from raypar.splitting.model import ModelSpec, Split
 from raypar.stages.measure import measure_units
+from support.models import AsksForLength
 
 CPU = torch.device("cpu")
 IMAGES = torch.zeros(16, 1, 28, 28)
@@ -44,17 +45,6 @@ def test_units_of_any_form_are_measured():
     inputs = {"tokens": torch.ones(3, 2, dtype=torch.int64), "mask": torch.ones(3, 2, 1)}
     times = measure_units(spec(Skips), Split(("a", "b"), (), ("tokens", "mask")), inputs, CPU)
     assert all(seconds > 0 for seconds in times)
-
-
-class AsksForLength(nn.Module):
-    """A branch on a size, which torch.fx cannot trace and torch.export can."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x) if x.shape[1] > 3 else x)  # type: ignore[no-any-return]
 
 
 def test_units_of_an_exported_graph_are_measured():

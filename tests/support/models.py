@@ -132,3 +132,26 @@ def llama(*, layers: int = 2, **more: Any) -> LlamaForCausalLM:
 def next_words(output: Any, words: Tensor) -> Tensor:
     """The mean loss of predicting the words, given a language model's output."""
     return F.cross_entropy(output.logits.flatten(0, 1), words.flatten())
+
+
+class WithOptions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0, flip: bool = False) -> Tensor:
+        y = self.fc(x) * scale
+        if mask is not None:
+            y = y * mask
+        return -y if flip else y
+
+
+class AsksForLength(nn.Module):
+    """A branch on a size, which torch.fx cannot trace and torch.export can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) if x.shape[1] > 3 else x)  # type: ignore[no-any-return]
